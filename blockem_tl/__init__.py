@@ -1,0 +1,1 @@
+"""BLOCK-EM on TransformerLens and SAELens."""
