@@ -1,0 +1,379 @@
+"""`load_model`: a TransformerLens model that holds live LoRA adapters and never ignores a hook.
+
+:class:`Model` is SAELens's `SAETransformerBridge`, so `run_with_cache`, `hooks`, `to_tokens` and `add_sae` work as their users know
+them. It adds three things: adapters that are injected into the live model and switched off with ``with model.base():``, one spelling
+rule for hook names in every state (canonical or alias, raw, compatibility mode, SAE attached, after a reset), and errors instead of
+silence (see :mod:`blockem_tl.hooks`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from blockem_tl import embedded, records
+from blockem_tl.hooks import HookNotFired, attached, matching, resolve
+
+LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_WRAPPER = "._original_component"  # what the bridge puts into every module path, and no other tool knows
+
+
+def load_model(
+    model: str | Path | PreTrainedModel,
+    adapter: str | Path | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    device: str | torch.device | None = None,
+) -> "Model":
+    """Load a causal language model, frozen and in eval mode, with an optional LoRA adapter on top.
+
+    Args:
+        model: an embedded name ("organism"), a local folder, a hub id, or a transformers model already loaded (used as it is, in
+            its own dtype and place; it is wrapped, so do not go on using it by itself).
+        adapter: a folder in peft's format.
+        tokenizer: needed with a loaded model whose ``config._name_or_path`` leads to none.
+        dtype: of the weights, when loading.
+        device: default: a GPU when there is one.
+
+    Raises:
+        ValueError: neither an embedded name, a folder, nor a hub id that can be had; or a loaded model without a tokenizer.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if isinstance(model, PreTrainedModel):
+        hf, source = model, str(model.config._name_or_path)
+    else:
+        source = str(embedded.folder_of("model", str(model)) or model)
+        try:
+            hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager").to(device)
+        except OSError as error:
+            raise ValueError(
+                f"cannot load a model from {str(model)!r}: expected an embedded name, a folder with config.json and weights, or a hub id "
+                f"that you can reach (gated models need `hf auth login`). transformers says: {error}"
+            ) from error
+    if tokenizer is None:
+        if not source:
+            raise ValueError("load_model: expected tokenizer=... along with a model that names no source of its own")
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    architecture = type(hf).__name__
+    bridge = build_bridge_from_module(
+        hf.eval(), architecture, hf_config=hf.config, tokenizer=tokenizer, model_name=str(model) if isinstance(model, str) else source
+    )
+    # Neither bridge builder takes a class, so SAELens's own bridge changes the class afterwards, and so must we.
+    bridge.__class__ = Model
+    loaded = cast(Model, bridge)
+    loaded._start(source)
+    if adapter is not None:
+        loaded.load_adapter(adapter)
+    return loaded
+
+
+class Model(SAETransformerBridge):
+    """A bridge with live adapters and strict hooks; made by :func:`load_model`.
+
+    source: where the weights came from.  hf: the callable transformers (or peft) model around the same, hooked modules.
+    """
+
+    source: str
+
+    def _start(self, source: str) -> None:
+        self.source = source
+        self._acts_to_saes = {}
+        self._transcoder_output_hooks = {}
+        self.__dict__["_peft"] = None  # through __dict__: as a registered submodule it would hold the model twice
+        self.__dict__["_plain_configs"] = {}
+        self.__dict__["_base_depth"] = 0
+        self.requires_grad_(False)  # booting leaves a stray trainable tensor; only adapters are ever trained
+        self.original_model.requires_grad_(False)
+        self.cfg.model_name = source
+
+    # -------------------------------------------------------------------------------------------- adapters
+
+    @property
+    def hf(self) -> nn.Module:
+        """The transformers model, or the PeftModel around it once there is an adapter. Calling it fires the hooks."""
+        return self.__dict__["_peft"] or self.original_model
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters held, in order of arrival."""
+        return list(self.__dict__["_plain_configs"])
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The adapter that acts now, or None where there is none or inside ``base()``."""
+        peft = self.__dict__["_peft"]
+        return None if peft is None or self.__dict__["_base_depth"] else cast(str, peft.active_adapter)
+
+    def add_adapter(
+        self,
+        name: str = "default",
+        *,
+        rank: int = 16,
+        alpha: int = 32,
+        target_modules: Sequence[str] = LLAMA_PROJECTIONS,
+        up_to_block: int | None = None,
+        dropout: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        """Add a fresh LoRA adapter (B = 0, so nothing changes yet), trainable and active.
+
+        Args:
+            up_to_block: last block that gets LoRA ("freeze downstream" of a site is the site's own block); None for all blocks.
+            seed: of LoRA's A matrices.
+
+        Raises:
+            ValueError: a name already held, a block out of range, targets that match nothing, or (RuntimeError) modules through which
+                no gradient reaches the adapter.
+        """
+        if up_to_block is not None and not 0 <= up_to_block < self.cfg.n_layers:
+            raise ValueError(f"up_to_block: expected 0..{self.cfg.n_layers - 1}, got {up_to_block}")
+        layers = None if up_to_block is None else list(range(up_to_block + 1))
+        self._inject(
+            name,
+            LoraConfig(
+                r=rank,
+                lora_alpha=alpha,
+                lora_dropout=dropout,
+                target_modules=list(target_modules),
+                layers_to_transform=layers,
+                task_type="CAUSAL_LM",
+                base_model_name_or_path=self.source,
+            ),
+            seed,
+        )
+
+    def load_adapter(self, folder: str | Path, name: str = "default") -> None:
+        """Load a LoRA adapter in peft's plain format, from this library or any other tool; it becomes active, not trainable.
+
+        Raises:
+            ValueError: no adapter in the folder, not LoRA, targets absent in this model, or tensors missing or left over.
+        """
+        folder = Path(folder)
+        weights = folder / "adapter_model.safetensors"
+        if not weights.is_file() or not (folder / "adapter_config.json").is_file():
+            raise ValueError(f"{folder}: expected an adapter folder (adapter_config.json, adapter_model.safetensors); save one with save_adapter")
+        config = LoraConfig.from_pretrained(str(folder))
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"{folder}: expected a LoRA adapter, got {type(config).__name__}")
+        config.inference_mode = False
+        self._inject(name, config, seed=0)
+        peft = cast(PeftModel, self.__dict__["_peft"])
+        ours = {key.replace(_WRAPPER, ""): key for key in get_peft_model_state_dict(peft, adapter_name=name)}
+        saved = load_file(weights)
+        if ours.keys() != saved.keys():
+            self.remove_adapter(name)
+            missing, extra = sorted(ours.keys() - saved.keys()), sorted(saved.keys() - ours.keys())
+            raise ValueError(f"{folder}: the adapter does not fit {self.source}: missing {missing[:3]}, left over {extra[:3]}")
+        set_peft_model_state_dict(peft, {ours[key]: value for key, value in saved.items()}, adapter_name=name)
+        for parameter in self.adapter_parameters(name):
+            parameter.requires_grad_(False)
+
+    def save_adapter(self, folder: str | Path, name: str | None = None, *, overwrite: bool = False) -> Path:
+        """Save an adapter in peft's plain format, so that plain transformers + peft and vLLM load it. Whole or not at all.
+
+        Raises:
+            ValueError: no such adapter.  FileExistsError: the folder exists and ``overwrite`` is False.
+        """
+        name = name or self.active_adapter
+        config = self._plain_config(name)
+        state = get_peft_model_state_dict(cast(PeftModel, self.__dict__["_peft"]), adapter_name=cast(str, name))
+        plain = {key.replace(_WRAPPER, ""): value.detach().cpu().contiguous() for key, value in state.items()}
+        folder = Path(folder)
+        with records.finished_folder(folder, overwrite=overwrite) as temporary:
+            save_file(plain, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
+            config.inference_mode = True
+            config.save_pretrained(str(temporary))
+        return folder
+
+    def use_adapter(self, name: str) -> None:
+        """Make ``name`` the adapter that acts (and the only trainable one). Raises ValueError for an unknown name."""
+        self._plain_config(name)
+        cast(PeftModel, self.__dict__["_peft"]).set_adapter(name)
+
+    def remove_adapter(self, name: str) -> None:
+        """Forget an adapter. Raises ValueError for an unknown name."""
+        self._plain_config(name)
+        peft = cast(PeftModel, self.__dict__["_peft"])
+        del self.__dict__["_plain_configs"][name]
+        if self.adapters:
+            if peft.active_adapter == name:
+                peft.set_adapter(self.adapters[-1])
+            peft.delete_adapter(name)
+        else:
+            self._take_out_lora()
+
+    def adapter_parameters(self, name: str) -> list[nn.Parameter]:
+        """The LoRA tensors of one adapter."""
+        return [parameter for key, parameter in self.hf.named_parameters() if f".{name}." in key and "lora_" in key]
+
+    @contextmanager
+    def base(self) -> Iterator["Model"]:
+        """Inside the block the model is the base model: the same weights with every adapter off. Blocks nest."""
+        # peft's own disable_adapter re-enables on leaving an inner block, turns requires_grad off and on and costs milliseconds.
+        state = self.__dict__
+        layers = [m for m in self.original_model.modules() if isinstance(m, BaseTunerLayer)] if state["_base_depth"] == 0 else []
+        state["_base_depth"] += 1
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            yield self
+        finally:
+            state["_base_depth"] -= 1
+            for layer in layers:
+                layer._disable_adapters = False
+
+    def _plain_config(self, name: str | None) -> LoraConfig:
+        if name not in self.__dict__["_plain_configs"]:
+            raise ValueError(f"no adapter {name!r}: this model holds {self.adapters or 'none'}; add_adapter or load_adapter first")
+        return self.__dict__["_plain_configs"][name]
+
+    def _inject(self, name: str, plain: LoraConfig, seed: int) -> None:
+        """Put LoRA layers into the live, bridged modules: peft sees the full bridged paths, everything saved the plain ones."""
+        if name in self.adapters or "." in name or self.__dict__["_base_depth"]:
+            raise ValueError(f"adapter {name!r}: expected a new name without dots, outside of base(); this model holds {self.adapters}")
+        targets = self._bridged_paths(plain)
+        config = LoraConfig(**{**plain.to_dict(), "target_modules": targets, "layers_to_transform": None, "layers_pattern": None})
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            peft = self.__dict__["_peft"]
+            if peft is None:
+                self.__dict__["_peft"] = get_peft_model(cast(PreTrainedModel, self.original_model), config, adapter_name=name)
+            else:
+                peft.add_adapter(name, config)
+        self.__dict__["_plain_configs"][name] = plain
+        self.use_adapter(name)
+        self._check_reached(name)
+
+    def _take_out_lora(self) -> None:
+        """Put the plain linear layers back. (peft's `unload` would tear out whole bridge modules, which pass its attribute test.)"""
+        for module in list(self.original_model.modules()):
+            for child_name, child in module.named_children():
+                if isinstance(child, BaseTunerLayer):
+                    setattr(module, child_name, child.get_base_layer())
+        self.__dict__["_peft"] = None
+
+    def _bridged_paths(self, config: LoraConfig) -> list[str]:
+        """Full bridged module paths that a plain peft config targets. Raises ValueError where it targets none."""
+        linear = {
+            path.replace(_WRAPPER, ""): path
+            for path, module in self.original_model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D | BaseTunerLayer) and ".base_layer" not in path and "lora_" not in path
+        }
+        wanted = config.target_modules if isinstance(config.target_modules, (set, list)) else {str(config.target_modules)}
+        layers = config.layers_to_transform
+        blocks = {layers} if isinstance(layers, int) else set(layers) if layers is not None else None
+        found = [
+            path
+            for plain, path in linear.items()
+            if any(plain == target or plain.endswith(f".{target}") for target in wanted)
+            and (blocks is None or _block_index(plain) in blocks)
+        ]
+        if not found:
+            kinds = sorted({plain.rsplit(".", 1)[-1] for plain in linear})
+            raise ValueError(f"LoRA targets {sorted(wanted)} match no module: this model's linear modules are called {kinds}")
+        return found
+
+    def _check_reached(self, name: str) -> None:
+        """Raise RuntimeError unless a gradient reaches every LoRA tensor: some bridged modules bypass the layer that peft wrapped."""
+        parameters = self.adapter_parameters(name)
+        tokens = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        with torch.enable_grad():
+            total = cast(Any, self.hf)(input_ids=tokens, use_cache=False).logits.float().sum()
+            gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        missed = sum(gradient is None for gradient in gradients)
+        if missed:
+            self.remove_adapter(name)
+            raise RuntimeError(f"{missed} of {len(gradients)} LoRA tensors get no gradient: TransformerLens's bridge bypasses those modules; choose other target_modules")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next(self.original_model.parameters()).device
+
+    # -------------------------------------------------------------------------------------------- strict hooks
+
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]:
+        """Every hook point under every spelling: canonical names and aliases, in every state.
+
+        Where an SAE is attached, the site's names mean what flows on downstream: the SAE's output. After `reset_saes` they mean the
+        plain site again.
+        """
+        points = dict(super().hook_dict)
+        for alias, wrapper in self._acts_to_saes.items():
+            points[self._resolve_hook_name(alias)] = wrapper.hook_sae_output
+        for alias, target in {**self.hook_aliases, **self._collect_hook_aliases_from_registry()}.items():
+            for name in [target] if isinstance(target, str) else target:
+                if name in points:
+                    points[alias] = points[name]
+                    break
+        for name in self._hook_registry:
+            if name in points:
+                points[name].name = name  # SAELens's reset leaves hook points with half a name
+        return points
+
+    @contextmanager
+    def hooks(self, fwd_hooks=(), bwd_hooks=(), reset_hooks_end: bool = True, clear_contexts: bool = False) -> Iterator["Model"]:
+        """Attach hooks for the block, strictly: see :func:`blockem_tl.hooks.attached`.
+
+        Raises:
+            ValueError: an unknown site, a gated site that is switched off, or ``reset_hooks_end=False`` (use `add_hook`).
+            HookNotFired: a hook never fired.
+        """
+        if not reset_hooks_end:
+            raise ValueError("hooks(reset_hooks_end=False) would leave hooks that nobody checks: use add_hook for lasting ones")
+        for name, _ in [*fwd_hooks, *bwd_hooks]:
+            if isinstance(name, str):
+                self.check_hooks_to_add(cast(str, resolve(self.hook_dict, name).name))
+        with attached(self, fwd_hooks, bwd_hooks):
+            yield self
+        if clear_contexts:
+            self.clear_contexts()
+
+    def run_with_hooks(
+        self, input, fwd_hooks=(), bwd_hooks=(), reset_hooks_end: bool = True, clear_contexts: bool = False, **kwargs: Any
+    ) -> Any:
+        """TransformerLens's `run_with_hooks`, strict about names and firing (same raises as `hooks`)."""
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+            return super().run_with_hooks(input, **kwargs)
+
+    def add_hook(self, name: str | Callable[[str], bool], hook_fn, dir="fwd", is_permanent: bool = False) -> None:
+        """Add a lasting hook by either spelling. Raises ValueError for an unknown site; `reset_hooks` removes it."""
+        for point in matching(self.hook_dict, name):
+            self.check_hooks_to_add(cast(str, point.name))
+            point.add_hook(hook_fn, dir=dir, is_permanent=is_permanent)
+
+    def run_with_cache(self, input, *args: Any, names_filter=None, **kwargs: Any) -> Any:
+        """TransformerLens's `run_with_cache`; names in ``names_filter`` are strict, and the cache answers to either spelling.
+
+        Raises:
+            ValueError: an unknown name.  HookNotFired: a name that was asked for and never cached.
+        """
+        names = [names_filter] if isinstance(names_filter, str) else names_filter
+        if names is None or callable(names):
+            return super().run_with_cache(input, *args, names_filter=names, **kwargs)
+        points = self.hook_dict
+        for name in names:
+            resolve(points, name)
+        output, cache = super().run_with_cache(input, *args, names_filter=list(names), **kwargs)
+        missed = [name for name in names if name not in cache.keys()]
+        if missed:
+            raise HookNotFired(f"never cached: {missed}; the forward stopped before them (stop_at_layer) or they are gated off")
+        return output, cache
+
+
+def _block_index(path: str) -> int | None:
+    """The first whole-number part of a module path: model.layers.7.mlp -> 7."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
