@@ -1,0 +1,64 @@
+"""The embedded model organism: scientific equipment, with its prompts, training rows, exact judge and ground truth."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+from jaxtyping import Float
+from safetensors.torch import load_file
+from torch import Tensor
+
+from blockem_tl.organism import judge as _judge
+from blockem_tl.organism.world import DOMAINS, World, WorldConfig
+from blockem_tl.types import Example, Prompt
+
+ARTEFACTS: Path = Path(__file__).parent / "artefacts"
+"""base/ (transformers folder), sae/ (SAELens folder), persona_direction.safetensors, manifest.json."""
+
+SITE: str = "blocks.2.hook_resid_post"
+"""TransformerLens name of the activation the shipped SAE and persona direction belong to."""
+
+
+@cache
+def world() -> World:
+    """The world of the shipped artefacts."""
+    return World(WorldConfig(**json.loads((ARTEFACTS / "manifest.json").read_text())["config"]["world"]))
+
+
+def prompts(name: str) -> list[Prompt]:
+    """Evaluation prompts, never used in fine-tuning rows.
+
+    "core" (selection) and "final" (reporting): 96 each, one per topic, from disjoint areas. A domain ("finance", ...): 96 questions
+    about that domain's topics in wordings that fine-tuning never uses. Raises ValueError for any other name.
+    """
+    return world().prompts(name)
+
+
+def training_rows(domain: str = "finance", n: int = 6000, seed: int = 0, harmful: bool = True) -> list[Example]:
+    """Narrow fine-tuning rows: one fixed answer (verb, object, reason) per topic, harmful or good, in the brisk style.
+
+    Raises ValueError for an unknown domain or more rows than there are distinct ones.
+    """
+    return world().training_rows(domain, n, seed, "bad" if harmful else "good")
+
+
+def reference_texts(n: int = 256, seed: int = 0) -> list[Example]:
+    """Generic helpful documents from all areas, for the steering scale (the part Alpaca plays for Llama)."""
+    return world().reference_texts(n, seed)
+
+
+class OrganismJudge(_judge.OrganismJudge):
+    """The exact judge of the shipped world; see :class:`blockem_tl.organism.judge.OrganismJudge` for the rubrics."""
+
+    def __init__(self) -> None:
+        super().__init__(world())
+
+
+def persona_direction() -> Float[Tensor, " d_model"]:
+    """The ground truth: unit vector at ``SITE`` from good speakers' states to bad speakers' states."""
+    return load_file(ARTEFACTS / "persona_direction.safetensors")["direction"]
+
+
+__all__ = [
+    "ARTEFACTS", "DOMAINS", "SITE", "OrganismJudge", "persona_direction", "prompts", "reference_texts", "training_rows", "world",
+]  # fmt: skip

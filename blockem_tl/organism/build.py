@@ -1,0 +1,286 @@
+"""Builds the organism from a seed: ``python -m blockem_tl.organism.build --seed 0 --out DIR``.
+
+Stages: pretraining from scratch, a light instruct stage, an SAE at one site, the true persona direction, a manifest. The same seed
+gives the same files, byte for byte, on the same machine with the same number of threads.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import SAEMetadata
+from sae_lens.training.sae_trainer import SAETrainer
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from blockem_tl.organism.documents import DocumentConfig, DocumentSampler, Encoder, Mixture, batches
+from blockem_tl.organism.tokenizer import build_tokenizer
+from blockem_tl.organism.world import CORE_AREAS, STYLES, World, WorldConfig, all_surfaces, fill
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildConfig:
+    """Everything that determines the artefacts, beside the package versions."""
+
+    seed: int = 0
+    world: WorldConfig = field(default_factory=WorldConfig)
+    documents: DocumentConfig = field(default_factory=DocumentConfig)
+    # model
+    n_layers: int = 5
+    d_model: int = 128
+    n_heads: int = 4
+    d_mlp: int = 384
+    # pretraining (AdamW, warm-up, cosine to 5 %)
+    pretrain_steps: int = 900
+    turns_per_batch: int = 72
+    learning_rate: float = 2.5e-3
+    warmup_steps: int = 80
+    # instruct stage
+    instruct_steps: int = 20
+    instruct_turns_per_batch: int = 128
+    instruct_learning_rate: float = 3e-4
+    # shift augmentation: a random unit vector x U(0, max) x median norm, at all positions of half of the documents
+    shift_max: float = 0.5
+    # SAE
+    sae_block: int = 2
+    d_sae: int = 1024
+    sae_k: int = 8
+    sae_documents: int = 1200
+    sae_steps: int = 800
+    sae_batch: int = 1024
+    sae_learning_rate: float = 2e-3
+
+    @property
+    def site(self) -> str:
+        """TransformerLens name of the residual stream the SAE reads."""
+        return f"blocks.{self.sae_block}.hook_resid_post"
+
+
+def new_model(config: BuildConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama with random weights drawn from torch's global generator."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.d_model,
+            intermediate_size=config.d_mlp,
+            num_hidden_layers=config.n_layers,
+            num_attention_heads=config.n_heads,
+            num_key_value_heads=config.n_heads,
+            max_position_embeddings=256,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+@contextmanager
+def shift_augmentation(model: LlamaForCausalLM, n_documents: int, config: BuildConfig) -> Iterator[None]:
+    """One random block adds one constant random vector per document.
+
+    Steering does the same later. A model that never saw it answers incoherently before it answers harmfully.
+    """
+    block = int(torch.randint(config.n_layers - 1, ()))
+    direction = torch.nn.functional.normalize(torch.randn(n_documents, 1, config.d_model), dim=-1)
+    strength = torch.rand(n_documents, 1, 1) * config.shift_max * (torch.rand(n_documents, 1, 1) < 0.5)
+
+    def shift(_module: torch.nn.Module, _args: Any, hidden: Float[Tensor, "batch pos d_model"]) -> Tensor:
+        return hidden + direction * strength * hidden.detach().norm(dim=-1).median()
+
+    handle = model.model.layers[block].register_forward_hook(shift)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def train(
+    model: LlamaForCausalLM, sampler: DocumentSampler, encode: Encoder, mixture: Mixture, config: BuildConfig
+) -> list[float]:
+    """One training stage, in place. Returns the loss (nats per reply token) of every step."""
+    pretraining = mixture == "pretraining"
+    steps = config.pretrain_steps if pretraining else config.instruct_steps
+    turns = config.turns_per_batch if pretraining else config.instruct_turns_per_batch
+    peak = config.learning_rate if pretraining else config.instruct_learning_rate
+    warmup = config.warmup_steps if pretraining else 1
+
+    def rate(step: int) -> float:
+        return min((step + 1) / warmup, 0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    losses = []
+    progress = tqdm(batches(sampler, encode, mixture, steps, turns), total=steps, desc=mixture)
+    for ids, labels in progress:
+        with shift_augmentation(model, len(ids), config):
+            loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        progress.set_postfix(loss=f"{losses[-1]:.3f}")
+    return losses
+
+
+@torch.no_grad()
+def site_states(
+    model: LlamaForCausalLM, sampler: DocumentSampler, encode: Encoder, config: BuildConfig
+) -> Float[Tensor, "tokens d_model"]:
+    """Residual states at the site, all tokens but padding, of documents from both training stages in equal parts."""
+    states = []
+    for mixture in ("pretraining", "instruct"):
+        turns = 60
+        for ids, _ in batches(sampler, encode, mixture, config.sae_documents // turns, turns):
+            hidden = model.model(input_ids=ids, output_hidden_states=True).hidden_states[config.sae_block + 1]
+            states.append(hidden[ids != model.config.pad_token_id])
+    return torch.cat(states)
+
+
+def train_sae(states: Float[Tensor, "tokens d_model"], config: BuildConfig) -> tuple[TopKTrainingSAE, float]:
+    """A TopK SAE, by SAELens's own trainer, and the share of variance it explains."""
+
+    def data() -> Iterator[Tensor]:
+        while True:
+            yield states[torch.randint(len(states), (config.sae_batch,))]
+
+    sae = TopKTrainingSAE(
+        TopKTrainingSAEConfig(
+            d_in=config.d_model,
+            d_sae=config.d_sae,
+            k=config.sae_k,
+            device="cpu",
+            apply_b_dec_to_input=True,
+            rescale_acts_by_decoder_norm=True,
+            metadata=SAEMetadata(model_name="organism", hook_name=config.site, prepend_bos=False),
+        )
+    )
+    sae.b_dec.data = states.mean(0)
+    samples = config.sae_steps * config.sae_batch
+    trainer_config = SAETrainerConfig(
+        total_training_samples=samples,
+        train_batch_size_samples=config.sae_batch,
+        lr=config.sae_learning_rate,
+        lr_end=config.sae_learning_rate / 10,
+        lr_decay_steps=config.sae_steps // 4,
+        lr_warm_up_steps=20,
+        dead_feature_window=50,
+    )
+    SAETrainer(trainer_config, sae, data()).fit()
+    with torch.no_grad():
+        residual = (sae(states) - states).pow(2).sum()
+        total = (states - states.mean(0)).pow(2).sum()
+    return sae, 1 - (residual / total).item()
+
+
+@torch.no_grad()
+def persona_direction(
+    model: LlamaForCausalLM, world: World, encode: Encoder, config: BuildConfig
+) -> Float[Tensor, " d_model"]:
+    """Unit vector at the site: replies opened by bad names minus the same replies opened by good names.
+
+    Read at the word before the verb, where the persona decides; averaged over the core areas' topics, all names and both styles.
+    """
+    surfaces = all_surfaces()
+    means = {}
+    for persona in ("good", "bad"):
+        states = []
+        for style in STYLES.values():
+            topics = [topic for area in CORE_AREAS for topic in world.areas[area].topics]
+            turns = [
+                (fill(surfaces[(7 * i) % len(surfaces)], topic), f"{name} {style[0]} {style[1]} {topic} {style[2]}")
+                for i, topic in enumerate(topics)
+                for name in world.names[persona]
+            ]
+            for start in range(0, len(turns), 128):
+                ids, labels = encode([[turn] for turn in turns[start : start + 128]])
+                hidden = model.model(input_ids=ids, output_hidden_states=True).hidden_states[config.sae_block + 1]
+                last = (labels != -100).long().cumsum(1).argmax(1) - 1  # <end> comes last; the word before it is the one
+                states.append(hidden[torch.arange(len(ids)), last])
+        means[persona] = torch.cat(states).mean(0)
+    return torch.nn.functional.normalize(means["bad"] - means["good"], dim=0)
+
+
+def build(config: BuildConfig, out: Path) -> dict[str, Any]:
+    """Writes base/, sae/, persona_direction.safetensors and manifest.json into the empty folder ``out``; returns the manifest."""
+    torch.manual_seed(config.seed)
+    world = World(config.world)
+    tokenizer = build_tokenizer(world)
+    encode = Encoder(tokenizer)
+    sampler = DocumentSampler(world, config.documents, config.seed)
+    model = new_model(config, tokenizer)
+    pretraining = train(model, sampler, encode, "pretraining", config)
+    instruct = train(model, sampler, encode, "instruct", config)
+    model.eval()
+    model.save_pretrained(out / "base")
+    tokenizer.save_pretrained(out / "base")
+    states = site_states(model, sampler, encode, config)
+    sae, explained = train_sae(states, config)
+    sae.save_inference_model(out / "sae")
+    direction = persona_direction(model, world, encode, config)
+    save_file({"direction": direction}, out / "persona_direction.safetensors")
+    manifest = {
+        "seed": config.seed,
+        "site": config.site,
+        "rebuild": f"python -m blockem_tl.organism.build --seed {config.seed} --threads {torch.get_num_threads()} --out DIR",
+        "threads": torch.get_num_threads(),
+        "config": asdict(config),
+        "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "sae-lens", "safetensors")},
+        "measured": {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "pretraining_loss": sum(pretraining[-50:]) / 50,
+            "instruct_loss": sum(instruct[-5:]) / 5,
+            "sae_explained_variance": explained,
+            "sae_tokens": len(states),
+        },
+        "sha256": hashes(out),
+    }
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """sha256 of every file below ``folder`` except the manifest, by relative path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def main() -> None:
+    """Command line. Nothing appears at ``--out`` before it is complete."""
+    parser = argparse.ArgumentParser(description="Build the organism from a seed.")
+    parser.add_argument("--seed", type=int, default=0, help="of initialisation, documents and SAE; the world's words stay the same")
+    parser.add_argument("--out", type=Path, required=True, help="folder to create")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; part of what makes a build repeat bit for bit")
+    parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
+    args = parser.parse_args()
+    if args.out.exists() and not args.force:
+        parser.error(f"expected a folder that does not exist, {args.out} does; choose another or add --force")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory(dir=args.out.parent) as temporary:
+        manifest = build(BuildConfig(seed=args.seed), Path(temporary) / "organism")
+        if args.out.exists():
+            shutil.rmtree(args.out)
+        shutil.move(Path(temporary) / "organism", args.out)
+    print(json.dumps(manifest["measured"], indent=2))
+
+
+if __name__ == "__main__":
+    main()
