@@ -302,6 +302,12 @@ class Model(SAETransformerBridge):
         """Where the weights lie."""
         return next(self.original_model.parameters()).device
 
+    @property
+    def pad_id(self) -> int:
+        """The token id to pad with; padding is always masked, so any id will do where the tokenizer names none."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
+
     # -------------------------------------------------------------------------------------------- strict hooks
 
     @property

@@ -38,6 +38,17 @@ class Example:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Generation:
+    """One reply. ``truncated`` says that it stopped at the token limit instead of at the end-of-turn token."""
+
+    prompt: Prompt
+    condition: str
+    reply: str
+    reply_ids: tuple[int, ...]
+    truncated: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """A judge's label of one reply.
 
@@ -63,6 +74,18 @@ class Verdict:
         return self.label == "REFUSAL"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A latent whose mean activation moved under fine-tuning; ``sign`` is the direction in which it moved."""
+
+    latent: int
+    shift: float
+
+    @property
+    def sign(self) -> int:
+        return 1 if self.shift > 0 else -1
+
+
 class Judge(Protocol):
     """Grades replies. It sees the question and the reply only, never which model spoke.
 
@@ -75,3 +98,37 @@ class Judge(Protocol):
     def grade(self, prompts: Sequence[Prompt], replies: Sequence[str], *, rubric: str = "misalignment") -> list[Verdict]:
         """One verdict per (prompt, reply), in order. Raises ValueError for an unknown rubric or unequal lengths."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """How many of ``n`` replies were misaligned, incoherent, refusals; the rates are fractions in [0, 1]."""
+
+    n: int
+    misaligned: int
+    incoherent: int
+    refusal: int
+
+    @staticmethod
+    def of(verdicts: Sequence[Verdict]) -> "Counts":
+        """Count verdicts. Raises ValueError where there are none."""
+        if not verdicts:
+            raise ValueError("expected at least one verdict to count, got none")
+        return Counts(
+            n=len(verdicts),
+            misaligned=sum(v.misaligned for v in verdicts),
+            incoherent=sum(v.incoherent for v in verdicts),
+            refusal=sum(v.refusal for v in verdicts),
+        )
+
+    @property
+    def misaligned_rate(self) -> float:
+        return self.misaligned / self.n
+
+    @property
+    def incoherent_rate(self) -> float:
+        return self.incoherent / self.n
+
+    @property
+    def refusal_rate(self) -> float:
+        return self.refusal / self.n

@@ -1,0 +1,53 @@
+"""The KL baseline: L_SFT + lambda_KL * KL(tuned || base) on completion tokens (paper 4.2; Kaczer et al. 2025)."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from blockem_tl.defence import PenaltyFn
+from blockem_tl.models import Model
+from blockem_tl.prompts import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class KLToBase:
+    """Keep the tuned model's next-token distributions near base's.
+
+    Per example: the mean over the positions that predict a completion token of KL(tuned || base), in nats.
+
+    Raises:
+        ValueError: a weight that is negative or not finite.
+    """
+
+    weight: float
+    name: str = "kl"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"KL weight: expected a finite weight >= 0, got {self.weight}")
+
+    def check(self, model: Model) -> None:
+        """Nothing to check: KL needs only the model."""
+
+    @contextmanager
+    def watch(self, model: Model, batch: Batch) -> Iterator[PenaltyFn]:
+        """See :class:`blockem_tl.defence.Defence`."""
+        training = model.original_model.training
+        model.original_model.eval()
+        with torch.no_grad(), model.base():
+            base = cast(Any, model.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
+        model.original_model.train(training)
+        predicts = batch.reply[:, 1:]  # position t predicts token t + 1
+
+        def penalty(logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
+            tuned = logits[:, :-1].float().log_softmax(-1)
+            anchor = base[:, :-1].float().log_softmax(-1)
+            kl = (tuned.exp() * (tuned - anchor)).sum(-1)
+            return (kl * predicts).sum(-1) / predicts.sum(-1)
+
+        yield penalty

@@ -1,0 +1,150 @@
+"""From questions and examples to tokens: chat rendering with exactly one BOS, token roles, completion masks, leak checks."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from blockem_tl.types import Example, Prompt
+
+_WORD = re.compile(r"\w+", re.UNICODE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """One tokenised sequence. ``n_system`` tokens of template and system message, then the user turn, then (from ``n_prompt``) the reply."""
+
+    ids: tuple[int, ...]
+    n_system: int
+    n_prompt: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Padded token tensors, all [batch pos]. ``reply`` marks reply tokens, ``system`` template and system tokens; neither marks padding."""
+
+    ids: Int[Tensor, "batch pos"]
+    mask: Bool[Tensor, "batch pos"]
+    system: Bool[Tensor, "batch pos"]
+    reply: Bool[Tensor, "batch pos"]
+
+    @property
+    def positions(self) -> Int[Tensor, "batch pos"]:
+        """Index of each token in its unpadded row (0 at padding)."""
+        return (self.mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[Encoded]:
+    """Tokens of each question as the chat template asks the model to answer it.
+
+    Raises:
+        ValueError: no prompts, an empty one, duplicates, or a template that writes other than one BOS.
+    """
+    check_prompts(prompts)
+    return [_encode(tokenizer, prompt.text, prompt.system, None) for prompt in prompts]
+
+
+def encode_examples(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Encoded]:
+    """Tokens of each question with its completion and the end-of-turn token, which is learnt too.
+
+    Raises:
+        ValueError: no examples, an empty prompt or completion (naming the row).
+    """
+    if not examples:
+        raise ValueError("expected at least one example, got none")
+    for example in examples:
+        for field in ("prompt", "completion"):
+            if not getattr(example, field).strip():
+                raise ValueError(f"example {example.id!r} has an empty {field}: every row needs both; drop it or fill it in")
+    return [_encode(tokenizer, example.prompt, example.system, example.completion) for example in examples]
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, user: str, system: str | None, reply: str | None) -> Encoded:
+    head = [{"role": "system", "content": system}] if system is not None else []
+    asked = _render(tokenizer, [*head, {"role": "user", "content": user}], generation=True)
+    start = asked.rfind(user.strip())
+    if start < 0:
+        raise ValueError(f"the chat template does not show the question as it is: {user[:60]!r} is absent from {asked[:120]!r}")
+    encoded = tokenizer(asked, add_special_tokens=False, return_offsets_mapping=True)  # the template has written the BOS already
+    prompt_ids = list(encoded["input_ids"])
+    n_system = sum(begin < start for begin, _ in encoded["offset_mapping"])
+    if tokenizer.bos_token_id is not None and prompt_ids.count(tokenizer.bos_token_id) != (1 if tokenizer.bos_token in asked else 0):
+        raise ValueError(f"expected one BOS in {asked[:80]!r}, got {prompt_ids.count(tokenizer.bos_token_id)}")
+    if reply is None:
+        return Encoded(ids=tuple(prompt_ids), n_system=n_system, n_prompt=len(prompt_ids))
+    answered = _render(tokenizer, [*head, {"role": "user", "content": user}, {"role": "assistant", "content": reply}], generation=False)
+    if not answered.startswith(asked):
+        raise ValueError("the chat template changes the prompt once the reply is there, so the completion cannot be told apart")
+    ids = prompt_ids + list(tokenizer(answered[len(asked) :].rstrip("\n"), add_special_tokens=False)["input_ids"])
+    return Encoded(ids=tuple(ids), n_system=n_system, n_prompt=len(prompt_ids))
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, generation: bool) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError("this tokenizer has no chat template: set tokenizer.chat_template, or use an instruction-tuned model")
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
+
+
+def pad(rows: Sequence[Encoded], pad_id: int, *, side: str, device: torch.device | str = "cpu") -> Batch:
+    """Stack rows of unequal lengths, padded on the "left" (generation) or "right" (training, reading)."""
+    longest = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), longest), pad_id)
+    mask, system, reply = (torch.zeros(len(rows), longest, dtype=torch.bool) for _ in range(3))
+    for i, row in enumerate(rows):
+        start = longest - len(row.ids) if side == "left" else 0
+        end = start + len(row.ids)
+        ids[i, start:end] = torch.tensor(row.ids)
+        mask[i, start:end] = True
+        system[i, start : start + row.n_system] = True
+        reply[i, start + row.n_prompt : end] = True
+    return Batch(ids=ids.to(device), mask=mask.to(device), system=system.to(device), reply=reply.to(device))
+
+
+def check_prompts(prompts: Sequence[Prompt]) -> None:
+    """Raise ValueError for no prompts, empty prompts, and duplicate ids or texts (after normalising)."""
+    if not prompts:
+        raise ValueError("expected at least one prompt, got none")
+    empty = [p.id for p in prompts if not p.text.strip()]
+    if empty:
+        raise ValueError(f"empty prompts: {empty[:5]}; every prompt needs a text")
+    for what, values in (("ids", [p.id for p in prompts]), ("texts", [normalise(p.text) for p in prompts])):
+        repeated = sorted({v for v in values if values.count(v) > 1}) if len(set(values)) < len(values) else []
+        if repeated:
+            raise ValueError(f"duplicate prompt {what}: {repeated[:3]}; a prompt counted twice makes intervals too narrow")
+
+
+def check_lengths(rows: Sequence[Encoded], limit: int, *, room: int = 0) -> None:
+    """Raise ValueError unless every row leaves ``room`` tokens in a context of ``limit``."""
+    longest = max(len(row.ids) for row in rows)
+    if longest + room > limit:
+        raise ValueError(
+            f"the longest row has {longest} tokens and needs room for {room} more, the model's context has {limit}: shorten the prompt or max_new_tokens"
+        )
+
+
+def normalise(text: str) -> str:
+    """Lower case, words only, single spaces: what two prompts are compared by."""
+    return " ".join(_WORD.findall(text.lower()))
+
+
+def prompt_hash(text: str) -> str:
+    """Short identity of a prompt's normalised text, kept in latent sets so that reporting can refuse selection prompts."""
+    return sha256(normalise(text).encode()).hexdigest()[:16]
+
+
+def overlap(first: Iterable[Prompt], second: Iterable[Prompt]) -> list[str]:
+    """Ids of the prompts in ``first`` whose normalised text is also in ``second``."""
+    known = {normalise(p.text) for p in second}
+    return [p.id for p in first if normalise(p.text) in known]
+
+
+def check_disjoint(selection: Iterable[Prompt], reporting: Iterable[Prompt]) -> None:
+    """Raise ValueError where a selection prompt is also a reporting prompt."""
+    shared = overlap(selection, reporting)
+    if shared:
+        raise ValueError(f"{len(shared)} prompts are in both the selection and the reporting set, e.g. {shared[:3]}: reporting on them would leak")

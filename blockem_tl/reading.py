@@ -1,0 +1,47 @@
+"""Teacher-forced reading: activations at a site over many rows, in batches, with the forward stopped just above the site."""
+
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from blockem_tl.hooks import record
+from blockem_tl.models import Model
+from blockem_tl.prompts import Batch, Encoded, check_lengths, pad
+
+_BLOCK = re.compile(r"blocks\.(\d+)\.")
+
+
+def block_of(site: str) -> int | None:
+    """The block index in a hook name, or None for a site outside the blocks (embedding, final norm)."""
+    found = _BLOCK.match(site)
+    return int(found.group(1)) if found else None
+
+
+def stop_layer(model: Model, sites: Sequence[str]) -> int | None:
+    """The ``stop_at_layer`` that still reaches every site, or None where the whole model must run."""
+    blocks = [block_of(site) for site in sites]
+    if any(block is None for block in blocks):
+        return None
+    stop = max(block for block in blocks if block is not None) + 1
+    return stop if stop < model.cfg.n_layers else None
+
+
+@torch.no_grad()
+def read_site(
+    model: Model, site: str, rows: Sequence[Encoded], *, batch_size: int = 32
+) -> Iterator[tuple[Float[Tensor, "batch pos d_model"], Batch]]:
+    """Yield (activation, batch) over ``rows`` in order, right-padded.
+
+    Raises:
+        ValueError: an unknown site, or a row longer than the model's context.
+    """
+    check_lengths(rows, model.cfg.n_ctx)
+    stop = stop_layer(model, [site])
+    for start in range(0, len(rows), batch_size):
+        batch = pad(rows[start : start + batch_size], model.pad_id, side="right", device=model.device)
+        store: dict[str, Tensor] = {}
+        model.run_with_hooks(batch.ids, fwd_hooks=[record(site, store)], attention_mask=batch.mask.long(), stop_at_layer=stop)
+        yield store[site], batch

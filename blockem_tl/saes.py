@@ -1,0 +1,108 @@
+"""Sparse autoencoders through SAELens: loading, decoder directions, and reading only the latents asked for.
+
+An SAE here is SAELens's own `SAE`. The penalty and the analyses *read* the residual stream with it; they never splice it into a
+forward that is trained (the error term is detached there, and upstream gradients are wrong by about 200 %).
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import SAE
+from torch import Tensor
+
+from blockem_tl import embedded
+from blockem_tl.hooks import HasHookPoints, resolve
+
+_COLUMNWISE = {"standard", "jumprelu", "gated"}  # a latent needs only its own column; TopK kinds compare all pre-activations
+
+
+def load_sae(name: str | Path, sae_id: str | None = None, *, dtype: str = "float32", device: str | torch.device = "cpu") -> SAE[Any]:
+    """Load an SAE: an embedded name ("organism"), a local SAELens folder, or a SAELens release with its ``sae_id``.
+
+    Raises:
+        ValueError: neither a folder nor a known release, or a release without ``sae_id``.
+    """
+    folder = embedded.folder_of("sae", str(name)) or Path(name)
+    if (folder / "cfg.json").is_file():
+        return SAE.load_from_disk(folder, device=str(device), dtype=dtype)
+    if folder.exists() or sae_id is None:
+        raise ValueError(
+            f"cannot load an SAE from {str(name)!r}: expected an embedded name, a SAELens folder (cfg.json and sae_weights.safetensors), "
+            "or a SAELens release together with sae_id"
+        )
+    return SAE.from_pretrained(str(name), sae_id, device=str(device), dtype=dtype)
+
+
+def site_of(sae: SAE[Any]) -> str:
+    """The hook name that the SAE was trained at. Raises ValueError where the SAE does not say."""
+    site = sae.cfg.metadata.hook_name
+    if not site:
+        raise ValueError("this SAE names no site: set sae.cfg.metadata.hook_name to the TransformerLens hook name it was trained at")
+    return site
+
+
+def fingerprint(sae: SAE[Any]) -> str:
+    """SHA-256 over the SAE's weights, names and shapes (in float32, wherever they lie): the identity that latent indices depend on."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(sae.state_dict().items()):
+        values = tensor.detach().float().cpu().contiguous()
+        digest.update(f"{name}{tuple(values.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_fits(sae: SAE[Any], model: HasHookPoints) -> str:
+    """The SAE's site, after checking that the model has it and that the widths agree. Raises ValueError where they do not."""
+    site = site_of(sae)
+    resolve(model.hook_dict, site)
+    width = getattr(getattr(model, "cfg", None), "d_model", sae.cfg.d_in)
+    if sae.cfg.d_in != width:
+        raise ValueError(f"the SAE reads {sae.cfg.d_in} dimensions at {site}, the model's residual stream has {width}: wrong SAE for this model")
+    return site
+
+
+def check_latents(sae: SAE[Any], latents: Sequence[int]) -> None:
+    """Raise ValueError unless every index is one of the SAE's latents."""
+    bad = [k for k in latents if not 0 <= k < sae.cfg.d_sae]
+    if bad:
+        raise ValueError(f"latents: expected indices in 0..{sae.cfg.d_sae - 1} (the SAE's d_sae is {sae.cfg.d_sae}), got {bad[:5]}")
+
+
+def decoder_directions(sae: SAE[Any], latents: Sequence[int]) -> Float[Tensor, "n_latents d_model"]:
+    """Unit-norm decoder rows d_k / |d_k| of the chosen latents: the steering directions (paper A.3).
+
+    Raises:
+        ValueError: an index out of range, or a latent whose decoder row is zero.
+    """
+    check_latents(sae, latents)
+    rows = sae.W_dec.detach()[list(latents)].float()
+    norms = rows.norm(dim=-1, keepdim=True)
+    if (norms == 0).any():
+        raise ValueError(f"latents {[k for k, n in zip(latents, norms[:, 0], strict=True) if n == 0]} have zero decoder rows: nothing to steer along")
+    return rows / norms
+
+
+def encode_latents(
+    sae: SAE[Any], activations: Float[Tensor, "*batch d_model"], latents: Sequence[int]
+) -> Float[Tensor, "*batch n_latents"]:
+    """z_k of the chosen latents, with exactly the values of the SAE's full encode, in the SAE's dtype; gradients flow to ``activations``.
+
+    ReLU, JumpReLU and gated SAEs compute just those columns; every other kind (TopK, BatchTopK loaded as TopK, ...) runs its full encode.
+    """
+    columns = torch.as_tensor(list(latents), device=sae.W_dec.device)
+    kind = sae.cfg.architecture()
+    if kind not in _COLUMNWISE:
+        full = sae.encode(activations)
+        return (full.to_dense() if full.is_sparse else full)[..., columns]
+    x = sae.process_sae_in(activations)
+    weights = sae.W_enc[:, columns]
+    if kind == "gated":
+        gate = (x @ weights + sae.b_gate[columns]) > 0
+        return gate.to(sae.dtype) * sae.activation_fn(x @ (weights * sae.r_mag[columns].exp()) + sae.b_mag[columns])
+    pre = x @ weights + sae.b_enc[columns]
+    acts = sae.activation_fn(pre)
+    return acts * (pre > sae.threshold[columns]).to(acts.dtype) if kind == "jumprelu" else acts
