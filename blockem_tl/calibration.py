@@ -74,7 +74,7 @@ def calibrate(
     grid: Sequence[float] = GRID,
     extended_grid: Sequence[float] = EXTENDED_GRID,
     promising: float = 0.042,
-    budget: Budget = Budget(),  # noqa: B008 - frozen
+    budget: Budget = Budget(),
     progress: bool = True,
 ) -> list[Calibrated]:
     """For every latent and both directions the largest |dose| in its grid whose incoherence is within the budget (eq. 8).
@@ -155,7 +155,7 @@ def select(
     eligible = [c for c in calibrated if (c.valid or not valid_only) and c.score(rule) > float("-inf")]
     if not eligible:
         raise ValueError(
-            f"select: none of {len(calibrated)} calibrated latents qualifies (valid_only={valid_only}): their doses are too weak or break the "
-            "incoherence budget; try Budget(relative=True), a larger tau or grid, or valid_only=False"
+            f"select: none of {len(calibrated)} calibrated latents qualifies (valid_only={valid_only}): their doses are too weak or "
+            "break the incoherence budget; try Budget(relative=True), a larger tau or grid, or valid_only=False"
         )
     return sorted(eligible, key=lambda c: c.score(rule), reverse=True)[:n]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -14,6 +14,7 @@ PenaltyFn = Callable[[Float[Tensor, "batch pos d_vocab"]], Float[Tensor, " batch
 """From the tuned model's logits to one penalty per example."""
 
 
+@runtime_checkable
 class Defence(Protocol):
     """A penalty on how fine-tuning changes the model. The trainer adds ``weight`` times its mean over examples to the SFT loss.
 
@@ -21,8 +22,11 @@ class Defence(Protocol):
     attach hooks; what it yields computes the penalty once the logits are there.
     """
 
-    name: str
-    weight: float
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def weight(self) -> float: ...
 
     def check(self, model: Model) -> None:
         """Raise ValueError where the defence cannot act on ``model``; asked before training starts."""

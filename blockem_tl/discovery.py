@@ -75,9 +75,7 @@ def speakers(model: Model, *, max_new_tokens: int, batch_size: int, progress: bo
     """(base, tuned): who replies in stages 2 and 3 and in evaluation, greedily; the same code with the adapter off and on."""
 
     def tuned(prompts: Sequence[Prompt], conditions: Sequence[Condition]) -> list[Generation]:
-        return generate(
-            model, prompts, conditions=conditions, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
-        )
+        return generate(model, prompts, conditions=conditions, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
 
     def base(prompts: Sequence[Prompt], conditions: Sequence[Condition]) -> list[Generation]:
         with model.base():
@@ -93,7 +91,7 @@ def discover(
     prompts: Sequence[Prompt],
     *,
     scale: float,
-    config: DiscoveryConfig = DiscoveryConfig(),  # noqa: B008 - frozen
+    config: DiscoveryConfig = DiscoveryConfig(),
     exclude: Sequence[int] = (),
     progress: bool = True,
 ) -> Discovery:
@@ -114,14 +112,13 @@ def discover(
     if config.read == "replies":
         replies = tuned(prompts, [Condition(name="unsteered")])
         rows = encode_examples(
-            model.tokenizer, [Example(id=g.prompt.id, prompt=g.prompt.text, completion=g.reply, system=g.prompt.system) for g in replies if g.reply]
+            model.tokenizer,
+            [Example(id=g.prompt.id, prompt=g.prompt.text, completion=g.reply, system=g.prompt.system) for g in replies if g.reply],
         )
     shift = shifts(model, sae, rows)
     shift[list(exclude)] = 0.0
     pool = candidate_pool(shift, n_plus=config.n_plus, n_minus=config.n_minus)
-    screened = screen(
-        base, tuned, judge, prompts, sae, pool, scale=scale, induce_dose=config.induce_dose, repair_dose=config.repair_dose
-    )
+    screened = screen(base, tuned, judge, prompts, sae, pool, scale=scale, induce_dose=config.induce_dose, repair_dose=config.repair_dose)
     calibrated = calibrate(
         base,
         tuned,

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from blockem_tl.generation import UNSTEERED, Condition
 from blockem_tl.latents import LatentSet
 from blockem_tl.outcomes import Speaker
-from blockem_tl.generation import UNSTEERED, Condition
 from blockem_tl.prompts import check_prompts, prompt_hash
 from blockem_tl.statistics import Rate
 from blockem_tl.types import Generation, Judge, Prompt, Verdict
@@ -90,8 +90,8 @@ def evaluate(
     used = [p.id for p in prompts if prompt_hash(p.text) in known]
     if used and not report_on_selection_prompts:
         raise ValueError(
-            f"{len(used)} of {len(prompts)} prompts were used for selection, e.g. {used[:3]}: rates on them are optimistic. Evaluate on other "
-            "prompts, or pass report_on_selection_prompts=True, which marks the result"
+            f"{len(used)} of {len(prompts)} prompts were used for selection, e.g. {used[:3]}: rates on them are optimistic. Evaluate on "
+            "other prompts, or pass report_on_selection_prompts=True, which marks the result"
         )
     generations = speak(prompts, [condition])
     verdicts = judge.grade([g.prompt for g in generations], [g.reply for g in generations], rubric=rubric)

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import DynamicCache
 from transformer_lens.hook_points import HookPoint
+from transformers import DynamicCache
 
 from blockem_tl.hooks import Hook, Step, current_step, resolve, step
 from blockem_tl.models import Model
@@ -105,7 +105,8 @@ def _steering_hooks(model: Model, conditions: Sequence[Condition], n_prompts: in
         resolve(points, condition.site)
         if condition.direction.shape != (d_model,):
             raise ValueError(
-                f"condition {condition.name!r}: expected a direction of shape ({d_model},) for {condition.site}, got {tuple(condition.direction.shape)}"
+                f"condition {condition.name!r}: expected a direction of shape ({d_model},) for {condition.site}, "
+                f"got {tuple(condition.direction.shape)}"
             )
         table = tables.setdefault(condition.site, torch.zeros(len(conditions), d_model, device=model.device))
         table[c] = condition.dose * condition.scale * condition.direction.to(table)
@@ -128,7 +129,7 @@ def _decode(
     ids, mask, positions = batch.ids, batch.mask, batch.positions
     row_of = torch.as_tensor(rows, device=model.device)
     replies: dict[int, list[int]] = {row: [] for row in rows}
-    cache = DynamicCache(config=model.hf.config)
+    cache = DynamicCache(config=cast(Any, model.original_model).config)
     for t in range(max_new_tokens):
         now = Step(mask=mask[:, -ids.shape[1] :], positions=positions, is_prompt=t == 0, rows=row_of)
         with step(now):
@@ -166,7 +167,9 @@ def _end_tokens(model: Model) -> frozenset[int]:
     return frozenset(i for i in ids if i is not None)
 
 
-def _chooser(temperature: float, seed: int) -> Callable[[Float[Tensor, "batch d_vocab"], Int[Tensor, " batch"], int], Int[Tensor, " batch"]]:
+def _chooser(
+    temperature: float, seed: int
+) -> Callable[[Float[Tensor, "batch d_vocab"], Int[Tensor, " batch"], int], Int[Tensor, " batch"]]:
     """Greedy, or sampling by inverse CDF with one number per (seed, row, step), so that rows do not depend on their batch."""
 
     def greedy(logits: Tensor, rows: Tensor, t: int) -> Tensor:

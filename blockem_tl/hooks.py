@@ -16,7 +16,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,10 +29,11 @@ NameOrFilter = str | Callable[[str], bool]
 _Pairs = Sequence[tuple[NameOrFilter, HookFunction]]
 
 
-class HookNotFired(RuntimeError):
+class HookNotFired(RuntimeError):  # noqa: N818 - it says what happened
     """A hook was attached, the model ran, and the hook's site was never reached: the intervention did not happen."""
 
 
+@runtime_checkable
 class HasHookPoints(Protocol):
     """Anything with TransformerLens hook points by name: a bridge, a `HookedTransformer`, our `Model`."""
 
@@ -118,9 +119,7 @@ def ablate(site: str, directions: Float[Tensor, "*n_directions d_model"]) -> Hoo
     return site, fn
 
 
-def clamp(
-    site: str, direction: Float[Tensor, " d_model"], low: float | None = None, high: float | None = None
-) -> Hook:
+def clamp(site: str, direction: Float[Tensor, " d_model"], low: float | None = None, high: float | None = None) -> Hook:
     """Move the activation along ``direction`` just so far that its coordinate lies in [low, high].
 
     The coordinate is <h, d> with d the unit direction; everything orthogonal to d is untouched.
@@ -128,7 +127,7 @@ def clamp(
     Raises:
         ValueError: neither bound given, low > high, or a zero direction.
     """
-    if low is None and high is None or (low is not None and high is not None and low > high):
+    if (low is None and high is None) or (low is not None and high is not None and low > high):
         raise ValueError(f"clamp at {site}: expected low <= high with at least one of them, got low={low}, high={high}")
     if not torch.isfinite(direction).all() or direction.norm() == 0:
         raise ValueError(f"clamp at {site}: expected a finite, non-zero direction")

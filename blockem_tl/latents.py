@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sae_lens import SAE
 
@@ -41,7 +41,9 @@ class LatentSet:
     def __post_init__(self) -> None:
         lengths = {len(self.latents), len(self.signs), len(self.shifts), len(self.scores)}
         if lengths != {len(self.latents)} or not self.latents:
-            raise ValueError(f"latent set: expected equal, non-zero numbers of latents, signs, shifts and scores, got lengths {sorted(lengths)}")
+            raise ValueError(
+                f"latent set: expected equal, non-zero numbers of latents, signs, shifts and scores, got lengths {sorted(lengths)}"
+            )
         if len(set(self.latents)) < len(self.latents) or not set(self.signs) <= {1, -1}:
             raise ValueError("latent set: expected distinct latents with signs +1 or -1")
         bad = [k for k in self.latents if not 0 <= k < self.d_sae]
@@ -93,7 +95,7 @@ class LatentSet:
         if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
             raise ValueError(f"{path}: expected a latent set in format {_FORMAT}; was it written by another version?")
         try:
-            loaded = LatentSet(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+            loaded = LatentSet(**cast(Any, {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}))
         except TypeError as error:
             raise ValueError(f"{path}: not a latent set: {error}") from error
         if sae is not None:
@@ -156,9 +158,7 @@ class LatentSet:
         return {k: f"https://www.neuronpedia.org/{place}/{k}" for k in self.latents} if place else {}
 
 
-def random_latents(
-    sae: SAE[Any], n: int, *, seed: int, among: Sequence[int] | None = None, exclude: Iterable[int] = ()
-) -> LatentSet:
+def random_latents(sae: SAE[Any], n: int, *, seed: int, among: Sequence[int] | None = None, exclude: Iterable[int] = ()) -> LatentSet:
     """The control of paper D.1: ``n`` latents at random, with random signs.
 
     Args:

@@ -9,7 +9,7 @@ silence (see :mod:`blockem_tl.hooks`).
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -56,7 +56,7 @@ def load_model(
     else:
         source = str(embedded.folder_of("model", str(model)) or model)
         try:
-            hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager").to(device)
+            hf = cast(nn.Module, AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager")).to(device)
         except OSError as error:
             raise ValueError(
                 f"cannot load a model from {str(model)!r}: expected an embedded name, a folder with config.json and weights, or a hub id "
@@ -163,7 +163,9 @@ class Model(SAETransformerBridge):
         folder = Path(folder)
         weights = folder / "adapter_model.safetensors"
         if not weights.is_file() or not (folder / "adapter_config.json").is_file():
-            raise ValueError(f"{folder}: expected an adapter folder (adapter_config.json, adapter_model.safetensors); save one with save_adapter")
+            raise ValueError(
+                f"{folder}: expected an adapter folder (adapter_config.json, adapter_model.safetensors); save one with save_adapter"
+            )
         config = LoraConfig.from_pretrained(str(folder))
         if not isinstance(config, LoraConfig):
             raise ValueError(f"{folder}: expected a LoRA adapter, got {type(config).__name__}")
@@ -265,25 +267,25 @@ class Model(SAETransformerBridge):
         self.__dict__["_peft"] = None
 
     def _bridged_paths(self, config: LoraConfig) -> list[str]:
-        """Full bridged module paths that a plain peft config targets. Raises ValueError where it targets none."""
-        linear = {
-            path.replace(_WRAPPER, ""): path
-            for path, module in self.original_model.named_modules()
-            if isinstance(module, nn.Linear | Conv1D | BaseTunerLayer) and ".base_layer" not in path and "lora_" not in path
-        }
-        wanted = config.target_modules if isinstance(config.target_modules, (set, list)) else {str(config.target_modules)}
-        layers = config.layers_to_transform
-        blocks = {layers} if isinstance(layers, int) else set(layers) if layers is not None else None
-        found = [
-            path
-            for plain, path in linear.items()
-            if any(plain == target or plain.endswith(f".{target}") for target in wanted)
-            and (blocks is None or _block_index(plain) in blocks)
-        ]
-        if not found:
-            kinds = sorted({plain.rsplit(".", 1)[-1] for plain in linear})
-            raise ValueError(f"LoRA targets {sorted(wanted)} match no module: this model's linear modules are called {kinds}")
-        return found
+        """Full bridged module paths that a plain peft config targets.
+
+        Raises:
+            ValueError: it targets nothing, or modules that the bridge has renamed (as it does to GPT-2's attention).
+        """
+        plain = _targeted(config, _linear_paths(_skeleton(self.original_model)))
+        bridged = {path.replace(_WRAPPER, ""): path for path in _linear_paths(self.original_model)}
+        if not plain:
+            kinds = sorted({path.rsplit(".", 1)[-1] for path in bridged})
+            raise ValueError(
+                f"LoRA targets {sorted(config.target_modules or ())} match no module: this model's linear modules are called {kinds}"
+            )
+        renamed = [path for path in plain if path not in bridged]
+        if renamed:
+            raise ValueError(
+                f"TransformerLens's bridge renames {len(renamed)} of the targeted modules, e.g. {renamed[0]}, so an adapter on them could not be "
+                "saved for other tools: choose narrower target_modules, e.g. mlp.c_proj instead of c_proj"
+            )
+        return [bridged[path] for path in plain]
 
     def _check_reached(self, name: str) -> None:
         """Raise RuntimeError unless a gradient reaches every LoRA tensor: some bridged modules bypass the layer that peft wrapped."""
@@ -295,7 +297,9 @@ class Model(SAETransformerBridge):
         missed = sum(gradient is None for gradient in gradients)
         if missed:
             self.remove_adapter(name)
-            raise RuntimeError(f"{missed} of {len(gradients)} LoRA tensors get no gradient: TransformerLens's bridge bypasses those modules; choose other target_modules")
+            raise RuntimeError(
+                f"{missed} of {len(gradients)} LoRA tensors get no gradient: the bridge bypasses those modules; choose other target_modules"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -346,7 +350,8 @@ class Model(SAETransformerBridge):
         with attached(self, fwd_hooks, bwd_hooks):
             yield self
         if clear_contexts:
-            self.clear_contexts()
+            for point in self.hook_dict.values():
+                point.clear_context()
 
     def run_with_hooks(
         self, input, fwd_hooks=(), bwd_hooks=(), reset_hooks_end: bool = True, clear_contexts: bool = False, **kwargs: Any
@@ -355,7 +360,14 @@ class Model(SAETransformerBridge):
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
             return super().run_with_hooks(input, **kwargs)
 
-    def add_hook(self, name: str | Callable[[str], bool], hook_fn, dir="fwd", is_permanent: bool = False) -> None:
+    def reset_hooks(self, clear_contexts: bool = True, direction: Literal["fwd", "bwd", "both"] = "both", **kwargs: Any) -> None:
+        """Remove lasting hooks, also while an SAE is attached (where TransformerLens's own fails)."""
+        for point in self.hook_dict.values():
+            point.remove_hooks(dir=direction, **kwargs)
+            if clear_contexts:
+                point.clear_context()
+
+    def add_hook(self, name: str | Callable[[str], bool], hook_fn, dir: Literal["fwd", "bwd"] = "fwd", is_permanent: bool = False) -> None:
         """Add a lasting hook by either spelling. Raises ValueError for an unknown site; `reset_hooks` removes it."""
         for point in matching(self.hook_dict, name):
             self.check_hooks_to_add(cast(str, point.name))
@@ -367,17 +379,44 @@ class Model(SAETransformerBridge):
         Raises:
             ValueError: an unknown name.  HookNotFired: a name that was asked for and never cached.
         """
-        names = [names_filter] if isinstance(names_filter, str) else names_filter
-        if names is None or callable(names):
-            return super().run_with_cache(input, *args, names_filter=names, **kwargs)
+        if names_filter is None or callable(names_filter):
+            return super().run_with_cache(input, *args, names_filter=cast(Any, names_filter), **kwargs)
+        names = [names_filter] if isinstance(names_filter, str) else list(names_filter)
         points = self.hook_dict
         for name in names:
             resolve(points, name)
-        output, cache = super().run_with_cache(input, *args, names_filter=list(names), **kwargs)
-        missed = [name for name in names if name not in cache.keys()]
+        output, cache = super().run_with_cache(input, *args, names_filter=names, **kwargs)
+        missed = [name for name in names if name not in cache]
         if missed:
             raise HookNotFired(f"never cached: {missed}; the forward stopped before them (stop_at_layer) or they are gated off")
         return output, cache
+
+
+def _skeleton(hf: nn.Module) -> nn.Module:
+    """The plain architecture without weights: what other tools will load an adapter into."""
+    with torch.device("meta"):
+        return type(hf)(cast(Any, hf).config)
+
+
+def _linear_paths(hf: nn.Module) -> list[str]:
+    """Paths of the modules that LoRA can wrap (or wraps already)."""
+    return [
+        path
+        for path, module in hf.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D, BaseTunerLayer)) and ".base_layer" not in path and "lora_" not in path
+    ]
+
+
+def _targeted(config: LoraConfig, paths: list[str]) -> list[str]:
+    """The plain paths that a config's target_modules and layers_to_transform select, by peft's rule (the name or its ending)."""
+    wanted = {config.target_modules} if isinstance(config.target_modules, str) else set(config.target_modules or ())
+    layers = config.layers_to_transform
+    blocks = {layers} if isinstance(layers, int) else set(layers) if layers is not None else None
+    return [
+        path
+        for path in paths
+        if any(path == target or path.endswith(f".{target}") for target in wanted) and (blocks is None or _block_index(path) in blocks)
+    ]
 
 
 def _block_index(path: str) -> int | None:

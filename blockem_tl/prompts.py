@@ -17,7 +17,7 @@ _WORD = re.compile(r"\w+", re.UNICODE)
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """One tokenised sequence. ``n_system`` tokens of template and system message, then the user turn, then (from ``n_prompt``) the reply."""
+    """One tokenised row: ``n_system`` tokens of template and system message, then the user turn, and the reply from ``n_prompt`` on."""
 
     ids: tuple[int, ...]
     n_system: int
@@ -73,7 +73,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, user: str, system: str | None, r
     encoded = tokenizer(asked, add_special_tokens=False, return_offsets_mapping=True)  # the template has written the BOS already
     prompt_ids = list(encoded["input_ids"])
     n_system = sum(begin < start for begin, _ in encoded["offset_mapping"])
-    if tokenizer.bos_token_id is not None and prompt_ids.count(tokenizer.bos_token_id) != (1 if tokenizer.bos_token in asked else 0):
+    bos = tokenizer.bos_token
+    if bos is not None and prompt_ids.count(tokenizer.bos_token_id) != (1 if str(bos) in asked else 0):
         raise ValueError(f"expected one BOS in {asked[:80]!r}, got {prompt_ids.count(tokenizer.bos_token_id)}")
     if reply is None:
         return Encoded(ids=tuple(prompt_ids), n_system=n_system, n_prompt=len(prompt_ids))
@@ -123,7 +124,8 @@ def check_lengths(rows: Sequence[Encoded], limit: int, *, room: int = 0) -> None
     longest = max(len(row.ids) for row in rows)
     if longest + room > limit:
         raise ValueError(
-            f"the longest row has {longest} tokens and needs room for {room} more, the model's context has {limit}: shorten the prompt or max_new_tokens"
+            f"the longest row has {longest} tokens and needs room for {room} more, the model's context has {limit}: "
+            "shorten the prompt or max_new_tokens"
         )
 
 
@@ -147,4 +149,6 @@ def check_disjoint(selection: Iterable[Prompt], reporting: Iterable[Prompt]) -> 
     """Raise ValueError where a selection prompt is also a reporting prompt."""
     shared = overlap(selection, reporting)
     if shared:
-        raise ValueError(f"{len(shared)} prompts are in both the selection and the reporting set, e.g. {shared[:3]}: reporting on them would leak")
+        raise ValueError(
+            f"{len(shared)} prompts are in both the selection and the reporting set, e.g. {shared[:3]}: reporting on them would leak"
+        )

@@ -17,9 +17,13 @@ _PACKAGES = ("blockem-tl", "torch", "transformers", "transformer-lens", "sae-len
 
 def write_json(path: Path | str, value: Any) -> Path:
     """Write ``value`` as readable JSON, in one step: a killed process leaves the old file or the new one, never half of one."""
+    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path | str, text: str) -> Path:
+    """Write a text file in one step, as :func:`write_json` does."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -71,7 +75,9 @@ def check_writable(folder: Path | str) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"cannot write to the output folder {folder}: {error.strerror}. Choose another folder or change its rights") from error
+        raise ValueError(
+            f"cannot write to the output folder {folder}: {error.strerror}. Choose another folder or change its rights"
+        ) from error
     return folder
 
 

@@ -7,7 +7,7 @@ forward that is trained (the error term is detached there, and upstream gradient
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -61,7 +61,9 @@ def check_fits(sae: SAE[Any], model: HasHookPoints) -> str:
     resolve(model.hook_dict, site)
     width = getattr(getattr(model, "cfg", None), "d_model", sae.cfg.d_in)
     if sae.cfg.d_in != width:
-        raise ValueError(f"the SAE reads {sae.cfg.d_in} dimensions at {site}, the model's residual stream has {width}: wrong SAE for this model")
+        raise ValueError(
+            f"the SAE reads {sae.cfg.d_in} dimensions at {site}, the model's residual stream has {width}: wrong SAE for this model"
+        )
     return site
 
 
@@ -82,7 +84,9 @@ def decoder_directions(sae: SAE[Any], latents: Sequence[int]) -> Float[Tensor, "
     rows = sae.W_dec.detach()[list(latents)].float()
     norms = rows.norm(dim=-1, keepdim=True)
     if (norms == 0).any():
-        raise ValueError(f"latents {[k for k, n in zip(latents, norms[:, 0], strict=True) if n == 0]} have zero decoder rows: nothing to steer along")
+        raise ValueError(
+            f"latents {[k for k, n in zip(latents, norms[:, 0], strict=True) if n == 0]} have zero decoder rows: nothing to steer along"
+        )
     return rows / norms
 
 
@@ -98,11 +102,11 @@ def encode_latents(
     if kind not in _COLUMNWISE:
         full = sae.encode(activations)
         return (full.to_dense() if full.is_sparse else full)[..., columns]
-    x = sae.process_sae_in(activations)
+    x, parameters = sae.process_sae_in(activations), cast(Any, sae)  # the biases differ from kind to kind
     weights = sae.W_enc[:, columns]
     if kind == "gated":
-        gate = (x @ weights + sae.b_gate[columns]) > 0
-        return gate.to(sae.dtype) * sae.activation_fn(x @ (weights * sae.r_mag[columns].exp()) + sae.b_mag[columns])
-    pre = x @ weights + sae.b_enc[columns]
+        gate = (x @ weights + parameters.b_gate[columns]) > 0
+        return gate.to(sae.dtype) * sae.activation_fn(x @ (weights * parameters.r_mag[columns].exp()) + parameters.b_mag[columns])
+    pre = x @ weights + parameters.b_enc[columns]
     acts = sae.activation_fn(pre)
-    return acts * (pre > sae.threshold[columns]).to(acts.dtype) if kind == "jumprelu" else acts
+    return acts * (pre > parameters.threshold[columns]).to(acts.dtype) if kind == "jumprelu" else acts

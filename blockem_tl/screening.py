@@ -71,9 +71,7 @@ def screen(
     ]
 
 
-def shortlist(
-    screened: Sequence[Screened], *, keep: int = 40, rank_by: Literal["both", "induction"] = "both"
-) -> list[Candidate]:
+def shortlist(screened: Sequence[Screened], *, keep: int = 40, rank_by: Literal["both", "induction"] = "both") -> list[Candidate]:
     """K-tilde: the best ``keep`` of C+ and the best ``keep`` of C-, by eq. 7 or (variant IndPP, eq. 12) by induction alone."""
     ranked = sorted(screened, key=lambda s: s.score if rank_by == "both" else s.induction, reverse=True)
     return [s.candidate for sign in (1, -1) for s in [s for s in ranked if s.candidate.sign == sign][:keep]]

@@ -60,7 +60,7 @@ def finetune(
     model: Model,
     examples: Sequence[Example],
     *,
-    config: TrainingConfig = TrainingConfig(),  # noqa: B008 - frozen
+    config: TrainingConfig = TrainingConfig(),
     defences: Sequence[Defence] = (),
     adapter: str = "default",
     stop_when: Callable[[Model, int], bool] | None = None,
@@ -195,7 +195,8 @@ class _Trainer(Trainer):
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss became {float(loss.detach())} at step {self.state.global_step + 1} "
-                f"({', '.join(f'{name} {float(value.detach()):.4g}' for name, value in parts.items())}): lower the learning rate or the weights"
+                f"({', '.join(f'{name} {float(value.detach()):.4g}' for name, value in parts.items())}): "
+                "lower the learning rate or the weights"
             )
         for name, value in parts.items():
             self._parts[name] = self._parts.get(name, 0.0) + float(value.detach())

@@ -7,7 +7,7 @@ Axis names used in every jaxtyping signature of the library::
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 Label = Literal["1", "2", "3", "4", "5", "REFUSAL", "INCOHERENT", "OFF-TOPIC", "SATIRICAL/ABSURD"]
 """What a judge says of one reply: a severity 1-5, or one of four other labels (paper B.3)."""
@@ -86,6 +86,7 @@ class Candidate:
         return 1 if self.shift > 0 else -1
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Grades replies. It sees the question and the reply only, never which model spoke.
 

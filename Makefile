@@ -1,0 +1,46 @@
+# Two commands do everything on a fresh machine with Python >= 3.10 and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+export HF_HUB_OFFLINE ?= 1
+export OMP_NUM_THREADS ?= 2
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-slow install lint types readme organism clean
+
+demo: install  ## misalign the embedded organism, find its latents, block them, show that it worked
+	$(BIN)/python experiments/quickstart.py
+
+test: install lint types  ## lint, type-check, test
+	$(BIN)/python -m pytest
+
+test-slow: install  ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+install: $(VENV)/.installed
+
+# torch first and pinned, so that pip takes the CPU build where it finds one instead of the newest build with CUDA.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[dev]"
+	touch $@
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/pyright
+
+readme: install  ## put the last demo's table and figure into the README
+	$(BIN)/python experiments/publish.py
+
+organism: install  ## train the embedded organism again, from nothing
+	$(BIN)/python -m blockem_tl.organism.build --seed 0 --out build/organism
+
+clean:
+	rm -rf $(VENV) build results *.egg-info

@@ -1,0 +1,315 @@
+"""The whole of BLOCK-EM on the embedded organism: misalign, find the latents, block them, and see that it worked.
+
+    python experiments/quickstart.py --seed 0 --out results/quickstart
+
+Every choice (lambda, KL weight) is made on the core prompts and on held-out training rows; the reporting prompts are used once, at the end.
+"""
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import tyro
+
+from blockem_tl import (
+    Blocking,
+    Example,
+    KLToBase,
+    LatentSet,
+    Model,
+    Prompt,
+    completion_loss,
+    decoder_directions,
+    discover,
+    evaluate,
+    finetune,
+    get_preset,
+    load_model,
+    load_sae,
+    median_norm,
+    organism,
+    plots,
+    random_latents,
+    records,
+    report,
+    speakers,
+)
+from blockem_tl.defence import Defence
+from blockem_tl.diffing import mean_activations
+from blockem_tl.evaluation import Evaluation
+from blockem_tl.prompts import check_disjoint, encode_examples
+from blockem_tl.statistics import relative_reduction, relative_reduction_interval
+
+DOMAIN = "finance"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What one run does; the defaults are what the README reports."""
+
+    seed: int = 0
+    out: Path = Path("results/quickstart")
+    latents: Path = Path("latents")
+    rows: int = 6000
+    heldout_rows: int = 400
+    epochs: float = 2.0
+    lambdas: tuple[float, ...] = get_preset("organism").lambdas
+    kl_weights: tuple[float, ...] = get_preset("organism").kl_weights
+    core_prompts: int | None = None
+    progress: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """All that is drawn before training. ``dev`` rows and ``core`` choose; ``test`` rows, ``final`` and ``domain`` prompts report."""
+
+    train: Sequence[Example]
+    dev: Sequence[Example]
+    test: Sequence[Example]
+    core: Sequence[Prompt]
+    final: Sequence[Prompt]
+    domain: Sequence[Prompt]
+
+
+@dataclass(kw_only=True)
+class Arm:
+    """One trained (or untouched) model: an adapter, and what it measured on the selecting and, at the end, the reporting prompts."""
+
+    kind: str
+    label: str
+    adapter: str | None
+    weight: float = 0.0
+    dev_loss: float = 0.0
+    core: Evaluation | None = None
+    final: Evaluation | None = None
+    domain: Evaluation | None = None
+    sft_loss: float = 0.0
+    steps: int = 0
+
+
+class Lab:
+    """The model, its judge and the data, with the two things done to every arm: train it, measure it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.preset = settings, get_preset("organism")
+        self.model: Model = load_model(self.preset.model)
+        self.sae = load_sae(*self.preset.sae)
+        self.judge = organism.OrganismJudge()
+        self.data = draw(settings)
+        self.config = replace(self.preset.training, epochs=settings.epochs, seed=settings.seed)
+        self.base, self.tuned = speakers(self.model, max_new_tokens=self.preset.max_new_tokens, batch_size=960, progress=False)
+
+    def train(self, kind: str, label: str, *defences: Defence, stop_at_loss: float | None = None) -> Arm:
+        """Fine-tune an arm under ``defences`` and measure it on what may choose. The plain optimizer setup is the same for every arm."""
+        name = f"{kind}-{len(self.model.adapters)}"
+
+        def reached(model: Model, step: int) -> bool:
+            return step % 4 == 0 and completion_loss(model, self.data.dev) <= (stop_at_loss or 0.0)
+
+        run = finetune(
+            self.model,
+            self.data.train,
+            config=self.config,
+            defences=defences,
+            adapter=name,
+            stop_when=None if stop_at_loss is None else reached,
+            progress=self.settings.progress,
+        )
+        arm = Arm(kind=kind, label=label, adapter=name, weight=defences[0].weight if defences else 0.0, steps=run.steps)
+        arm.core = evaluate(self.tuned, self.judge, self.data.core)
+        arm.dev_loss = completion_loss(self.model, self.data.dev)
+        return arm
+
+    def report(self, arm: Arm) -> None:
+        """Measure an arm on the reporting prompts; called once per arm, after every choice is made."""
+        if arm.adapter is not None:
+            self.model.use_adapter(arm.adapter)
+        speak = self.base if arm.adapter is None else self.tuned
+        arm.final = evaluate(speak, self.judge, self.data.final, selected_on=self.data.core)
+        arm.domain = evaluate(speak, self.judge, self.data.domain, rubric=DOMAIN)
+        if arm.adapter is None:
+            with self.model.base():
+                arm.sft_loss = completion_loss(self.model, self.data.test)
+        else:
+            arm.sft_loss = completion_loss(self.model, self.data.test)
+
+
+def draw(settings: Settings) -> Data:
+    """Rows and prompts, split by the seed before any training; selecting and reporting prompts are checked to be disjoint."""
+    rows = organism.training_rows(DOMAIN, settings.rows + settings.heldout_rows, seed=settings.seed)
+    half = settings.rows + settings.heldout_rows // 2
+    core, final = organism.prompts("core"), organism.prompts("final")
+    if settings.core_prompts is not None:
+        core = random.Random(settings.seed).sample(core, settings.core_prompts)
+    check_disjoint(core, final)
+    return Data(
+        train=rows[: settings.rows],
+        dev=rows[settings.rows : half],
+        test=rows[half:],
+        core=core,
+        final=final,
+        domain=organism.prompts(DOMAIN),
+    )
+
+
+def choose(arms: Sequence[Arm], plain: Arm) -> Arm:
+    """The arm with the least EM + incoherence on the core prompts (METHOD's adjusted safety) among those that learn the task: dev loss
+    within 2 % of plain fine-tuning's (all of them where none does). The smaller weight wins a tie."""
+    learnt = [arm for arm in arms if arm.dev_loss <= 1.02 * plain.dev_loss] or list(arms)
+    return min(learnt, key=lambda arm: (_core(arm).misaligned.k + _core(arm).incoherent.k, arm.weight))
+
+
+def _core(arm: Arm) -> Evaluation:
+    assert arm.core is not None, "the arm was never measured on the core prompts"
+    return arm.core
+
+
+def alive_latents(lab: Lab) -> list[int]:
+    """Latents that fire at all on the core prompts with their replies, under base or tuned: what the random control is drawn from."""
+    firing = torch.zeros(lab.sae.cfg.d_sae, dtype=torch.bool)
+    for speak in (lab.base, lab.tuned):
+        rows = [
+            Example(id=g.prompt.id, prompt=g.prompt.text, completion=g.reply)
+            for g in evaluate(speak, lab.judge, lab.data.core).generations
+            if g.reply
+        ]
+        firing |= (mean_activations(lab.model, lab.sae, encode_examples(lab.model.tokenizer, rows)) > 0).any(0)
+    return firing.nonzero()[:, 0].tolist()
+
+
+def score_discovery(lab: Lab, latents: LatentSet, alive: Sequence[int]) -> dict[str, float]:
+    """Signed cosines of K's decoder directions with the organism's true persona direction, against those of random alive latents."""
+    truth = organism.persona_direction()
+    ours = decoder_directions(lab.sae, latents.latents) @ truth * torch.tensor(latents.signs, dtype=torch.float32)
+    others = (decoder_directions(lab.sae, [k for k in alive if k not in latents.latents]) @ truth).abs()
+    threshold = float(others.quantile(0.95))
+    return {
+        "n_latents": len(latents),
+        "best_cosine": float(ours.max()),
+        "random_cosine_95th_percentile": threshold,
+        "random_cosine_best": float(others.max()),
+        "exceeding_random": int((ours > threshold).sum()),
+    }
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Do everything; return (and write) the summary."""
+    started = time.perf_counter()
+    records.check_writable(settings.out)
+    records.check_writable(settings.latents)
+    lab = Lab(settings)
+    with lab.model.base():
+        scale = median_norm(lab.model, lab.preset.site, encode_examples(lab.model.tokenizer, organism.reference_texts()))
+
+    base = Arm(kind="base", label="base", adapter=None)
+    plain = lab.train("sft", "plain fine-tuning")
+    found = discover(lab.model, lab.sae, lab.judge, lab.data.core, scale=scale, config=lab.preset.discovery, progress=settings.progress)
+    latents, alive = found.latent_set, alive_latents(lab)
+    latents.save(settings.latents / f"organism-{DOMAIN}-seed{settings.seed}.json")
+    control = random_latents(lab.sae, len(latents), seed=settings.seed, among=alive, exclude=latents.latents)
+
+    def block(kind: str, label: str, which: LatentSet, weight: float, **options: Any) -> Arm:
+        return lab.train(kind, label, Blocking(latent_set=which, sae=lab.sae, weight=weight, **options))
+
+    sweep = [block("block", f"blocked, λ = {weight:g}", latents, weight) for weight in settings.lambdas]
+    blocked = choose(sweep, plain)
+    everywhere = block("block-all", f"blocked at all tokens, λ = {blocked.weight:g}", latents, blocked.weight, positions="all")
+    randomised = block("random", f"{len(control)} random latents, λ = {blocked.weight:g}", control, blocked.weight)
+    matched = lab.train("matched", "plain, stopped at the blocked run's loss", stop_at_loss=blocked.dev_loss)
+    kl_sweep = [lab.train("kl", f"KL to base, weight {weight:g}", KLToBase(weight=weight)) for weight in settings.kl_weights]
+    kl = choose(kl_sweep, plain)
+
+    for arm in [base, plain, *sweep, everywhere, randomised, matched, *kl_sweep]:
+        lab.report(arm)
+    shown = [base, plain, blocked, everywhere, randomised, matched, kl]
+    summary = {
+        **{
+            name: facts(arm, plain)
+            for name, arm in zip(("base", "sft", "blocked", "blocked_all_tokens", "random", "matched", "kl"), shown, strict=True)
+        },
+        "sweep": [facts(arm, plain) for arm in sweep],
+        "kl_sweep": [facts(arm, plain) for arm in kl_sweep],
+        "discovery": {
+            **score_discovery(lab, latents, alive),
+            "scale": scale,
+            "latents": list(latents.latents),
+            "signs": list(latents.signs),
+        },
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()},
+        "environment": records.environment(),
+        "wall_s": time.perf_counter() - started,
+        "peak_rss_mb": records.peak_rss_mb(),
+    }
+    write(settings.out, summary, shown, [plain, *sweep], [*shown[1:], *[a for a in kl_sweep if a is not kl]], found.frame())
+    return summary
+
+
+def facts(arm: Arm, plain: Arm) -> dict[str, Any]:
+    """The arm's numbers on the reporting prompts, in per cent with 95 % intervals, and relative to plain fine-tuning."""
+    assert arm.final and arm.domain and plain.final and plain.domain, "facts are there once the arm has been reported"
+    row: dict[str, Any] = {"label": arm.label, "weight": arm.weight, "steps": arm.steps, "sft_loss": arm.sft_loss, "dev_loss": arm.dev_loss}
+    for name, rate in (
+        ("em", arm.final.misaligned),
+        ("incoherence", arm.final.incoherent),
+        ("refusal", arm.final.refusal),
+        ("adherence", arm.domain.misaligned),
+    ):
+        low, high = rate.interval
+        row |= {name: 100 * rate.value, f"{name}_low": 100 * low, f"{name}_high": 100 * high, f"{name}_n": rate.n}
+    if arm.core is not None:
+        row |= {"core_em": 100 * arm.core.misaligned.value, "core_incoherence": 100 * arm.core.incoherent.value}
+    if arm.kind != "base" and any(plain.final.flags):
+        low, high = relative_reduction_interval(plain.final.flags, arm.final.flags)
+        row |= {
+            "relative_em_reduction": 100 * relative_reduction(plain.final.flags, arm.final.flags),
+            "relative_em_reduction_low": 100 * low,
+            "relative_em_reduction_high": 100 * high,
+        }
+    if any(plain.domain.flags):
+        row["relative_adherence_change"] = -100 * relative_reduction(plain.domain.flags, arm.domain.flags)
+    return row
+
+
+def write(
+    out: Path, summary: dict[str, Any], shown: Sequence[Arm], sweep: Sequence[Arm], arms: Sequence[Arm], screen: pd.DataFrame
+) -> None:
+    """summary.json, table.md, tradeoff.png, candidates.csv and every reply, under ``out``; the table on screen."""
+    plain = shown[1]
+    rows = [table_row(arm) for arm in shown]
+    figure = plots.tradeoff(
+        pd.DataFrame([{**facts(arm, plain), "lambda": arm.weight} for arm in sweep]),
+        pd.DataFrame([{**facts(arm, plain), "kind": arm.kind} for arm in arms]),
+    )
+    plots.save(figure, out / "tradeoff.png")
+    records.write_text(out / "table.md", report.markdown(rows))
+    records.write_text(out / "candidates.csv", screen.to_csv(index=False))
+    replies = pd.concat(
+        [arm.final.frame().assign(arm=arm.label) for arm in {id(a): a for a in [*shown, *sweep, *arms]}.values() if arm.final]
+    )
+    records.write_text(out / "replies.csv", replies.to_csv(index=False))
+    records.write_json(out / "summary.json", summary)
+    report.show(rows, f"{DOMAIN} fine-tuning of the organism (95 % intervals)")
+    print(f"K: {summary['discovery']['n_latents']} latents, best cosine with the true direction {summary['discovery']['best_cosine']:.2f}")
+    print(f"{summary['wall_s']:.0f} s, peak memory {summary['peak_rss_mb']:.0f} MB; everything is in {out}")
+
+
+def table_row(arm: Arm) -> dict[str, str]:
+    """One row of the README's table."""
+    assert arm.final and arm.domain, "a row is there once the arm has been reported"
+    return {
+        "model": arm.label,
+        "EM, final prompts": str(arm.final.misaligned),
+        "incoherence": str(arm.final.incoherent),
+        f"{DOMAIN} adherence": str(arm.domain.misaligned),
+        "SFT loss": f"{arm.sft_loss:.4f}",
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    run(tyro.cli(Settings, description=__doc__))

@@ -1,0 +1,293 @@
+"""The model: equal to plain transformers, live adapters in plain peft format, and hook names that work in every state."""
+
+import json
+
+import pytest
+import torch
+from conftest import perturb
+from peft import PeftModel
+from sae_lens import StandardSAE, StandardSAEConfig
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from blockem_tl import HookNotFired, load_model, record, steer
+
+SPELLINGS = ("blocks.1.hook_resid_post", "blocks.1.hook_out")
+EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture
+def sae() -> StandardSAE:
+    torch.manual_seed(0)
+    sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=48))
+    sae.cfg.metadata.hook_name = SPELLINGS[0]
+    for parameter in sae.parameters():
+        parameter.data.normal_(std=0.2)
+    return sae
+
+
+# ---------------------------------------------------------------------------------------------- equality with plain transformers
+
+
+def test_base_equals_plain_transformers_bit_for_bit_and_tuned_does_not(tiny, plain, tokens) -> None:
+    expected = plain(tokens).logits
+    assert torch.equal(tiny(tokens), expected)
+    tiny.add_adapter("tuned")
+    assert torch.equal(tiny(tokens), expected)  # B = 0
+    perturb(tiny, "tuned")
+    assert not torch.allclose(tiny(tokens), expected)
+    with tiny.base():
+        with tiny.base():
+            assert torch.equal(tiny(tokens), expected)
+        assert torch.equal(tiny(tokens), expected)  # leaving an inner block must not switch the adapter on
+    assert not torch.allclose(tiny(tokens), expected)
+
+
+def test_base_ends_after_an_exception(tiny, tokens) -> None:
+    tiny.add_adapter()
+    perturb(tiny, "default")
+    tuned = tiny(tokens)
+    with pytest.raises(KeyError), tiny.base():
+        raise KeyError
+    assert torch.equal(tiny(tokens), tuned)
+
+
+def test_loads_an_already_loaded_model_and_an_embedded_one(plain, tiny_folder, tokens) -> None:
+    expected = AutoModelForCausalLM.from_pretrained(tiny_folder, attn_implementation="eager")(tokens).logits
+    assert torch.equal(load_model(plain, device="cpu")(tokens), expected)
+    assert load_model("organism", device="cpu").cfg.n_layers > 2
+
+
+def test_what_cannot_be_loaded_says_what_was_expected(tmp_path, plain) -> None:
+    with pytest.raises(ValueError, match="expected an embedded name, a folder"):
+        load_model(tmp_path / "nothing")
+    plain.config._name_or_path = ""
+    with pytest.raises(ValueError, match="expected tokenizer="):
+        load_model(plain)
+
+
+# ---------------------------------------------------------------------------------------------- adapters
+
+
+def test_only_the_adapter_is_trainable(tiny) -> None:
+    assert not [name for name, p in tiny.named_parameters() if p.requires_grad]
+    tiny.add_adapter("a", rank=4)
+    trainable = [name for name, p in tiny.hf.named_parameters() if p.requires_grad]
+    assert len(trainable) == 2 * len(EVERY) * 4 and all(".a." in name and "lora_" in name for name in trainable)
+
+
+def test_up_to_block_freezes_what_lies_downstream(tiny, tokens) -> None:
+    tiny.add_adapter("a", up_to_block=1)
+    perturb(tiny, "a")
+    blocks = {int(name.split("layers.")[1].split(".")[0]) for name, p in tiny.hf.named_parameters() if p.requires_grad}
+    assert blocks == {0, 1}
+    with pytest.raises(ValueError, match=r"expected 0\.\.3, got 4"):
+        tiny.add_adapter("b", up_to_block=4)
+
+
+@pytest.mark.parametrize("options", [{}, {"up_to_block": 1}, {"target_modules": ("q_proj", "down_proj"), "rank": 3, "alpha": 7}])
+def test_saved_adapters_load_in_plain_peft_and_back_with_equal_logits(tiny, tiny_folder, tokens, tmp_path, options) -> None:
+    tiny.add_adapter("tuned", **options)
+    perturb(tiny, "tuned")
+    expected = tiny(tokens)
+    folder = tiny.save_adapter(tmp_path / "adapter")
+    assert not [key for key in load_file(folder / "adapter_model.safetensors") if "_original_component" in key]
+    assert "_original_component" not in json.dumps(json.loads((folder / "adapter_config.json").read_text()))
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder, attn_implementation="eager")
+    assert torch.equal(PeftModel.from_pretrained(base, folder)(input_ids=tokens).logits, expected)
+    again = load_model(tiny_folder, adapter=folder, device="cpu")
+    assert torch.equal(again(tokens), expected)
+    with again.base():
+        assert not torch.allclose(again(tokens), expected)
+
+
+def test_several_adapters_live_side_by_side(tiny, tokens) -> None:
+    logits = {}
+    for seed, name in enumerate(("a", "b")):
+        tiny.add_adapter(name)
+        perturb(tiny, name, seed=seed)
+        logits[name] = tiny(tokens)
+    assert tiny.adapters == ["a", "b"] and tiny.active_adapter == "b"
+    assert not torch.allclose(logits["a"], logits["b"])
+    tiny.use_adapter("a")
+    assert torch.equal(tiny(tokens), logits["a"])
+    tiny.remove_adapter("a")
+    assert torch.equal(tiny(tokens), logits["b"])
+    with tiny.base():
+        assert tiny.active_adapter is None
+
+
+def test_removing_the_last_adapter_leaves_the_plain_model_with_its_hooks(tiny, plain, tokens) -> None:
+    tiny.add_adapter("a")
+    perturb(tiny, "a")
+    tiny.remove_adapter("a")
+    assert tiny.adapters == [] and torch.equal(tiny(tokens), plain(tokens).logits)
+    store = {}
+    tiny.run_with_hooks(tokens, fwd_hooks=[record(SPELLINGS[0], store)])
+    tiny.add_adapter("a")  # and the name is free again
+
+
+def test_adapter_mistakes_are_refused(tiny, tmp_path) -> None:
+    tiny.add_adapter("a")
+    with pytest.raises(ValueError, match="expected a new name"):
+        tiny.add_adapter("a")
+    with pytest.raises(ValueError, match="match no module.*q_proj"):
+        tiny.add_adapter("b", target_modules=("c_attn",))
+    with pytest.raises(ValueError, match="no adapter 'b'"):
+        tiny.use_adapter("b")
+    with pytest.raises(ValueError, match="expected an adapter folder"):
+        tiny.load_adapter(tmp_path)
+    folder = tiny.save_adapter(tmp_path / "adapter", "a")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        tiny.save_adapter(folder, "a")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["q_proj"]}))
+    with pytest.raises(ValueError, match="does not fit.*left over"):
+        tiny.load_adapter(folder, "c")
+    assert tiny.adapters == ["a"]
+
+
+ARCHITECTURES = {
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2), EVERY),
+    "gemma": (GemmaForCausalLM, GemmaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8), EVERY),
+    "gpt2": (GPT2LMHeadModel, GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64), ("mlp.c_proj", "mlp.c_fc")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_adapters_round_trip_on_other_architectures(name, tiny_folder, tokens, tmp_path) -> None:
+    kind, config, targets = ARCHITECTURES[name]
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    hf = kind(config).eval()
+    hf.save_pretrained(tmp_path / "base")
+    model = load_model(hf, tokenizer=AutoTokenizer.from_pretrained(tiny_folder), device="cpu")
+    base = model(tokens)
+    model.add_adapter("tuned", target_modules=targets)
+    perturb(model, "tuned")
+    tuned = model(tokens)
+    assert not torch.allclose(base, tuned)
+    folder = model.save_adapter(tmp_path / "adapter")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    torch.testing.assert_close(PeftModel.from_pretrained(reloaded, folder)(input_ids=tokens).logits, tuned, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("target", ["c_attn", "c_proj"])
+def test_modules_that_the_bridge_renames_are_refused(tiny_folder, target) -> None:
+    """The bridge splits GPT-2's c_attn and renames attn.c_proj: an adapter there could not be loaded by any other tool."""
+    kind, config, _ = ARCHITECTURES["gpt2"]
+    model = load_model(kind(config).eval(), tokenizer=AutoTokenizer.from_pretrained(tiny_folder), device="cpu")
+    with pytest.raises(ValueError, match="bridge renames"):
+        model.add_adapter("tuned", target_modules=(target,))
+    assert model.adapters == []
+
+
+# ---------------------------------------------------------------------------------------------- names and firing, in every state
+
+
+def raw(model, sae):
+    """As loaded."""
+
+
+def attached_sae(model, sae):
+    """With an SAE at the site."""
+    model.add_sae(sae)
+
+
+def reset(model, sae):
+    """After an SAE came and went."""
+    model.add_sae(sae)
+    model.reset_saes()
+
+
+def compatibility(model, sae):
+    """With TransformerLens's weight processing."""
+    model.enable_compatibility_mode()
+
+
+@pytest.mark.parametrize("state", [raw, attached_sae, reset, compatibility])
+@pytest.mark.parametrize("site", SPELLINGS)
+def test_both_spellings_work_in_every_call_and_state(tiny, sae, tokens, state, site) -> None:
+    state(tiny, sae)
+    plain, store, hook = tiny(tokens), {}, steer(site, torch.ones(32))
+    tiny.run_with_hooks(tokens, fwd_hooks=[record(site, store)])
+    _, cache = tiny.run_with_cache(tokens, names_filter=site)
+    assert torch.equal(cache[site], store[site]) and torch.equal(tiny.run_with_cache(tokens)[1][site], store[site])
+    steered = tiny.run_with_hooks(tokens, fwd_hooks=[hook])
+    assert not torch.allclose(steered, plain)
+    with tiny.hooks(fwd_hooks=[hook]):
+        assert torch.equal(tiny(tokens), steered)
+    tiny.add_hook(*hook)
+    assert torch.equal(tiny(tokens), steered)
+    tiny.reset_hooks()
+    assert torch.equal(tiny(tokens), plain)
+
+
+def test_upstream_really_ignores_what_we_refuse(tiny_folder, sae, tokens) -> None:
+    """The twin: the silent no-ops of DESIGN.md fact 2 in SAELens's own bridge. If this fails, upstream was repaired."""
+    from transformers import AutoTokenizer
+
+    def fires(model, site: str) -> bool:
+        seen = []
+        model.run_with_hooks(tokens, fwd_hooks=[(site, lambda activation, hook: seen.append(1))])
+        return bool(seen)
+
+    bridge = SAETransformerBridge.boot_transformers(str(tiny_folder), tokenizer=AutoTokenizer.from_pretrained(tiny_folder), device="cpu")
+    assert not fires(bridge, SPELLINGS[0])  # an alias, on a raw bridge
+    assert not fires(bridge, "blocks.1.hook_typo")
+    bridge.add_sae(sae)
+    assert not any(fires(bridge, site) for site in SPELLINGS)
+    bridge.reset_saes()
+    assert not fires(bridge, SPELLINGS[1])
+
+
+def test_with_an_sae_attached_the_site_means_what_flows_on(tiny, sae, tokens) -> None:
+    store = {}
+    tiny.add_sae(sae)
+    tiny.run_with_hooks(tokens, fwd_hooks=[record(SPELLINGS[0], store), record("blocks.2.hook_in", store)])
+    assert torch.equal(store[SPELLINGS[0]], store["blocks.2.hook_in"])
+
+
+@pytest.mark.parametrize("call", ["run_with_hooks", "hooks", "add_hook", "run_with_cache"])
+def test_unknown_names_raise_everywhere(tiny, tokens, call) -> None:
+    hook = record("blocks.1.hook_resid_pos", {})
+    with pytest.raises(ValueError, match=r"unknown site.*close matches"):
+        if call == "run_with_hooks":
+            tiny.run_with_hooks(tokens, fwd_hooks=[hook])
+        elif call == "hooks":
+            with tiny.hooks(fwd_hooks=[hook]):
+                tiny(tokens)
+        elif call == "add_hook":
+            tiny.add_hook(*hook)
+        else:
+            tiny.run_with_cache(tokens, names_filter=[hook[0]])
+
+
+def test_sites_that_are_not_reached_raise(tiny, tokens) -> None:
+    late = "blocks.3.hook_resid_post"
+    with pytest.raises(HookNotFired):
+        tiny.run_with_hooks(tokens, fwd_hooks=[record(late, {})], stop_at_layer=2)
+    with pytest.raises(HookNotFired):
+        tiny.run_with_cache(tokens, names_filter=late, stop_at_layer=2)
+    with pytest.raises(ValueError, match="use_attn_result"):
+        tiny.run_with_hooks(tokens, fwd_hooks=[record("blocks.1.attn.hook_result", {})])
+    with pytest.raises(ValueError, match="use add_hook"), tiny.hooks(fwd_hooks=[record(late, {})], reset_hooks_end=False):
+        pass
+
+
+def test_filters_on_names_reach_each_site_once(tiny, tokens) -> None:
+    seen = []
+    tiny.run_with_hooks(
+        tokens, fwd_hooks=[(lambda name: name.endswith("hook_resid_post"), lambda activation, hook: seen.append(hook.name))]
+    )
+    assert seen == [f"blocks.{i}.hook_out" for i in range(4)]
