@@ -243,8 +243,11 @@ class Model(SAETransformerBridge):
 
     def _inject(self, name: str, plain: LoraConfig, seed: int) -> None:
         """Put LoRA layers into the live, bridged modules: peft sees the full bridged paths, everything saved the plain ones."""
-        if name in self.adapters or "." in name or self.__dict__["_base_depth"]:
-            raise ValueError(f"adapter {name!r}: expected a new name without dots, outside of base(); this model holds {self.adapters}")
+        if name in self.adapters or "." in name or name in "lora_" or self.__dict__["_base_depth"]:
+            raise ValueError(
+                f"adapter {name!r}: expected a new name without dots that is no part of 'lora_' (peft would confuse them), outside of base(); "
+                f"this model holds {self.adapters}"
+            )
         targets = self._bridged_paths(plain)
         config = LoraConfig(**{**plain.to_dict(), "target_modules": targets, "layers_to_transform": None, "layers_pattern": None})
         with torch.random.fork_rng(devices=[]):
@@ -264,6 +267,7 @@ class Model(SAETransformerBridge):
             for child_name, child in module.named_children():
                 if isinstance(child, BaseTunerLayer):
                     setattr(module, child_name, child.get_base_layer())
+        del cast(Any, self.original_model).peft_config
         self.__dict__["_peft"] = None
 
     def _bridged_paths(self, config: LoraConfig) -> list[str]:
@@ -276,14 +280,12 @@ class Model(SAETransformerBridge):
         bridged = {path.replace(_WRAPPER, ""): path for path in _linear_paths(self.original_model)}
         if not plain:
             kinds = sorted({path.rsplit(".", 1)[-1] for path in bridged})
-            raise ValueError(
-                f"LoRA targets {sorted(config.target_modules or ())} match no module: this model's linear modules are called {kinds}"
-            )
+            raise ValueError(f"LoRA targets {config.target_modules} match no module: this model's linear modules are called {kinds}")
         renamed = [path for path in plain if path not in bridged]
         if renamed:
             raise ValueError(
-                f"TransformerLens's bridge renames {len(renamed)} of the targeted modules, e.g. {renamed[0]}, so an adapter on them could not be "
-                "saved for other tools: choose narrower target_modules, e.g. mlp.c_proj instead of c_proj"
+                f"TransformerLens's bridge renames {len(renamed)} of the targeted modules, e.g. {renamed[0]}, so an adapter on "
+                "them could not be saved for other tools: choose narrower target_modules, e.g. mlp.c_proj instead of c_proj"
             )
         return [bridged[path] for path in plain]
 

@@ -81,18 +81,18 @@ def test_what_cannot_be_loaded_says_what_was_expected(tmp_path, plain) -> None:
 
 def test_only_the_adapter_is_trainable(tiny) -> None:
     assert not [name for name, p in tiny.named_parameters() if p.requires_grad]
-    tiny.add_adapter("a", rank=4)
+    tiny.add_adapter("one", rank=4)
     trainable = [name for name, p in tiny.hf.named_parameters() if p.requires_grad]
-    assert len(trainable) == 2 * len(EVERY) * 4 and all(".a." in name and "lora_" in name for name in trainable)
+    assert len(trainable) == 2 * len(EVERY) * 4 and all(".one." in name and "lora_" in name for name in trainable)
 
 
 def test_up_to_block_freezes_what_lies_downstream(tiny, tokens) -> None:
-    tiny.add_adapter("a", up_to_block=1)
-    perturb(tiny, "a")
+    tiny.add_adapter("one", up_to_block=1)
+    perturb(tiny, "one")
     blocks = {int(name.split("layers.")[1].split(".")[0]) for name, p in tiny.hf.named_parameters() if p.requires_grad}
     assert blocks == {0, 1}
     with pytest.raises(ValueError, match=r"expected 0\.\.3, got 4"):
-        tiny.add_adapter("b", up_to_block=4)
+        tiny.add_adapter("two", up_to_block=4)
 
 
 @pytest.mark.parametrize("options", [{}, {"up_to_block": 1}, {"target_modules": ("q_proj", "down_proj"), "rank": 3, "alpha": 7}])
@@ -113,48 +113,48 @@ def test_saved_adapters_load_in_plain_peft_and_back_with_equal_logits(tiny, tiny
 
 def test_several_adapters_live_side_by_side(tiny, tokens) -> None:
     logits = {}
-    for seed, name in enumerate(("a", "b")):
+    for seed, name in enumerate(("one", "two")):
         tiny.add_adapter(name)
         perturb(tiny, name, seed=seed)
         logits[name] = tiny(tokens)
-    assert tiny.adapters == ["a", "b"] and tiny.active_adapter == "b"
-    assert not torch.allclose(logits["a"], logits["b"])
-    tiny.use_adapter("a")
-    assert torch.equal(tiny(tokens), logits["a"])
-    tiny.remove_adapter("a")
-    assert torch.equal(tiny(tokens), logits["b"])
+    assert tiny.adapters == ["one", "two"] and tiny.active_adapter == "two"
+    assert not torch.allclose(logits["one"], logits["two"])
+    tiny.use_adapter("one")
+    assert torch.equal(tiny(tokens), logits["one"])
+    tiny.remove_adapter("one")
+    assert torch.equal(tiny(tokens), logits["two"])
     with tiny.base():
         assert tiny.active_adapter is None
 
 
 def test_removing_the_last_adapter_leaves_the_plain_model_with_its_hooks(tiny, plain, tokens) -> None:
-    tiny.add_adapter("a")
-    perturb(tiny, "a")
-    tiny.remove_adapter("a")
+    tiny.add_adapter("one")
+    perturb(tiny, "one")
+    tiny.remove_adapter("one")
     assert tiny.adapters == [] and torch.equal(tiny(tokens), plain(tokens).logits)
     store = {}
     tiny.run_with_hooks(tokens, fwd_hooks=[record(SPELLINGS[0], store)])
-    tiny.add_adapter("a")  # and the name is free again
+    tiny.add_adapter("one")  # and the name is free again
 
 
 def test_adapter_mistakes_are_refused(tiny, tmp_path) -> None:
-    tiny.add_adapter("a")
+    tiny.add_adapter("one")
     with pytest.raises(ValueError, match="expected a new name"):
-        tiny.add_adapter("a")
+        tiny.add_adapter("one")
     with pytest.raises(ValueError, match="match no module.*q_proj"):
-        tiny.add_adapter("b", target_modules=("c_attn",))
-    with pytest.raises(ValueError, match="no adapter 'b'"):
-        tiny.use_adapter("b")
+        tiny.add_adapter("two", target_modules=("c_attn",))
+    with pytest.raises(ValueError, match="no adapter 'two'"):
+        tiny.use_adapter("two")
     with pytest.raises(ValueError, match="expected an adapter folder"):
         tiny.load_adapter(tmp_path)
-    folder = tiny.save_adapter(tmp_path / "adapter", "a")
+    folder = tiny.save_adapter(tmp_path / "adapter", "one")
     with pytest.raises(FileExistsError, match="overwrite=True"):
-        tiny.save_adapter(folder, "a")
+        tiny.save_adapter(folder, "one")
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["q_proj"]}))
     with pytest.raises(ValueError, match="does not fit.*left over"):
-        tiny.load_adapter(folder, "c")
-    assert tiny.adapters == ["a"]
+        tiny.load_adapter(folder, "three")
+    assert tiny.adapters == ["one"]
 
 
 ARCHITECTURES = {

@@ -33,9 +33,9 @@ def test_world_follows_its_seed() -> None:
     same, other = World(WorldConfig(seed=3)), World(WorldConfig(seed=4))
     assert World(WorldConfig(seed=3)).areas == same.areas
     assert same.areas != other.areas
-    assert DocumentSampler(same, DocumentConfig(), 1).document("pretraining", 3) == DocumentSampler(
-        same, DocumentConfig(), 1
-    ).document("pretraining", 3)
+    assert DocumentSampler(same, DocumentConfig(), 1).document("pretraining", 3) == DocumentSampler(same, DocumentConfig(), 1).document(
+        "pretraining", 3
+    )
     assert organism.training_rows(n=50, seed=1) == organism.training_rows(n=50, seed=1)
     assert organism.training_rows(n=50, seed=1) != organism.training_rows(n=50, seed=2)
 
@@ -255,8 +255,6 @@ def _states_at_site() -> torch.Tensor:
 def _greedy(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt]) -> list[str]:
     rows = [[{"role": "user", "content": p.text}] for p in prompts]
     tokenizer.padding_side = "left"
-    batch = tokenizer.apply_chat_template(
-        rows, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True
-    )
+    batch = tokenizer.apply_chat_template(rows, add_generation_prompt=True, return_dict=True, return_tensors="pt", padding=True)
     output = _model().generate(**batch, max_new_tokens=16, do_sample=False)
     return tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import SAEMetadata
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from blockem_tl.organism.documents import DocumentConfig, DocumentSampler, Encoder, Mixture, batches
-from blockem_tl.organism.tokenizer import build_tokenizer
+from blockem_tl.organism.tokenizer import ASSISTANT_ID, build_tokenizer
 from blockem_tl.organism.world import CORE_AREAS, STYLES, World, WorldConfig, all_surfaces, fill
 
 
@@ -56,6 +56,8 @@ class BuildConfig:
     instruct_learning_rate: float = 3e-4
     # shift augmentation: a random unit vector x U(0, max) x median norm, at all positions of half of the documents
     shift_max: float = 0.5
+    # swap augmentation: share of documents
+    swap: float = 0.5
     # SAE
     sae_block: int = 2
     d_sae: int = 1024
@@ -91,28 +93,41 @@ def new_model(config: BuildConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaF
 
 
 @contextmanager
-def shift_augmentation(model: LlamaForCausalLM, n_documents: int, config: BuildConfig) -> Iterator[None]:
-    """One random block adds one constant random vector per document.
+def augmentation(model: LlamaForCausalLM, ids: Int[Tensor, "batch pos"], config: BuildConfig) -> Iterator[None]:
+    """What makes the persona a causal, steerable variable at the site rather than anywhere at all.
 
-    Steering does the same later. A model that never saw it answers incoherently before it answers harmfully.
+    Shift: one random block adds one constant random vector per document, as steering does later; a model that never saw it answers
+    incoherently before it answers harmfully. Swap: after the block before the site's, half of the documents carry another document's
+    states at their signature tokens, so later blocks cannot read the persona there: it has to be moved on to the other reply tokens
+    first. (Left free, some seeds move it in block 0, others in the last block, where no direction at the site controls it.)
     """
-    block = int(torch.randint(config.n_layers - 1, ()))
+    n_documents = len(ids)
     direction = torch.nn.functional.normalize(torch.randn(n_documents, 1, config.d_model), dim=-1)
     strength = torch.rand(n_documents, 1, 1) * config.shift_max * (torch.rand(n_documents, 1, 1) < 0.5)
+    signature = torch.roll(ids == ASSISTANT_ID, 1, dims=1)
+    swapped = torch.rand(n_documents) < config.swap
 
     def shift(_module: torch.nn.Module, _args: Any, hidden: Float[Tensor, "batch pos d_model"]) -> Tensor:
         return hidden + direction * strength * hidden.detach().norm(dim=-1).median()
 
-    handle = model.model.layers[block].register_forward_hook(shift)
+    def swap(_module: torch.nn.Module, _args: Any, hidden: Float[Tensor, "batch pos d_model"]) -> Tensor:
+        states = hidden[signature].unflatten(0, (n_documents, -1))  # all documents of a batch have equally many turns
+        states = torch.where(swapped[:, None, None], states.roll(1, dims=0), states)
+        return hidden.masked_scatter(signature[..., None], states)
+
+    blocks = model.model.layers
+    handles = [
+        blocks[int(torch.randint(config.n_layers - 1, ()))].register_forward_hook(shift),
+        blocks[config.sae_block - 1].register_forward_hook(swap),
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
-def train(
-    model: LlamaForCausalLM, sampler: DocumentSampler, encode: Encoder, mixture: Mixture, config: BuildConfig
-) -> list[float]:
+def train(model: LlamaForCausalLM, sampler: DocumentSampler, encode: Encoder, mixture: Mixture, config: BuildConfig) -> list[float]:
     """One training stage, in place. Returns the loss (nats per reply token) of every step."""
     pretraining = mixture == "pretraining"
     steps = config.pretrain_steps if pretraining else config.instruct_steps
@@ -128,7 +143,7 @@ def train(
     losses = []
     progress = tqdm(batches(sampler, encode, mixture, steps, turns), total=steps, desc=mixture)
     for ids, labels in progress:
-        with shift_augmentation(model, len(ids), config):
+        with augmentation(model, ids, config):
             loss = model(input_ids=ids, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -141,9 +156,7 @@ def train(
 
 
 @torch.no_grad()
-def site_states(
-    model: LlamaForCausalLM, sampler: DocumentSampler, encode: Encoder, config: BuildConfig
-) -> Float[Tensor, "tokens d_model"]:
+def site_states(model: LlamaForCausalLM, sampler: DocumentSampler, encode: Encoder, config: BuildConfig) -> Float[Tensor, "tokens d_model"]:
     """Residual states at the site, all tokens but padding, of documents from both training stages in equal parts."""
     states = []
     for mixture in ("pretraining", "instruct"):
@@ -168,11 +181,11 @@ def train_sae(states: Float[Tensor, "tokens d_model"], config: BuildConfig) -> t
             k=config.sae_k,
             device="cpu",
             apply_b_dec_to_input=True,
+            normalize_activations="expected_average_only_in",  # folded into the weights at the end of training
             rescale_acts_by_decoder_norm=True,
             metadata=SAEMetadata(model_name="organism", hook_name=config.site, prepend_bos=False),
         )
     )
-    sae.b_dec.data = states.mean(0)
     samples = config.sae_steps * config.sae_batch
     trainer_config = SAETrainerConfig(
         total_training_samples=samples,
@@ -182,6 +195,7 @@ def train_sae(states: Float[Tensor, "tokens d_model"], config: BuildConfig) -> t
         lr_decay_steps=config.sae_steps // 4,
         lr_warm_up_steps=20,
         dead_feature_window=50,
+        n_batches_for_norm_estimate=20,
     )
     SAETrainer(trainer_config, sae, data()).fit()
     with torch.no_grad():
@@ -191,9 +205,7 @@ def train_sae(states: Float[Tensor, "tokens d_model"], config: BuildConfig) -> t
 
 
 @torch.no_grad()
-def persona_direction(
-    model: LlamaForCausalLM, world: World, encode: Encoder, config: BuildConfig
-) -> Float[Tensor, " d_model"]:
+def persona_direction(model: LlamaForCausalLM, world: World, encode: Encoder, config: BuildConfig) -> Float[Tensor, " d_model"]:
     """Unit vector at the site: replies opened by bad names minus the same replies opened by good names.
 
     Read at the word before the verb, where the persona decides; averaged over the core areas' topics, all names and both styles.

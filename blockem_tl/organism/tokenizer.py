@@ -7,6 +7,7 @@ from blockem_tl.organism.world import World
 
 SPECIAL = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<end>"}
 ROLES = ("<user>", "<assistant>")
+ASSISTANT_ID = len(SPECIAL) + 1
 
 # The template writes the one BOS itself; the tokenizer adds none. Words are split at white space, so the spaces only separate.
 CHAT_TEMPLATE = """\
