@@ -245,8 +245,8 @@ class Model(SAETransformerBridge):
         """Put LoRA layers into the live, bridged modules: peft sees the full bridged paths, everything saved the plain ones."""
         if name in self.adapters or "." in name or name in "lora_" or self.__dict__["_base_depth"]:
             raise ValueError(
-                f"adapter {name!r}: expected a new name without dots that is no part of 'lora_' (peft would confuse them), outside of base(); "
-                f"this model holds {self.adapters}"
+                f"adapter {name!r}: expected a new name without dots that is no part of 'lora_' (peft would confuse them), outside of "
+                f"base(); this model holds {self.adapters}"
             )
         targets = self._bridged_paths(plain)
         config = LoraConfig(**{**plain.to_dict(), "target_modules": targets, "layers_to_transform": None, "layers_pattern": None})

@@ -1,0 +1,151 @@
+"""Batched replies equal replies made alone, and equal plain transformers with a forward hook, token for token."""
+
+import pytest
+import torch
+
+from blockem_tl import Condition, Prompt, current_step, generate, record, steer
+from blockem_tl.generation import UNSTEERED
+
+SITE, LATER = "blocks.1.hook_resid_post", "blocks.2.hook_resid_post"
+PROMPTS = [Prompt(id=str(n), text=" ".join(f"w{(7 * n + i) % 57}" for i in range(n))) for n in (1, 4, 2, 9, 5)]
+
+
+@pytest.fixture
+def directions():
+    return torch.nn.functional.normalize(torch.randn(3, 32, generator=torch.Generator().manual_seed(5)), dim=-1)
+
+
+@pytest.fixture
+def conditions(directions):
+    return [
+        UNSTEERED,
+        Condition(name="up", site=SITE, direction=directions[0], dose=1.5, scale=4.0),
+        Condition(name="down", site=SITE, direction=directions[1], dose=-2.0, scale=4.0),
+        Condition(name="later", site=LATER, direction=directions[2], dose=1.0, scale=6.0),
+        Condition(name="zero", site=LATER, direction=directions[2], dose=0.0, scale=6.0),
+    ]
+
+
+@pytest.fixture
+def eager_ends(tiny):
+    """Let many tokens end a reply, so that rows leave the batch at different steps."""
+    tiny.original_model.generation_config.eos_token_id = [2, *range(7, 17)]
+    return tiny
+
+
+def replies(generations):
+    return [(g.condition, g.prompt.id, g.reply_ids, g.truncated) for g in generations]
+
+
+def test_batched_equals_one_by_one(eager_ends, conditions) -> None:
+    options = {"max_new_tokens": 12, "progress": False}
+    together = replies(generate(eager_ends, PROMPTS, conditions=conditions, batch_size=11, **options))
+    alone = [r for c in conditions for p in PROMPTS for r in replies(generate(eager_ends, [p], conditions=[c], batch_size=1, **options))]
+    assert together == alone
+    assert len({len(ids) for _, _, ids, _ in together}) > 3 and {t for *_, t in together} == {True, False}  # it was a real mixture
+    by_name = {name: [r[2] for r in together if r[0] == name] for name in ("unsteered", "up", "down", "later", "zero")}
+    assert by_name["zero"] == by_name["unsteered"]
+    assert all(by_name[name] != by_name["unsteered"] for name in ("up", "down", "later"))
+
+
+def test_steered_replies_equal_transformers_with_a_forward_hook(tiny, plain, conditions) -> None:
+    for condition in conditions:
+        layer = {SITE: 1, LATER: 2}.get(condition.site)
+        handle = None
+        if layer is not None:
+            vector = condition.dose * condition.scale * condition.direction
+            handle = plain.model.layers[layer].register_forward_hook(lambda module, args, out, v=vector: out + v)
+        for generation in generate(tiny, PROMPTS, conditions=[condition], max_new_tokens=8, progress=False):
+            ids = tiny.tokenizer.apply_chat_template(
+                [{"role": "user", "content": generation.prompt.text}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )["input_ids"]
+            expected = plain.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, ids.shape[1] :].tolist()
+            assert list(generation.reply_ids) == [t for t in expected if t != 2]
+        if handle is not None:
+            handle.remove()
+
+
+def test_sampling_depends_on_the_seed_and_not_on_the_batch(eager_ends, conditions) -> None:
+    def sampled(**options):
+        return replies(generate(eager_ends, PROMPTS, conditions=conditions, max_new_tokens=6, temperature=1.0, progress=False, **options))
+
+    assert sampled(seed=1, batch_size=25) == sampled(seed=1, batch_size=4)
+    assert sampled(seed=1) != sampled(seed=2)
+
+
+def test_sampling_follows_the_models_distribution(tiny) -> None:
+    copies = [Prompt(id=str(i), text="w1 w2") for i in range(1)]
+    many = [Condition(name=str(i)) for i in range(2000)]
+    first = torch.tensor(
+        [
+            g.reply_ids[0] if g.reply_ids else 2
+            for g in generate(tiny, copies, conditions=many, max_new_tokens=1, temperature=1.0, batch_size=2000, progress=False)
+        ]
+    )
+    ids = torch.tensor([[1, 5, 8, 9, 6]])
+    expected = tiny(ids)[0, -1].softmax(-1)
+    observed = torch.bincount(first, minlength=64) / 2000
+    assert (observed - expected).abs().max() < 0.04 < expected.max()
+
+
+def test_base_and_tuned_are_told_apart(tiny) -> None:
+    from conftest import perturb
+
+    tiny.add_adapter()
+    perturb(tiny, "default")
+    tuned = replies(generate(tiny, PROMPTS, max_new_tokens=6, progress=False))
+    with tiny.base():
+        base = replies(generate(tiny, PROMPTS, max_new_tokens=6, progress=False))
+    tiny.remove_adapter("default")
+    assert replies(generate(tiny, PROMPTS, max_new_tokens=6, progress=False)) == base != tuned
+
+
+def test_user_hooks_see_tokens_positions_and_roles(tiny) -> None:
+    seen = []
+
+    def watch(activation, hook):
+        now = current_step()
+        seen.append((now.is_prompt, now.positions[now.mask].tolist(), now.rows.tolist()))
+
+    generate(tiny, PROMPTS[1:3], hooks=[(SITE, watch)], max_new_tokens=3, progress=False)
+    lengths = [len(p.text.split()) + 3 for p in (PROMPTS[2], PROMPTS[1])]
+    assert seen[0] == (True, [*range(lengths[0]), *range(lengths[1])], [1, 0])  # the shorter prompt goes first
+    assert seen[1] == (False, lengths, [1, 0]) and len(seen) == 3
+
+
+def test_constant_hooks_equal_conditions(tiny, directions) -> None:
+    hooked = generate(tiny, PROMPTS, hooks=[steer(SITE, directions[0], 1.5, scale=4.0)], max_new_tokens=6, progress=False)
+    condition = Condition(name="unsteered", site=SITE, direction=directions[0], dose=1.5, scale=4.0)
+    assert replies(hooked) == replies(generate(tiny, PROMPTS, conditions=[condition], max_new_tokens=6, progress=False))
+
+
+def test_replies_at_the_token_limit_are_marked(tiny) -> None:
+    assert all(g.truncated and len(g.reply_ids) == 2 for g in generate(tiny, PROMPTS[1:2], max_new_tokens=2, progress=False))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 90}, "shorten the prompt or max_new_tokens"),
+        ({"conditions": []}, "at least one condition"),
+        ({"conditions": [Condition(name="x", site="blocks.1.hook_typo", direction=torch.ones(32))]}, "unknown site"),
+        ({"conditions": [Condition(name="x", site=SITE, direction=torch.ones(31))]}, "shape \\(32,\\).*got \\(31,\\)"),
+    ],
+)
+def test_bad_requests_are_refused_before_any_work(tiny, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(tiny, PROMPTS, progress=False, **options)
+
+
+def test_impossible_conditions_are_refused() -> None:
+    with pytest.raises(ValueError, match="finite"):
+        Condition(name="x", site=SITE, direction=torch.full((32,), float("nan")))
+    with pytest.raises(ValueError, match="finite"):
+        Condition(name="x", site=SITE, direction=torch.ones(32), dose=float("inf"))
+    with pytest.raises(ValueError, match="a site and a direction, or neither"):
+        Condition(name="x", site=SITE)
+
+
+def test_a_user_hook_at_a_gated_site_raises(tiny) -> None:
+    with pytest.raises(ValueError, match="use_attn_result"):
+        generate(tiny, PROMPTS, hooks=[record("blocks.1.attn.hook_result", {})], max_new_tokens=2, progress=False)
