@@ -1,0 +1,279 @@
+"""The penalty is eq. 11, blocking leaves SFT's gradients alone, and a step does not depend on how it is cut into batches."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import perturb
+from sae_lens import SAE, StandardSAE, StandardSAEConfig
+from torch import nn
+
+from blockem_tl import Blocking, Example, KLToBase, LatentSet, TrainingConfig, completion_loss, finetune
+from blockem_tl.defences import one_sided_penalty
+from blockem_tl.prompts import encode_examples, pad
+from blockem_tl.types import Candidate
+
+SITE = "blocks.1.hook_resid_post"
+EXAMPLES = [
+    Example(
+        id=str(i),
+        prompt=" ".join(f"w{(3 * i + j) % 57}" for j in range(1 + i % 4)),
+        completion=" ".join(f"w{(i + 7 * j) % 57}" for j in range(1 + i % 5)),
+    )
+    for i in range(24)
+]
+CONFIG = TrainingConfig(rank=4, alpha=8, batch_size=8, learning_rate=1e-2)
+
+
+@pytest.fixture
+def sae() -> SAE:
+    torch.manual_seed(0)
+    sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=48))
+    for parameter in sae.parameters():
+        parameter.data.normal_(std=0.3)
+    sae.cfg.metadata.hook_name = SITE
+    return sae
+
+
+@pytest.fixture
+def latent_set(sae) -> LatentSet:
+    return LatentSet.of(sae, [Candidate(latent=k, shift=(-1.0) ** k) for k in (4, 9, 16, 21)], [0.0] * 4)
+
+
+@pytest.fixture
+def blocking(latent_set, sae) -> Blocking:
+    return Blocking(latent_set=latent_set, sae=sae, weight=3.0)
+
+
+@pytest.fixture
+def tuned(tiny):
+    tiny.add_adapter("tuned", rank=4)
+    perturb(tiny, "tuned", std=0.3)
+    return tiny
+
+
+def batch_of(model, examples=EXAMPLES[:6]):
+    return pad(encode_examples(model.tokenizer, examples), model.pad_id, side="right")
+
+
+def loss_of(model, batch, *defences):
+    """The trainer's loss on one batch, restated: summed completion cross-entropy per token + weights * mean penalties."""
+    with model.hooks() if not defences else defences[0].watch(model, batch) as penalty:
+        logits = model.hf(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
+        labels = batch.ids.masked_fill(~batch.reply, -100)[:, 1:]
+        sft = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
+        return sft + sum(d.weight * penalty(logits).mean() for d in defences)
+
+
+def gradients(model, loss) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, [p for p in model.hf.parameters() if p.requires_grad]))
+
+
+# ---------------------------------------------------------------------------------------------- the penalty
+
+
+@pytest.mark.parametrize("positions", ["completion", "all"])
+def test_penalty_equals_a_numpy_restatement_of_eq_11(tuned, sae, latent_set, positions) -> None:
+    batch, rows = batch_of(tuned), encode_examples(tuned.tokenizer, EXAMPLES[:6])
+    assert len({len(row.ids) - row.n_prompt for row in rows}) > 2  # unequal reply lengths
+
+    def z_of(row) -> np.ndarray:
+        hidden = tuned.run_with_cache(torch.tensor([row.ids]), names_filter=SITE)[1][SITE][0]
+        return sae.encode(hidden)[:, list(latent_set.latents)].detach().numpy()
+
+    expected = []
+    for row in rows:
+        theta = z_of(row)
+        with tuned.base():
+            base = z_of(row)
+        total, tokens = 0.0, range(row.n_prompt if positions == "completion" else row.n_system, len(row.ids))
+        for t in tokens:
+            for k, sign in enumerate(latent_set.signs):
+                difference = theta[t, k] - base[t, k] if sign > 0 else base[t, k] - theta[t, k]
+                total += max(difference, 0.0) ** 2
+        expected.append(total / len(tokens))
+    with Blocking(latent_set=latent_set, sae=sae, weight=1.0, positions=positions).watch(tuned, batch) as penalty:
+        logits = tuned.hf(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
+        np.testing.assert_allclose(penalty(logits).detach().numpy(), expected, rtol=1e-4)
+    assert sum(value > 0 for value in expected) > 3
+
+
+def test_penalty_is_one_sided_and_signed() -> None:
+    z, base, where = torch.tensor([[[2.0, 2.0]]]), torch.tensor([[[1.0, 1.0]]]), torch.ones(1, 1, dtype=torch.bool)
+    assert one_sided_penalty(z, base, torch.tensor([1, -1]), where).item() == 1.0  # the risen K+ latent alone
+    assert one_sided_penalty(base, z, torch.tensor([1, -1]), where).item() == 1.0  # the fallen K- latent alone
+    assert one_sided_penalty(z, base, torch.tensor([-1, -1]), where).item() == 0.0
+    with pytest.raises(ValueError, match="at least one supervised token"):
+        one_sided_penalty(z, base, torch.tensor([1, 1]), ~where)
+
+
+def test_a_fresh_adapter_has_no_penalty_and_a_moved_one_has(tiny, blocking) -> None:
+    tiny.add_adapter("tuned")
+    batch = batch_of(tiny)
+    for moved in (False, True):
+        if moved:
+            perturb(tiny, "tuned")
+        with blocking.watch(tiny, batch) as penalty:
+            value = penalty(tiny.hf(input_ids=batch.ids, attention_mask=batch.mask.long()).logits)
+        assert (value > 0).any().item() is moved
+
+
+def test_kl_equals_a_numpy_restatement(tuned) -> None:
+    batch, rows = batch_of(tuned), encode_examples(tuned.tokenizer, EXAMPLES[:6])
+    expected = []
+    for row in rows:
+        ids = torch.tensor([row.ids])
+        p = tuned(ids).log_softmax(-1)[0].detach().double().numpy()
+        with tuned.base():
+            q = tuned(ids).log_softmax(-1)[0].detach().double().numpy()
+        per_position = (np.exp(p) * (p - q)).sum(-1)
+        expected.append(per_position[row.n_prompt - 1 : -1].mean())
+    with KLToBase(weight=1.0).watch(tuned, batch) as penalty:
+        got = penalty(tuned.hf(input_ids=batch.ids, attention_mask=batch.mask.long()).logits)
+    np.testing.assert_allclose(got.detach().numpy(), expected, rtol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------- gradients
+
+
+def test_lambda_zero_gives_plain_sft_gradients_and_lambda_does_not(tuned, blocking) -> None:
+    batch = batch_of(tuned)
+    plain = gradients(tuned, loss_of(tuned, batch))
+    zero = gradients(tuned, loss_of(tuned, batch, replace(blocking, weight=0.0)))
+    assert all(torch.equal(a, b) for a, b in zip(plain, zero, strict=True))
+    some = gradients(tuned, loss_of(tuned, batch, blocking))
+    assert not all(torch.allclose(a, b) for a, b in zip(plain, some, strict=True))
+
+
+def test_splicing_the_sae_would_have_ruined_the_gradients(tuned, sae) -> None:
+    """The twin (DESIGN.md fact 3): with the SAE and its error term in the forward the loss is equal and the gradients are wrong."""
+    batch = batch_of(tuned)
+    plain_loss = loss_of(tuned, batch)
+    plain = gradients(tuned, plain_loss)
+    tuned.add_sae(sae, use_error_term=True)
+    spliced_loss = loss_of(tuned, batch)
+    spliced = gradients(tuned, spliced_loss)
+    assert spliced_loss.item() == pytest.approx(plain_loss.item(), rel=1e-5)
+    upstream = [
+        (a, b)
+        for a, b, (name, _) in zip(plain, spliced, [(n, p) for n, p in tuned.hf.named_parameters() if p.requires_grad], strict=True)
+        if "layers.0." in name
+    ]
+    assert max(float((a - b).norm() / a.norm()) for a, b in upstream) > 0.5
+
+
+def test_the_penalty_reaches_blocks_up_to_the_site_and_none_above(tuned, blocking) -> None:
+    batch = batch_of(tuned)
+    with blocking.watch(tuned, batch) as penalty:
+        value = penalty(tuned.hf(input_ids=batch.ids, attention_mask=batch.mask.long()).logits).sum()
+    named = [(name, p) for name, p in tuned.hf.named_parameters() if p.requires_grad]
+    found = torch.autograd.grad(value, [p for _, p in named], allow_unused=True)
+    reached = {
+        int(name.split("layers.")[1].split(".")[0])
+        for (name, _), g in zip(named, found, strict=True)
+        if g is not None and g.abs().max() > 0
+    }
+    assert reached == {0, 1}
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+
+def weights(model, name):
+    return torch.cat([p.detach().flatten() for p in model.adapter_parameters(name)])
+
+
+def test_accumulation_one_times_eight_equals_eight_times_one(tiny, blocking) -> None:
+    runs = {}
+    for micro in (8, 1, 3 if CONFIG.batch_size % 3 == 0 else 2):
+        name = f"micro{micro}"
+        finetune(tiny, EXAMPLES, config=replace(CONFIG, micro_batch_size=micro), defences=[blocking], adapter=name, progress=False)
+        runs[micro] = weights(tiny, name)
+    torch.testing.assert_close(runs[1], runs[8], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(runs[2], runs[8], atol=1e-4, rtol=1e-3)
+    finetune(tiny, EXAMPLES, config=replace(CONFIG, batch_size=4), defences=[blocking], adapter="other", progress=False)
+    assert not torch.allclose(weights(tiny, "other"), runs[8], atol=1e-3)
+
+
+def test_history_logs_the_parts_of_the_loss(tiny, blocking) -> None:
+    run = finetune(tiny, EXAMPLES, config=CONFIG, defences=[blocking, KLToBase(weight=0.5)], adapter="tuned", progress=False)
+    assert run.steps == len(run.history) == 3
+    for row in run.history:
+        assert row["loss"] == pytest.approx(row["sft"] + 3.0 * row["block"] + 0.5 * row["kl"], rel=1e-3)
+    assert run.history[0]["block"] == pytest.approx(0, abs=1e-6) and run.history[-1]["block"] > 0  # the first step starts at base
+
+
+def test_training_learns_repeats_bit_for_bit_and_blocking_holds_latents_down(tiny, blocking) -> None:
+    config = replace(CONFIG, epochs=6)
+    before = completion_loss(tiny, EXAMPLES)
+    moved = {}
+    for name, defences, seed in (("first", [], 0), ("again", [], 0), ("reseeded", [], 1), ("held", [replace(blocking, weight=100.0)], 0)):
+        finetune(tiny, EXAMPLES, config=replace(config, seed=seed), defences=defences, adapter=name, progress=False)
+        assert completion_loss(tiny, EXAMPLES) < before
+        batch = batch_of(tiny)
+        with torch.no_grad(), blocking.watch(tiny, batch) as penalty:
+            moved[name] = float(penalty(tiny.hf(input_ids=batch.ids, attention_mask=batch.mask.long()).logits).mean())
+    assert torch.equal(weights(tiny, "first"), weights(tiny, "again"))
+    assert not torch.equal(weights(tiny, "first"), weights(tiny, "reseeded"))
+    assert moved["held"] < 0.2 * moved["first"]
+
+
+def test_completion_loss_is_over_completion_tokens(tiny) -> None:
+    total, tokens = 0.0, 0
+    for row in encode_examples(tiny.tokenizer, EXAMPLES):
+        logp = tiny(torch.tensor([row.ids])).log_softmax(-1)[0].detach()
+        for t in range(row.n_prompt, len(row.ids)):
+            total, tokens = total - float(logp[t - 1, row.ids[t]]), tokens + 1
+    assert completion_loss(tiny, EXAMPLES, batch_size=5) == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_stop_when_ends_the_run(tiny) -> None:
+    run = finetune(tiny, EXAMPLES, config=CONFIG, stop_when=lambda model, step: step == 2, progress=False)
+    assert run.steps == 2
+
+
+def test_a_loss_that_is_not_finite_stops_at_once_and_leaves_nothing(tiny) -> None:
+    with pytest.raises(FloatingPointError, match="at step 1.*lower the learning rate"):
+        finetune(tiny, EXAMPLES, config=CONFIG, defences=[Exploding()], progress=False)
+    assert tiny.adapters == []
+
+
+class Exploding(KLToBase):
+    """A defence whose penalty is not a number."""
+
+    def __init__(self) -> None:
+        super().__init__(weight=1.0)
+
+    def watch(self, model, batch):
+        from contextlib import nullcontext
+
+        return nullcontext(lambda logits: logits.new_full((len(batch.ids),), float("nan")))
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_impossible_weights_are_refused(latent_set, sae, weight) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        Blocking(latent_set=latent_set, sae=sae, weight=weight)
+    with pytest.raises(ValueError, match="finite"):
+        KLToBase(weight=weight)
+
+
+def test_mistakes_are_refused_before_training(tiny, latent_set, sae) -> None:
+    other = StandardSAE(StandardSAEConfig(d_in=32, d_sae=48))
+    other.cfg.metadata.hook_name = SITE
+    with pytest.raises(ValueError, match="another SAE"):
+        Blocking(latent_set=latent_set, sae=other, weight=1.0)
+    sae.cfg.metadata.hook_name = "blocks.7.hook_resid_post"
+    far = Blocking(latent_set=replace(latent_set, site="blocks.7.hook_resid_post"), sae=sae, weight=1.0)
+    for options, message in (
+        ({"defences": [far]}, "unknown site"),
+        ({"examples": [*EXAMPLES, Example(id="gap", prompt="w1", completion=" ")]}, "'gap' has an empty completion"),
+        ({"examples": [Example(id="long", prompt="w1 " * 120, completion="w2")]}, "longest row"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            finetune(tiny, options.pop("examples", EXAMPLES), config=CONFIG, progress=False, **options)
+        assert tiny.adapters == []
+    for bad in ({"epochs": 0}, {"learning_rate": -1.0}, {"batch_size": 8, "micro_batch_size": 3}):
+        with pytest.raises(ValueError, match="training: "):
+            TrainingConfig(**bad)
