@@ -1,6 +1,6 @@
 """Stages 1 to 3 in a row: from a tuned model to its latent set. Any stage can also be called alone; this is their composition."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -93,6 +93,7 @@ def discover(
     scale: float,
     config: DiscoveryConfig = DiscoveryConfig(),
     exclude: Sequence[int] = (),
+    provenance: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Discovery:
     """Find the latents that causally carry what fine-tuning did to ``model`` (its active adapter).
@@ -101,6 +102,7 @@ def discover(
         prompts: the core prompts; they select, and must never report.
         scale: the site's median norm on base (:func:`blockem_tl.scale.median_norm`).
         exclude: latents to leave out, for instance those already blocked.
+        provenance: what else to write into the latent set, for people: the training domain, the seed.
 
     Raises:
         ValueError: bad prompts, an SAE that does not fit, a model without an active adapter, or no latent that qualifies.
@@ -140,6 +142,7 @@ def discover(
         [c.score(config.rule) for c in chosen],
         prompts=prompts,
         provenance={
+            **(provenance or {}),
             "method": "discovery",
             "model": model.source,
             "adapter": model.active_adapter,

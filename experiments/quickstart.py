@@ -208,7 +208,16 @@ def run(settings: Settings) -> dict[str, Any]:
 
     base = Arm(kind="base", label="base", adapter=None)
     plain = lab.train("sft", "plain fine-tuning")
-    found = discover(lab.model, lab.sae, lab.judge, lab.data.core, scale=scale, config=lab.preset.discovery, progress=settings.progress)
+    found = discover(
+        lab.model,
+        lab.sae,
+        lab.judge,
+        lab.data.core,
+        scale=scale,
+        config=lab.preset.discovery,
+        provenance={"domain": DOMAIN, "seed": settings.seed},
+        progress=settings.progress,
+    )
     latents, alive = found.latent_set, alive_latents(lab)
     latents.save(settings.latents / f"organism-{DOMAIN}-seed{settings.seed}.json")
     control = random_latents(lab.sae, len(latents), seed=settings.seed, among=alive, exclude=latents.latents)
