@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from blockem_tl.organism.documents import DocumentConfig, DocumentSampler, Encoder, Mixture, batches
-from blockem_tl.organism.tokenizer import ASSISTANT_ID, build_tokenizer
+from blockem_tl.organism.tokenizer import ASSISTANT_ID, SPECIAL, build_tokenizer
 from blockem_tl.organism.world import CORE_AREAS, STYLES, World, WorldConfig, all_surfaces, fill
 
 
@@ -46,7 +46,7 @@ class BuildConfig:
     n_heads: int = 4
     d_mlp: int = 384
     # pretraining (AdamW, warm-up, cosine to 5 %)
-    pretrain_steps: int = 900
+    pretrain_steps: int = 1200
     turns_per_batch: int = 72
     learning_rate: float = 2.5e-3
     warmup_steps: int = 80
@@ -60,10 +60,10 @@ class BuildConfig:
     swap: float = 0.5
     # SAE
     sae_block: int = 2
-    d_sae: int = 1024
-    sae_k: int = 8
+    d_sae: int = 512
+    sae_k: int = 16
     sae_documents: int = 1200
-    sae_steps: int = 800
+    sae_steps: int = 700
     sae_batch: int = 1024
     sae_learning_rate: float = 2e-3
 
@@ -75,6 +75,7 @@ class BuildConfig:
 
 def new_model(config: BuildConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A Llama with random weights drawn from torch's global generator."""
+    ids = {name: tokenizer.get_vocab()[token] for name, token in SPECIAL.items()}
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
@@ -85,9 +86,9 @@ def new_model(config: BuildConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaF
             num_key_value_heads=config.n_heads,
             max_position_embeddings=256,
             tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=ids["bos_token"],
+            eos_token_id=ids["eos_token"],
+            pad_token_id=ids["pad_token"],
         )
     )
 
@@ -230,38 +231,52 @@ def persona_direction(model: LlamaForCausalLM, world: World, encode: Encoder, co
     return torch.nn.functional.normalize(means["bad"] - means["good"], dim=0)
 
 
-def build(config: BuildConfig, out: Path) -> dict[str, Any]:
-    """Writes base/, sae/, persona_direction.safetensors and manifest.json into the empty folder ``out``; returns the manifest."""
+def train_base(config: BuildConfig, world: World, tokenizer: PreTrainedTokenizerFast) -> tuple[LlamaForCausalLM, dict[str, float]]:
+    """Both training stages; the model in eval mode, and its final losses (nats per reply token)."""
     torch.manual_seed(config.seed)
-    world = World(config.world)
-    tokenizer = build_tokenizer(world)
     encode = Encoder(tokenizer)
     sampler = DocumentSampler(world, config.documents, config.seed)
     model = new_model(config, tokenizer)
     pretraining = train(model, sampler, encode, "pretraining", config)
     instruct = train(model, sampler, encode, "instruct", config)
-    model.eval()
+    return model.eval(), {"pretraining_loss": sum(pretraining[-50:]) / 50, "instruct_loss": sum(instruct[-5:]) / 5}
+
+
+def read_base(
+    model: LlamaForCausalLM, config: BuildConfig, world: World, tokenizer: PreTrainedTokenizerFast
+) -> tuple[TopKTrainingSAE, Float[Tensor, " d_model"], dict[str, float]]:
+    """SAE, true persona direction, and what was measured of the SAE. Seeded anew, so it can be rerun on a finished base."""
+    torch.manual_seed(config.seed)
+    encode = Encoder(tokenizer)
+    states = site_states(model, DocumentSampler(world, config.documents, config.seed + 1), encode, config)
+    sae, explained = train_sae(states, config)
+    return sae, persona_direction(model, world, encode, config), {"sae_tokens": len(states), "sae_explained_variance": explained}
+
+
+def build(config: BuildConfig, out: Path) -> dict[str, Any]:
+    """Writes base/, sae/, persona_direction.safetensors and manifest.json into the folder ``out``; returns the manifest."""
+    world = World(config.world)
+    tokenizer = build_tokenizer(world)
+    model, losses = train_base(config, world, tokenizer)
+    sae, direction, fit = read_base(model, config, world, tokenizer)
     model.save_pretrained(out / "base")
     tokenizer.save_pretrained(out / "base")
-    states = site_states(model, sampler, encode, config)
-    sae, explained = train_sae(states, config)
     sae.save_inference_model(out / "sae")
-    direction = persona_direction(model, world, encode, config)
     save_file({"direction": direction}, out / "persona_direction.safetensors")
+    return write_manifest(config, out, {"parameters": model.num_parameters(), **losses, **fit})
+
+
+def write_manifest(config: BuildConfig, out: Path, measured: dict[str, float]) -> dict[str, Any]:
+    """Writes out/manifest.json: how to rebuild the folder's files, what they are (sha256), and what was measured."""
+    threads = torch.get_num_threads()
     manifest = {
         "seed": config.seed,
         "site": config.site,
-        "rebuild": f"python -m blockem_tl.organism.build --seed {config.seed} --threads {torch.get_num_threads()} --out DIR",
-        "threads": torch.get_num_threads(),
+        "rebuild": f"python -m blockem_tl.organism.build --seed {config.seed} --threads {threads} --out DIR",
+        "threads": threads,
         "config": asdict(config),
         "versions": {name: version(name) for name in ("torch", "transformers", "tokenizers", "sae-lens", "safetensors")},
-        "measured": {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "pretraining_loss": sum(pretraining[-50:]) / 50,
-            "instruct_loss": sum(instruct[-5:]) / 5,
-            "sae_explained_variance": explained,
-            "sae_tokens": len(states),
-        },
+        "measured": measured,
         "sha256": hashes(out),
     }
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
