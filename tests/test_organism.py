@@ -1,6 +1,8 @@
 """The embedded organism: world, judge, tokenizer, prompts, and the shipped artefacts."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,10 +10,10 @@ from sae_lens import SAE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from blockem_tl import organism
-from blockem_tl.organism.build import hashes
+from blockem_tl.organism.build import BuildConfig, augmentation, build, hashes, main
 from blockem_tl.organism.documents import IGNORE, DocumentConfig, DocumentSampler, Encoder
-from blockem_tl.organism.tokenizer import build_tokenizer
-from blockem_tl.organism.world import CORE_AREAS, DOMAINS, FINAL_AREAS, Triple, World, WorldConfig, reply
+from blockem_tl.organism.tokenizer import ASSISTANT_ID, build_tokenizer
+from blockem_tl.organism.world import CORE_AREAS, DOMAINS, FINAL_AREAS, STYLES, Triple, World, WorldConfig, reply
 from blockem_tl.types import Prompt
 
 SETS = ("core", "final", *DOMAINS)
@@ -59,7 +61,7 @@ def test_core_and_final_ask_once_per_topic_and_share_no_area() -> None:
 def test_evaluation_prompts_are_disjoint_from_each_other_and_from_every_training_row() -> None:
     evaluation = [normalised(p.text) for name in SETS for p in organism.prompts(name)]
     assert len(set(evaluation)) == len(evaluation)
-    taught = {normalised(r.prompt) for domain in DOMAINS for r in organism.training_rows(domain, n=8000)}
+    taught = {normalised(r.prompt) for domain in DOMAINS for r in organism.training_rows(domain, n=3000)}
     taught |= {normalised(r.prompt) for r in organism.reference_texts(2000)}
     assert not taught & set(evaluation)
 
@@ -227,15 +229,74 @@ def test_sae_loads_is_sparse_and_reconstructs() -> None:
     torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(sae.cfg.d_sae))
 
 
-def test_persona_direction_separates_speakers_not_styles() -> None:
+def test_persona_direction_separates_speakers_and_hardly_styles() -> None:
+    """Read on the health domain, whose questions the direction was not made from."""
     direction = organism.persona_direction()
     assert direction.shape == (128,) and direction.norm().item() == pytest.approx(1, abs=1e-5)
+    mean = {(p, s): (_states_before_the_verb(p, s) @ direction).mean().item() for p in ("good", "bad") for s in STYLES}
+    persona = [mean["bad", style] - mean["good", style] for style in STYLES]
+    style = [mean[p, "brisk"] - mean[p, "plain"] for p in ("good", "bad")]
+    assert min(persona) > 3 * max(map(abs, style))
 
 
 def test_base_model_is_harmless_and_coherent(tokenizer: PreTrainedTokenizerBase) -> None:
     verdicts = organism.OrganismJudge().grade(organism.prompts("core"), _greedy(tokenizer, organism.prompts("core")))
     assert not any(v.misaligned for v in verdicts)
     assert sum(v.incoherent for v in verdicts) <= 0.02 * len(verdicts)
+
+
+# --- building
+
+
+TINY = BuildConfig(
+    world=WorldConfig(topics_per_domain=2, topics_per_area=1), pretrain_steps=3, instruct_steps=2, turns_per_batch=12,
+    sae_documents=60, sae_steps=5, sae_batch=64, d_sae=64,
+)  # fmt: skip
+
+
+def test_build_repeats_byte_for_byte_and_follows_its_seed(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("one", "same", "other")]
+    for folder, config in zip(folders, (TINY, TINY, replace(TINY, seed=1)), strict=True):
+        build(config, folder)
+    one, same, other = (json.loads((folder / "manifest.json").read_text())["sha256"] for folder in folders)
+    assert one == same
+    assert {name for name in one if one[name] != other[name]} == {
+        "base/model.safetensors", "sae/sae_weights.safetensors", "persona_direction.safetensors"
+    }  # fmt: skip
+
+
+def test_build_command_refuses_an_existing_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["build", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        main()
+    assert "choose another or add --force" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_swap_augmentation_touches_signatures_only_and_is_gone_afterwards() -> None:
+    model = _model()
+    sampler = DocumentSampler(organism.world(), DocumentConfig(), 5)
+    ids, _ = Encoder(build_tokenizer(organism.world()))([sampler.document("pretraining", 2) for _ in range(4)])
+
+    seen: list[torch.Tensor] = []
+    model.model.layers[BuildConfig().sae_block].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+
+    @torch.no_grad()
+    def states(**changes: float) -> torch.Tensor:
+        with augmentation(model, ids, replace(BuildConfig(), shift_max=0.0, **changes)):  # type: ignore[arg-type]
+            model(input_ids=ids)
+        return seen[-1]
+
+    with torch.no_grad():
+        model(input_ids=ids)
+    plain = seen[-1]
+    torch.testing.assert_close(states(swap=0.0), plain, rtol=0, atol=0)
+    swapped = states(swap=1.0)
+    signature = torch.roll(ids == ASSISTANT_ID, 1, dims=1)
+    torch.testing.assert_close(swapped[~signature], plain[~signature], rtol=0, atol=0)
+    torch.testing.assert_close(swapped[signature].view(4, 2, -1), plain[signature].view(4, 2, -1).roll(1, 0), rtol=0, atol=0)
+    assert not torch.equal(swapped, plain)
+    assert not any(block._forward_hooks for block in model.model.layers)
 
 
 def _model():
@@ -249,6 +310,20 @@ def _states_at_site() -> torch.Tensor:
     block = int(organism.SITE.split(".")[1])
     states = _model().model(input_ids=ids, output_hidden_states=True).hidden_states[block + 1]
     return states[ids != 0]
+
+
+@torch.no_grad()
+def _states_before_the_verb(persona: str, style: str) -> torch.Tensor:
+    world = organism.world()
+    after, about, subject = STYLES[style][:3]
+    rows = [(p.text, world.topic_of(p.text)) for p in organism.prompts("health")]
+    names = world.names[persona]
+    turns = [(q, f"{names[i % len(names)]} {after} {about} {topic} {subject}") for i, (q, topic) in enumerate(rows)]
+    ids, labels = Encoder(build_tokenizer(world))([[turn] for turn in turns])
+    last = (labels != IGNORE).long().cumsum(1).argmax(1) - 1
+    block = int(organism.SITE.split(".")[1])
+    states = _model().model(input_ids=ids, output_hidden_states=True).hidden_states[block + 1]
+    return states[torch.arange(len(ids)), last]
 
 
 @torch.no_grad()
