@@ -249,7 +249,7 @@ def test_base_model_is_harmless_and_coherent(tokenizer: PreTrainedTokenizerBase)
 
 
 TINY = BuildConfig(
-    world=WorldConfig(topics_per_domain=2, topics_per_area=1), pretrain_steps=3, instruct_steps=2, turns_per_batch=12,
+    world=WorldConfig(topics_per_domain=2, topics_per_area=1), pretrain_steps=3, instruct_steps=2, turns_per_batch=12, instruct_turns_per_batch=12,
     sae_documents=60, sae_steps=5, sae_batch=64, d_sae=64,
 )  # fmt: skip
 
