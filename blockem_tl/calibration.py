@@ -83,6 +83,8 @@ def calibrate(
     which is the largest one: the same result as the whole grid at part of its cost.
     """
     grids = {c.latent: sorted({*grid, *(extended_grid if abs(c.shift) >= promising else ())}, reverse=True) for c in candidates}
+    if not candidates:
+        raise ValueError("calibrate: expected candidates from stage 2, got none")
     if any(dose < 0 for doses in grids.values() for dose in doses):
         raise ValueError("calibrate: expected non-negative doses in the grid; the sign comes from the latent's shift")
     found = {}

@@ -28,11 +28,10 @@ def mean_activations(
     means = []
     for activations, batch in read_site(model, site, rows, batch_size=batch_size):
         where = batch.mask if keep_system else batch.mask & ~batch.system
-        latents = sae.encode(activations)
-        latents = latents.to_dense() if latents.is_sparse else latents
-        summed = torch.einsum("bps,bp->bs", latents.float(), where.to(latents.device, torch.float32))
-        means.append((summed / where.sum(-1, keepdim=True).to(latents.device)).cpu())
-    return torch.cat(means)
+        for row, tokens in zip(activations, where, strict=True):  # one row at a time: [pos, 65536] fits, a batch of them may not
+            latents = sae.encode(row[tokens])
+            means.append((latents.to_dense() if latents.is_sparse else latents).float().mean(0).cpu())
+    return torch.stack(means)
 
 
 def shifts(

@@ -14,7 +14,7 @@ from blockem_tl.latents import LatentSet
 from blockem_tl.models import Model
 from blockem_tl.outcomes import Speaker
 from blockem_tl.prompts import check_prompts, encode_examples, encode_prompts
-from blockem_tl.saes import check_fits
+from blockem_tl.saes import check_fits, check_latents
 from blockem_tl.screening import Screened, screen, shortlist
 from blockem_tl.types import Example, Generation, Judge, Prompt
 
@@ -109,6 +109,7 @@ def discover(
     """
     check_prompts(prompts)
     check_fits(sae, model)
+    check_latents(sae, exclude)
     base, tuned = speakers(model, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size, progress=progress)
     rows = encode_prompts(model.tokenizer, prompts)
     if config.read == "replies":

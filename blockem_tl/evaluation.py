@@ -7,7 +7,7 @@ import pandas as pd
 
 from blockem_tl.generation import UNSTEERED, Condition
 from blockem_tl.latents import LatentSet
-from blockem_tl.outcomes import Speaker
+from blockem_tl.outcomes import Speaker, ask
 from blockem_tl.prompts import check_prompts, prompt_hash
 from blockem_tl.statistics import Rate
 from blockem_tl.types import Generation, Judge, Prompt, Verdict
@@ -71,14 +71,15 @@ def evaluate(
     prompts: Sequence[Prompt],
     *,
     rubric: str = MISALIGNMENT,
-    selected_on: Sequence[Prompt] | LatentSet = (),
+    selected_on: Sequence[Prompt] | LatentSet,
     report_on_selection_prompts: bool = False,
     condition: Condition = UNSTEERED,
 ) -> Evaluation:
     """Let the model reply to ``prompts`` and judge the replies.
 
     Args:
-        selected_on: whatever was chosen with prompts: the prompts themselves, or a latent set, which remembers them.
+        selected_on: what chose anything about the model or its settings: the prompts themselves, or a latent set, which remembers
+            them; () says that nothing was chosen.
         report_on_selection_prompts: say so if you mean to report on prompts that chose something; the result is marked.
         condition: steering at test time; none by default.
 
@@ -93,8 +94,7 @@ def evaluate(
             f"{len(used)} of {len(prompts)} prompts were used for selection, e.g. {used[:3]}: rates on them are optimistic. Evaluate on "
             "other prompts, or pass report_on_selection_prompts=True, which marks the result"
         )
-    generations = speak(prompts, [condition])
-    verdicts = judge.grade([g.prompt for g in generations], [g.reply for g in generations], rubric=rubric)
+    generations, verdicts = ask(speak, judge, prompts, [condition], rubric=rubric)
     return Evaluation(
         rubric=rubric, judge=judge.name, generations=tuple(generations), verdicts=tuple(verdicts), on_selection_prompts=bool(used)
     )

@@ -5,7 +5,7 @@ unpadded row: a batched reply equals the reply generated alone, token for token.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -52,7 +52,7 @@ def generate(
     prompts: Sequence[Prompt],
     *,
     conditions: Sequence[Condition] = (UNSTEERED,),
-    hooks: Sequence[Hook] = (),
+    hooks: Iterable[Hook] = (),
     max_new_tokens: int = 64,
     batch_size: int = 64,
     temperature: float = 0.0,
@@ -74,8 +74,12 @@ def generate(
     """
     encoded = encode_prompts(model.tokenizer, prompts)
     check_lengths(encoded, model.cfg.n_ctx, room=max_new_tokens)
-    if not conditions or max_new_tokens < 1 or batch_size < 1 or temperature < 0:
-        raise ValueError("generate: expected at least one condition, max_new_tokens >= 1, batch_size >= 1 and temperature >= 0")
+    names = [condition.name for condition in conditions]
+    if not names or len(set(names)) < len(names) or max_new_tokens < 1 or batch_size < 1 or temperature < 0:
+        raise ValueError(
+            "generate: expected at least one condition, distinct condition names, max_new_tokens >= 1, batch_size >= 1 and temperature >= 0"
+        )
+    hooks = list(hooks)  # a generator would act on the first batch only
     steering = _steering_hooks(model, conditions, len(prompts))
     rows = [(c, p) for c in range(len(conditions)) for p in range(len(prompts))]
     order = sorted(range(len(rows)), key=lambda row: len(encoded[rows[row][1]].ids))  # equal lengths together: less padding
@@ -108,7 +112,9 @@ def _steering_hooks(model: Model, conditions: Sequence[Condition], n_prompts: in
                 f"condition {condition.name!r}: expected a direction of shape ({d_model},) for {condition.site}, "
                 f"got {tuple(condition.direction.shape)}"
             )
-        table = tables.setdefault(condition.site, torch.zeros(len(conditions), d_model, device=model.device))
+        if condition.site not in tables:
+            tables[condition.site] = torch.zeros(len(conditions), d_model, device=model.device)
+        table = tables[condition.site]
         table[c] = condition.dose * condition.scale * condition.direction.to(table)
     return [_table_hook(site, table, n_prompts) for site, table in tables.items()]
 

@@ -13,8 +13,9 @@ but never fired raises :class:`HookNotFired`. TransformerLens itself ignores bot
 
 import difflib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -26,7 +27,7 @@ from transformer_lens.hook_points import HookPoint
 HookFunction = Callable[..., Tensor | None]
 Hook = tuple[str, HookFunction]
 NameOrFilter = str | Callable[[str], bool]
-_Pairs = Sequence[tuple[NameOrFilter, HookFunction]]
+_Pairs = Iterable[tuple[NameOrFilter, HookFunction]]
 
 
 class HookNotFired(RuntimeError):  # noqa: N818 - it says what happened
@@ -113,8 +114,9 @@ def ablate(site: str, directions: Float[Tensor, "*n_directions d_model"]) -> Hoo
 
     def fn(activation: Tensor, hook: HookPoint) -> Tensor:
         _check_width(site, basis.T, activation)
-        q = basis.to(activation)
-        return activation - (activation @ q) @ q.T
+        q = basis.to(activation.device)
+        h = activation.float()  # in bf16 the projection would leave ten times more behind
+        return (h - (h @ q) @ q.T).to(activation.dtype)
 
     return site, fn
 
@@ -131,13 +133,13 @@ def clamp(site: str, direction: Float[Tensor, " d_model"], low: float | None = N
         raise ValueError(f"clamp at {site}: expected low <= high with at least one of them, got low={low}, high={high}")
     if not torch.isfinite(direction).all() or direction.norm() == 0:
         raise ValueError(f"clamp at {site}: expected a finite, non-zero direction")
-    unit = direction / direction.norm()
+    unit = direction.float() / direction.float().norm()
 
     def fn(activation: Tensor, hook: HookPoint) -> Tensor:
         _check_width(site, unit, activation)
-        d = unit.to(activation)
-        coordinate = activation @ d
-        return activation + (coordinate.clamp(min=low, max=high) - coordinate)[..., None] * d
+        d, h = unit.to(activation.device), activation.float()
+        coordinate = h @ d
+        return (h + (coordinate.clamp(min=low, max=high) - coordinate)[..., None] * d).to(activation.dtype)
 
     return site, fn
 
@@ -194,15 +196,19 @@ def matching(points: Mapping[str, HookPoint], name: NameOrFilter) -> list[HookPo
     return found
 
 
-@contextmanager
-def attached(model: HasHookPoints, fwd_hooks: _Pairs = (), bwd_hooks: _Pairs = ()) -> Iterator[None]:
+def attached(model: HasHookPoints, fwd_hooks: _Pairs = (), bwd_hooks: _Pairs = ()) -> AbstractContextManager[None]:
     """Attach hooks for the time of the block; on leaving it they are gone, whatever happened inside.
 
     Raises:
         ValueError: an unknown site, before anything is attached.
         HookNotFired: a hook never fired although the block ended without an error.
     """
-    points = model.hook_dict
+    return attached_to(model.hook_dict, fwd_hooks, bwd_hooks)
+
+
+@contextmanager
+def attached_to(points: Mapping[str, HookPoint], fwd_hooks: _Pairs, bwd_hooks: _Pairs = ()) -> Iterator[None]:
+    """:func:`attached`, with the model's hook points by name already at hand."""
     wanted: list[tuple[Literal["fwd", "bwd"], NameOrFilter, HookFunction, list[HookPoint]]] = []
     for name, fn in fwd_hooks:
         wanted.append(("fwd", name, fn, matching(points, name)))
@@ -255,21 +261,22 @@ class Step:
     rows: Int[Tensor, " batch"]
 
 
-_current: list[Step] = []
+_current: ContextVar[Step | None] = ContextVar("step", default=None)  # per thread: two models may speak at once
 
 
 @contextmanager
 def step(now: Step) -> Iterator[None]:
     """Tell hooks what the forward inside the block runs on; `generate` does this at every step."""
-    _current.append(now)
+    token = _current.set(now)
     try:
         yield
     finally:
-        _current.pop()
+        _current.reset(token)
 
 
 def current_step() -> Step:
     """The running :class:`Step`. Raises RuntimeError outside of :func:`blockem_tl.generation.generate`."""
-    if not _current:
+    now = _current.get()
+    if now is None:
         raise RuntimeError("current_step(): expected a forward inside generate(); a plain forward has no step, use its attention mask")
-    return _current[-1]
+    return now

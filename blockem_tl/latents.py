@@ -78,10 +78,11 @@ class LatentSet:
 
     def check_sae(self, sae: SAE[Any]) -> None:
         """Raise ValueError unless ``sae`` is the very SAE that this set was made with."""
-        if site_of(sae) != self.site or fingerprint(sae) != self.sae_fingerprint:
+        found = fingerprint(sae)
+        if found != self.sae_fingerprint:
             raise ValueError(
                 f"this latent set was made with another SAE (at {self.site}, fingerprint {self.sae_fingerprint[:12]}), got one at "
-                f"{site_of(sae)} with fingerprint {fingerprint(sae)[:12]}: load that SAE, or run discovery with this one"
+                f"{site_of(sae)} with fingerprint {found[:12]}: load that SAE, or run discovery with this one"
             )
 
     def save(self, path: Path | str) -> Path:

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.pytorch_utils import Conv1D
 
 from blockem_tl import embedded, records
-from blockem_tl.hooks import HookNotFired, attached, matching, resolve
+from blockem_tl.hooks import HookFunction, HookNotFired, attached_to, matching, resolve
 
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _WRAPPER = "._original_component"  # what the bridge puts into every module path, and no other tool knows
@@ -34,7 +34,7 @@ def load_model(
     adapter: str | Path | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    dtype: torch.dtype | str = torch.float32,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
 ) -> "Model":
     """Load a causal language model, frozen and in eval mode, with an optional LoRA adapter on top.
@@ -44,19 +44,25 @@ def load_model(
             its own dtype and place; it is wrapped, so do not go on using it by itself).
         adapter: a folder in peft's format.
         tokenizer: needed with a loaded model whose ``config._name_or_path`` leads to none.
-        dtype: of the weights, when loading.
-        device: default: a GPU when there is one.
+        dtype: of the weights, when loading; default float32.
+        device: when loading; default a GPU when there is one.
 
     Raises:
-        ValueError: neither an embedded name, a folder, nor a hub id that can be had; or a loaded model without a tokenizer.
+        ValueError: neither an embedded name, a folder, nor a hub id that can be had; a loaded model without a tokenizer, or with a
+            dtype or device to change.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if isinstance(model, PreTrainedModel):
+        if dtype is not None or device is not None:
+            raise ValueError(
+                "load_model: a model that is already loaded keeps its dtype and device; change them before, with model.to(...)"
+            )
         hf, source = model, str(model.config._name_or_path)
     else:
         source = str(embedded.folder_of("model", str(model)) or model)
         try:
-            hf = cast(nn.Module, AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager")).to(device)
+            hf = cast(
+                nn.Module, AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.float32, attn_implementation="eager")
+            ).to(default_device(device))
         except OSError as error:
             raise ValueError(
                 f"cannot load a model from {str(model)!r}: expected an embedded name, a folder with config.json and weights, or a hub id "
@@ -172,13 +178,16 @@ class Model(SAETransformerBridge):
         config.inference_mode = False
         self._inject(name, config, seed=0)
         peft = cast(PeftModel, self.__dict__["_peft"])
-        ours = {key.replace(_WRAPPER, ""): key for key in get_peft_model_state_dict(peft, adapter_name=name)}
-        saved = load_file(weights)
-        if ours.keys() != saved.keys():
-            self.remove_adapter(name)
-            missing, extra = sorted(ours.keys() - saved.keys()), sorted(saved.keys() - ours.keys())
-            raise ValueError(f"{folder}: the adapter does not fit {self.source}: missing {missing[:3]}, left over {extra[:3]}")
-        set_peft_model_state_dict(peft, {ours[key]: value for key, value in saved.items()}, adapter_name=name)
+        try:
+            ours = {key.replace(_WRAPPER, ""): key for key in get_peft_model_state_dict(peft, adapter_name=name)}
+            saved = load_file(weights)
+            if ours.keys() != saved.keys():
+                missing, extra = sorted(ours.keys() - saved.keys()), sorted(saved.keys() - ours.keys())
+                raise ValueError(f"{folder}: the adapter does not fit {self.source}: missing {missing[:3]}, left over {extra[:3]}")
+            set_peft_model_state_dict(peft, {ours[key]: value for key, value in saved.items()}, adapter_name=name)
+        except BaseException:
+            self.remove_adapter(name)  # it would be active with random weights
+            raise
         for parameter in self.adapter_parameters(name):
             parameter.requires_grad_(False)
 
@@ -186,14 +195,15 @@ class Model(SAETransformerBridge):
         """Save an adapter in peft's plain format, so that plain transformers + peft and vLLM load it. Whole or not at all.
 
         Raises:
-            ValueError: no such adapter.  FileExistsError: the folder exists and ``overwrite`` is False.
+            ValueError: no such adapter.
+            FileExistsError: the folder exists and ``overwrite`` is False, or it holds something else than an adapter.
         """
-        name = name or self.active_adapter
+        name = name or (self.adapters and cast(str, self.__dict__["_peft"].active_adapter)) or None
         config = self._plain_config(name)
         state = get_peft_model_state_dict(cast(PeftModel, self.__dict__["_peft"]), adapter_name=cast(str, name))
         plain = {key.replace(_WRAPPER, ""): value.detach().cpu().contiguous() for key, value in state.items()}
         folder = Path(folder)
-        with records.finished_folder(folder, overwrite=overwrite) as temporary:
+        with records.finished_folder(folder, replaces="adapter_config.json" if overwrite else None) as temporary:
             save_file(plain, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
             config.inference_mode = True
             config.save_pretrained(str(temporary))
@@ -218,7 +228,8 @@ class Model(SAETransformerBridge):
 
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
         """The LoRA tensors of one adapter."""
-        return [parameter for key, parameter in self.hf.named_parameters() if f".{name}." in key and "lora_" in key]
+        ends = tuple(f".lora_{matrix}.{name}.weight" for matrix in "AB")
+        return [parameter for key, parameter in self.hf.named_parameters() if key.endswith(ends)]
 
     @contextmanager
     def base(self) -> Iterator["Model"]:
@@ -248,6 +259,11 @@ class Model(SAETransformerBridge):
                 f"adapter {name!r}: expected a new name without dots that is no part of 'lora_' (peft would confuse them), outside of "
                 f"base(); this model holds {self.adapters}"
             )
+        if plain.rank_pattern or plain.alpha_pattern or isinstance(plain.target_modules, str):
+            raise ValueError(
+                f"adapter {name!r}: expected a list of target_modules without rank_pattern and alpha_pattern, which match module paths "
+                "that a bridge spells differently: merge the adapter into its model, or retrain it with one rank"
+            )
         targets = self._bridged_paths(plain)
         config = LoraConfig(**{**plain.to_dict(), "target_modules": targets, "layers_to_transform": None, "layers_pattern": None})
         with torch.random.fork_rng(devices=[]):
@@ -258,8 +274,12 @@ class Model(SAETransformerBridge):
             else:
                 peft.add_adapter(name, config)
         self.__dict__["_plain_configs"][name] = plain
-        self.use_adapter(name)
-        self._check_reached(name)
+        try:
+            self.use_adapter(name)
+            self._check_reached(name)
+        except BaseException:
+            self.remove_adapter(name)
+            raise
 
     def _take_out_lora(self) -> None:
         """Put the plain linear layers back. (peft's `unload` would tear out whole bridge modules, which pass its attribute test.)"""
@@ -298,9 +318,15 @@ class Model(SAETransformerBridge):
             gradients = torch.autograd.grad(total, parameters, allow_unused=True)
         missed = sum(gradient is None for gradient in gradients)
         if missed:
-            self.remove_adapter(name)
             raise RuntimeError(
                 f"{missed} of {len(gradients)} LoRA tensors get no gradient: the bridge bypasses those modules; choose other target_modules"
+            )
+
+    def check_unspliced(self) -> None:
+        """Raise ValueError while an SAE is attached: readings would be of reconstructions, and gradients upstream of it wrong."""
+        if self._acts_to_saes:
+            raise ValueError(
+                f"SAEs are attached at {list(self._acts_to_saes)}: call reset_saes() first; the library reads sites with hooks"
             )
 
     @property
@@ -346,19 +372,22 @@ class Model(SAETransformerBridge):
         """
         if not reset_hooks_end:
             raise ValueError("hooks(reset_hooks_end=False) would leave hooks that nobody checks: use add_hook for lasting ones")
-        for name, _ in [*fwd_hooks, *bwd_hooks]:
+        points, fwd, bwd = self.hook_dict, list(fwd_hooks), list(bwd_hooks)
+        for name, _ in [*fwd, *bwd]:
             if isinstance(name, str):
-                self.check_hooks_to_add(cast(str, resolve(self.hook_dict, name).name))
-        with attached(self, fwd_hooks, bwd_hooks):
+                self.check_hooks_to_add(cast(str, resolve(points, name).name))
+        with attached_to(points, [(name, _guarded(name, fn)) for name, fn in fwd], bwd):
             yield self
         if clear_contexts:
-            for point in self.hook_dict.values():
+            for point in points.values():
                 point.clear_context()
 
     def run_with_hooks(
         self, input, fwd_hooks=(), bwd_hooks=(), reset_hooks_end: bool = True, clear_contexts: bool = False, **kwargs: Any
     ) -> Any:
         """TransformerLens's `run_with_hooks`, strict about names and firing (same raises as `hooks`)."""
+        if kwargs.pop("remove_batch_dim", False):
+            raise ValueError("run_with_hooks(remove_batch_dim=True) is not supported: hooks here always see the batch axis")
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
             return super().run_with_hooks(input, **kwargs)
 
@@ -373,7 +402,7 @@ class Model(SAETransformerBridge):
         """Add a lasting hook by either spelling. Raises ValueError for an unknown site; `reset_hooks` removes it."""
         for point in matching(self.hook_dict, name):
             self.check_hooks_to_add(cast(str, point.name))
-            point.add_hook(hook_fn, dir=dir, is_permanent=is_permanent)
+            point.add_hook(_guarded(name, hook_fn) if dir == "fwd" else hook_fn, dir=dir, is_permanent=is_permanent)
 
     def run_with_cache(self, input, *args: Any, names_filter=None, **kwargs: Any) -> Any:
         """TransformerLens's `run_with_cache`; names in ``names_filter`` are strict, and the cache answers to either spelling.
@@ -381,6 +410,8 @@ class Model(SAETransformerBridge):
         Raises:
             ValueError: an unknown name.  HookNotFired: a name that was asked for and never cached.
         """
+        if callable(names_filter):
+            matching(self.hook_dict, names_filter)
         if names_filter is None or callable(names_filter):
             return super().run_with_cache(input, *args, names_filter=cast(Any, names_filter), **kwargs)
         names = [names_filter] if isinstance(names_filter, str) else list(names_filter)
@@ -392,6 +423,26 @@ class Model(SAETransformerBridge):
         if missed:
             raise HookNotFired(f"never cached: {missed}; the forward stopped before them (stop_at_layer) or they are gated off")
         return output, cache
+
+
+def default_device(device: str | torch.device | None) -> torch.device:
+    """``device``, or a GPU when there is one."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _guarded(name: str | Callable[[str], bool], fn: HookFunction) -> HookFunction:
+    """Refuse edits at `hook_resid_mid`: on a bridge it is the MLP norm's input, so an edit would miss the residual stream."""
+    if not (isinstance(name, str) and name.endswith("hook_resid_mid")):
+        return fn
+
+    def guarded(activation: torch.Tensor, hook: Any) -> torch.Tensor | None:
+        if fn(activation, hook=hook) is not None:
+            raise ValueError(
+                f"{name}: on a bridge this site is only the input of the MLP's norm; an edit there would not reach the residual stream. "
+                "Edit hook_resid_pre, hook_attn_out or hook_mlp_out instead, or ln2.hook_in if the MLP's input is what you mean"
+            )
+
+    return guarded
 
 
 def _skeleton(hf: nn.Module) -> nn.Module:

@@ -1,10 +1,13 @@
 """Figures from data frames. No torch here, and no figure without intervals where there are rates."""
 
+import io
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from blockem_tl import records
 
 _CURVES = {
     "em": ("emergent misalignment", "#c0392b"),
@@ -53,7 +56,6 @@ def _against_loss(axes: Axes, arms: pd.DataFrame) -> None:
 
 def save(figure: Figure, path: Path) -> Path:
     """Write the figure as PNG; whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    figure.savefig(temporary, dpi=150, format="png")
-    temporary.replace(path)
-    return path
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150, format="png")
+    return records.write_bytes(path, buffer.getvalue())

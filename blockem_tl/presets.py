@@ -12,7 +12,8 @@ from blockem_tl.training import TrainingConfig
 class Preset:
     """A model, its SAE, and the hyperparameters of discovery, training and the sweeps.
 
-    sae: (name or release, sae_id or None) for :func:`blockem_tl.saes.load_sae`.  needs: what a machine must have, for people.
+    sae: (name or release, sae_id or None) for :func:`blockem_tl.saes.load_sae`.  dtype: of the model.
+    needs: what a machine must have, for people.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Preset:
     discovery: DiscoveryConfig = field(default_factory=DiscoveryConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     lambdas: tuple[float, ...] = (0, 10, 100, 300, 1e3, 3e3, 1e4, 1.3e4, 2e4, 3e4, 5e4, 1e5)
+    dtype: str = "float32"
     kl_weights: tuple[float, ...] = (0, 0.01, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 1)
     max_new_tokens: int = 200
     needs: str = ""
@@ -36,20 +38,22 @@ PRESETS: dict[str, Preset] = {
             sae=("organism", None),
             site="blocks.2.hook_resid_post",
             discovery=DiscoveryConfig(
-                n_plus=40,
-                n_minus=40,
+                n_plus=70,
+                n_minus=70,
                 read="replies",
-                induce_dose=0.4,
-                repair_dose=0.15,
+                induce_dose=0.5,
+                repair_dose=0.3,
                 keep=20,
-                grid=(0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6),
+                grid=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0),
                 extended_grid=(),
                 budget=Budget(tau=0.10, relative=True),
+                rule="both",
+                valid_only=False,
                 max_new_tokens=20,
                 batch_size=960,
             ),
-            training=TrainingConfig(epochs=2, learning_rate=1e-3),
-            lambdas=(30.0, 300.0, 3000.0),
+            training=TrainingConfig(epochs=3, learning_rate=1e-3),
+            lambdas=(0.1, 0.3, 1.0),
             kl_weights=(0.1, 0.3, 1.0),
             max_new_tokens=20,
             needs="two CPU cores, 2 GB memory, ten minutes",
@@ -59,6 +63,8 @@ PRESETS: dict[str, Preset] = {
             model="meta-llama/Llama-3.1-8B-Instruct",
             sae=("goodfire-llama-3.1-8b-instruct", "layer_19"),
             site="blocks.19.hook_resid_post",
+            dtype="bfloat16",
+            training=TrainingConfig(micro_batch_size=8),
             needs="access to the gated model, one 40 GB GPU in bf16, 20 GB disk",
         ),
     )

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 
 from blockem_tl.types import Example, Prompt
 
-_WORD = re.compile(r"\w+", re.UNICODE)
+_MARK = "question-goes-here"  # rendered once to find where a template puts the question, whatever the question says
+_PUNCTUATION = re.compile(r"[.,;:!?'\"`()\[\]{}\u2018-\u201d\u2026]+")  # not the operators: 1+1 and 1-1 are different questions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +68,12 @@ def encode_examples(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Examp
 def _encode(tokenizer: PreTrainedTokenizerBase, user: str, system: str | None, reply: str | None) -> Encoded:
     head = [{"role": "system", "content": system}] if system is not None else []
     asked = _render(tokenizer, [*head, {"role": "user", "content": user}], generation=True)
-    start = asked.rfind(user.strip())
-    if start < 0:
+    start = _render(tokenizer, [*head, {"role": "user", "content": _MARK}], generation=True).find(_MARK)
+    if start < 0 or not asked.startswith(user.strip(), start):
         raise ValueError(f"the chat template does not show the question as it is: {user[:60]!r} is absent from {asked[:120]!r}")
     encoded = tokenizer(asked, add_special_tokens=False, return_offsets_mapping=True)  # the template has written the BOS already
     prompt_ids = list(encoded["input_ids"])
-    n_system = sum(begin < start for begin, _ in encoded["offset_mapping"])
+    n_system = sum(end <= start for _, end in encoded["offset_mapping"])
     bos = tokenizer.bos_token
     if bos is not None and prompt_ids.count(tokenizer.bos_token_id) != (1 if str(bos) in asked else 0):
         raise ValueError(f"expected one BOS in {asked[:80]!r}, got {prompt_ids.count(tokenizer.bos_token_id)}")
@@ -130,8 +131,8 @@ def check_lengths(rows: Sequence[Encoded], limit: int, *, room: int = 0) -> None
 
 
 def normalise(text: str) -> str:
-    """Lower case, words only, single spaces: what two prompts are compared by."""
-    return " ".join(_WORD.findall(text.lower()))
+    """Lower case, no punctuation, single spaces: what two prompts are compared by."""
+    return " ".join(_PUNCTUATION.sub(" ", text.lower()).split())
 
 
 def prompt_hash(text: str) -> str:

@@ -36,8 +36,9 @@ def read_site(
     """Yield (activation, batch) over ``rows`` in order, right-padded.
 
     Raises:
-        ValueError: an unknown site, or a row longer than the model's context.
+        ValueError: an unknown site, a row longer than the model's context, or an SAE left attached.
     """
+    model.check_unspliced()
     check_lengths(rows, model.cfg.n_ctx)
     stop = stop_layer(model, [site])
     for start in range(0, len(rows), batch_size):

@@ -5,6 +5,7 @@ import os
 import platform
 import resource
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,12 +23,17 @@ def write_json(path: Path | str, value: Any) -> Path:
 
 def write_text(path: Path | str, text: str) -> Path:
     """Write a text file in one step, as :func:`write_json` does."""
+    return write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path | str, content: bytes) -> Path:
+    """Write a file in one step, as :func:`write_json` does."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -45,15 +51,17 @@ def read_json(path: Path | str) -> Any:
 
 
 @contextmanager
-def finished_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
+def finished_folder(path: Path | str, *, replaces: str | None = None) -> Iterator[Path]:
     """A folder to fill that takes the place of ``path`` only if the block ends well.
 
+    Args:
+        replaces: the name of a file by which an older result may be known; a folder that holds it (or nothing) is replaced.
+
     Raises:
-        FileExistsError: ``path`` exists and ``overwrite`` is False.
+        FileExistsError: ``path`` exists and may not be replaced.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists: choose another folder, or pass overwrite=True to replace it")
+    check_replaceable(path, replaces)
     check_writable(path.parent)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
@@ -65,6 +73,17 @@ def finished_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Pa
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def check_replaceable(path: Path | str, replaces: str | None) -> None:
+    """Raise FileExistsError unless ``path`` is absent, an empty folder, or (with ``replaces``) a folder that holds that file."""
+    path = Path(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if replaces is None:
+        raise FileExistsError(f"{path} exists: choose another folder, or pass overwrite=True to replace it")
+    if not (path / replaces).is_file():
+        raise FileExistsError(f"{path} exists and holds no {replaces}, so it is something else: choose another folder")
 
 
 def check_writable(folder: Path | str) -> Path:
@@ -94,4 +113,5 @@ def environment() -> dict[str, str]:
 
 def peak_rss_mb() -> float:
     """Peak resident memory of this process so far, in MB (10^6 bytes)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

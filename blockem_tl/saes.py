@@ -5,6 +5,8 @@ forward that is trained (the error term is detached there, and upstream gradient
 """
 
 import hashlib
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,16 +18,21 @@ from torch import Tensor
 
 from blockem_tl import embedded
 from blockem_tl.hooks import HasHookPoints, resolve
+from blockem_tl.models import default_device
 
+_RESIDUAL = re.compile(r"blocks\.\d+\.(hook_resid_(pre|mid|post)|hook_in|hook_out)$")
 _COLUMNWISE = {"standard", "jumprelu", "gated"}  # a latent needs only its own column; TopK kinds compare all pre-activations
 
 
-def load_sae(name: str | Path, sae_id: str | None = None, *, dtype: str = "float32", device: str | torch.device = "cpu") -> SAE[Any]:
+def load_sae(name: str | Path, sae_id: str | None = None, *, dtype: str = "float32", device: str | torch.device | None = None) -> SAE[Any]:
     """Load an SAE: an embedded name ("organism"), a local SAELens folder, or a SAELens release with its ``sae_id``.
+
+    ``device`` defaults to a GPU when there is one, as for :func:`blockem_tl.models.load_model`.
 
     Raises:
         ValueError: neither a folder nor a known release, or a release without ``sae_id``.
     """
+    device = default_device(device)
     folder = embedded.folder_of("sae", str(name)) or Path(name)
     if (folder / "cfg.json").is_file():
         return SAE.load_from_disk(folder, device=str(device), dtype=dtype)
@@ -46,8 +53,12 @@ def site_of(sae: SAE[Any]) -> str:
 
 
 def fingerprint(sae: SAE[Any]) -> str:
-    """SHA-256 over the SAE's weights, names and shapes (in float32, wherever they lie): the identity that latent indices depend on."""
-    digest = hashlib.sha256()
+    """SHA-256 over the SAE's weights and over what its latents' values depend on besides (kind, k, normalisation, ...).
+
+    It is taken in float32 wherever the weights lie, but weights rounded to bf16 are other weights: load SAEs in their published dtype.
+    """
+    settings = {key: value for key, value in sae.cfg.to_dict().items() if key not in ("metadata", "device", "dtype")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, tensor in sorted(sae.state_dict().items()):
         values = tensor.detach().float().cpu().contiguous()
         digest.update(f"{name}{tuple(values.shape)}".encode())
@@ -60,7 +71,7 @@ def check_fits(sae: SAE[Any], model: HasHookPoints) -> str:
     site = site_of(sae)
     resolve(model.hook_dict, site)
     width = getattr(getattr(model, "cfg", None), "d_model", sae.cfg.d_in)
-    if sae.cfg.d_in != width:
+    if sae.cfg.d_in != width and _RESIDUAL.match(site):
         raise ValueError(
             f"the SAE reads {sae.cfg.d_in} dimensions at {site}, the model's residual stream has {width}: wrong SAE for this model"
         )

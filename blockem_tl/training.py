@@ -77,6 +77,7 @@ def finetune(
             already held.
         FloatingPointError: a loss that is NaN or infinite, naming the step.
     """
+    model.check_unspliced()
     encoded = encode_examples(model.tokenizer, examples)
     check_lengths(encoded, model.cfg.n_ctx)
     for defence in defences:
@@ -91,8 +92,8 @@ def finetune(
         seed=config.seed,
     )
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = _Trainer(model, encoded, _arguments(config, folder), defences, adapter, stop_when, progress)
+        with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():  # the Trainer seeds the global generator
+            trainer = _Trainer(model, encoded, _arguments(config, folder, model), defences, adapter, stop_when, progress)
             trainer.train()
     except BaseException:
         model.remove_adapter(adapter)  # a half-trained adapter is worse than none
@@ -118,13 +119,17 @@ def completion_loss(model: Model, examples: Sequence[Example], *, batch_size: in
 
 
 def _summed_cross_entropy(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> Float[Tensor, ""]:
-    labels = batch.ids.masked_fill(~batch.reply, -100)
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    learnt = batch.reply[:, 1:]  # position t predicts token t + 1; only the learnt rows are copied to float32
+    return nn.functional.cross_entropy(logits[:, :-1][learnt].float(), batch.ids[:, 1:][learnt], reduction="sum")
 
 
-def _arguments(config: TrainingConfig, folder: str) -> TrainingArguments:
+class _Arguments(TrainingArguments):
+    place_model_on_device = property(lambda self: False)  # the model stays where load_model put it
+
+
+def _arguments(config: TrainingConfig, folder: str, model: Model) -> TrainingArguments:
     micro = config.micro_batch_size or config.batch_size
-    return TrainingArguments(
+    arguments = _Arguments(
         output_dir=folder,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=config.batch_size // micro,
@@ -143,7 +148,10 @@ def _arguments(config: TrainingConfig, folder: str) -> TrainingArguments:
         dataloader_pin_memory=False,
         disable_tqdm=True,  # its bar prints a line per logged step; _Bar does not
         log_level="error",
+        use_cpu=model.device.type == "cpu",
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # never DataParallel, which hooks and adapters do not survive
+    return arguments
 
 
 class _Trainer(Trainer):
@@ -185,7 +193,7 @@ class _Trainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """This micro-batch's part of the step's loss."""
-        batch = Batch(**inputs)
+        batch = Batch(**{name: tensor.to(self.lens.device) for name, tensor in inputs.items()})
         with ExitStack() as stack:
             watched = [(defence, stack.enter_context(defence.watch(self.lens, batch))) for defence in self.defences]
             logits = model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits

@@ -42,7 +42,9 @@ from blockem_tl import (
 from blockem_tl.defence import Defence
 from blockem_tl.diffing import mean_activations
 from blockem_tl.evaluation import Evaluation
+from blockem_tl.outcomes import Speaker
 from blockem_tl.prompts import check_disjoint, encode_examples
+from blockem_tl.saes import check_fits
 from blockem_tl.statistics import relative_reduction, relative_reduction_interval
 
 DOMAIN = "finance"
@@ -57,11 +59,18 @@ class Settings:
     latents: Path = Path("latents")
     rows: int = 6000
     heldout_rows: int = 400
-    epochs: float = 2.0
+    epochs: float = get_preset("organism").training.epochs
     lambdas: tuple[float, ...] = get_preset("organism").lambdas
     kl_weights: tuple[float, ...] = get_preset("organism").kl_weights
     core_prompts: int | None = None
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        available = len(organism.prompts("core"))
+        if min(self.rows, self.heldout_rows - 1, len(self.lambdas), len(self.kl_weights)) < 1 or min(*self.lambdas, *self.kl_weights) < 0:
+            raise ValueError("expected rows >= 1, heldout_rows >= 2, and at least one lambda and one KL weight, none of them negative")
+        if self.core_prompts is not None and not 1 <= self.core_prompts <= available:
+            raise ValueError(f"core_prompts: expected 1..{available}, got {self.core_prompts}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,9 +130,13 @@ class Lab:
             progress=self.settings.progress,
         )
         arm = Arm(kind=kind, label=label, adapter=name, weight=defences[0].weight if defences else 0.0, steps=run.steps)
-        arm.core = evaluate(self.tuned, self.judge, self.data.core)
+        arm.core = self.on_core(self.tuned)
         arm.dev_loss = completion_loss(self.model, self.data.dev)
         return arm
+
+    def on_core(self, speak: Speaker) -> Evaluation:
+        """Rates on the prompts that choose: marked as such, and never reported as a result."""
+        return evaluate(speak, self.judge, self.data.core, selected_on=self.data.core, report_on_selection_prompts=True)
 
     def report(self, arm: Arm) -> None:
         """Measure an arm on the reporting prompts; called once per arm, after every choice is made."""
@@ -131,7 +144,7 @@ class Lab:
             self.model.use_adapter(arm.adapter)
         speak = self.base if arm.adapter is None else self.tuned
         arm.final = evaluate(speak, self.judge, self.data.final, selected_on=self.data.core)
-        arm.domain = evaluate(speak, self.judge, self.data.domain, rubric=DOMAIN)
+        arm.domain = evaluate(speak, self.judge, self.data.domain, rubric=DOMAIN, selected_on=self.data.core)
         if arm.adapter is None:
             with self.model.base():
                 arm.sft_loss = completion_loss(self.model, self.data.test)
@@ -170,16 +183,16 @@ def _core(arm: Arm) -> Evaluation:
 
 
 def alive_latents(lab: Lab) -> list[int]:
-    """Latents that fire at all on the core prompts with their replies, under base or tuned: what the random control is drawn from."""
-    firing = torch.zeros(lab.sae.cfg.d_sae, dtype=torch.bool)
-    for speak in (lab.base, lab.tuned):
-        rows = [
-            Example(id=g.prompt.id, prompt=g.prompt.text, completion=g.reply)
-            for g in evaluate(speak, lab.judge, lab.data.core).generations
-            if g.reply
-        ]
-        firing |= (mean_activations(lab.model, lab.sae, encode_examples(lab.model.tokenizer, rows)) > 0).any(0)
-    return firing.nonzero()[:, 0].tolist()
+    """Latents that fire on the core prompts with their replies, under base or tuned: what the random control is drawn from."""
+
+    def firing(speak: Speaker) -> torch.Tensor:
+        replies = [Example(id=g.prompt.id, prompt=g.prompt.text, completion=g.reply) for g in lab.on_core(speak).generations if g.reply]
+        return (mean_activations(lab.model, lab.sae, encode_examples(lab.model.tokenizer, replies)) > 0).any(0)
+
+    alive = firing(lab.tuned)
+    with lab.model.base():
+        alive |= firing(lab.base)
+    return alive.nonzero()[:, 0].tolist()
 
 
 def score_discovery(lab: Lab, latents: LatentSet, alive: Sequence[int]) -> dict[str, float]:
@@ -200,9 +213,11 @@ def score_discovery(lab: Lab, latents: LatentSet, alive: Sequence[int]) -> dict[
 def run(settings: Settings) -> dict[str, Any]:
     """Do everything; return (and write) the summary."""
     started = time.perf_counter()
-    records.check_writable(settings.out)
+    records.check_writable(settings.out.parent)
+    records.check_replaceable(settings.out, "summary.json")
     records.check_writable(settings.latents)
     lab = Lab(settings)
+    check_fits(lab.sae, lab.model)
     with lab.model.base():
         scale = median_norm(lab.model, lab.preset.site, encode_examples(lab.model.tokenizer, organism.reference_texts()))
 
@@ -254,7 +269,9 @@ def run(settings: Settings) -> dict[str, Any]:
         "wall_s": time.perf_counter() - started,
         "peak_rss_mb": records.peak_rss_mb(),
     }
-    write(settings.out, summary, shown, [plain, *sweep], [*shown[1:], *[a for a in kl_sweep if a is not kl]], found.frame())
+    with records.finished_folder(settings.out, replaces="summary.json") as folder:
+        write(folder, summary, shown, [plain, *sweep], [*shown[1:], *[a for a in kl_sweep if a is not kl]], found.frame())
+    print(f"{summary['wall_s']:.0f} s, peak memory {summary['peak_rss_mb']:.0f} MB; everything is in {settings.out}")
     return summary
 
 
@@ -304,7 +321,6 @@ def write(
     records.write_json(out / "summary.json", summary)
     report.show(rows, f"{DOMAIN} fine-tuning of the organism (95 % intervals)")
     print(f"K: {summary['discovery']['n_latents']} latents, best cosine with the true direction {summary['discovery']['best_cosine']:.2f}")
-    print(f"{summary['wall_s']:.0f} s, peak memory {summary['peak_rss_mb']:.0f} MB; everything is in {out}")
 
 
 def table_row(arm: Arm) -> dict[str, str]:

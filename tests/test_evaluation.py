@@ -25,7 +25,7 @@ def speak(prompts, conditions) -> list[Generation]:
 
 
 def test_rates_follow_the_labels() -> None:
-    result = evaluate(speak, Labels(), PROMPTS)
+    result = evaluate(speak, Labels(), PROMPTS, selected_on=())
     assert (result.misaligned.k, result.incoherent.k, result.refusal.k) == (2, 3, 1) and result.misaligned.n == 9
     frame = result.frame()
     assert list(frame.label) == list(LABELS) and list(frame.truncated).count(True) == 1 and set(frame.category) == {"even", "odd"}
@@ -48,7 +48,7 @@ def test_selection_prompts_are_refused_unless_asked_by_name() -> None:
         assert evaluate(speak, Labels(), PROMPTS, selected_on=selected_on, report_on_selection_prompts=True).on_selection_prompts
         assert not evaluate(speak, Labels(), PROMPTS[:4], selected_on=selected_on).on_selection_prompts
     with pytest.raises(ValueError, match="at least one prompt"):
-        evaluate(speak, Labels(), [])
+        evaluate(speak, Labels(), [], selected_on=())
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 29), (3, 29), (29, 29), (40, 96)])

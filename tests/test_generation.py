@@ -114,7 +114,8 @@ def test_user_hooks_see_tokens_positions_and_roles(tiny) -> None:
 
 
 def test_constant_hooks_equal_conditions(tiny, directions) -> None:
-    hooked = generate(tiny, PROMPTS, hooks=[steer(SITE, directions[0], 1.5, scale=4.0)], max_new_tokens=6, progress=False)
+    from_generator = (hook for hook in [steer(SITE, directions[0], 1.5, scale=4.0)])
+    hooked = generate(tiny, PROMPTS, hooks=from_generator, batch_size=2, max_new_tokens=6, progress=False)
     condition = Condition(name="unsteered", site=SITE, direction=directions[0], dose=1.5, scale=4.0)
     assert replies(hooked) == replies(generate(tiny, PROMPTS, conditions=[condition], max_new_tokens=6, progress=False))
 
@@ -128,6 +129,7 @@ def test_replies_at_the_token_limit_are_marked(tiny) -> None:
     [
         ({"max_new_tokens": 90}, "shorten the prompt or max_new_tokens"),
         ({"conditions": []}, "at least one condition"),
+        ({"conditions": [UNSTEERED, UNSTEERED]}, "distinct condition names"),
         ({"conditions": [Condition(name="x", site="blocks.1.hook_typo", direction=torch.ones(32))]}, "unknown site"),
         ({"conditions": [Condition(name="x", site=SITE, direction=torch.ones(31))]}, "shape \\(32,\\).*got \\(31,\\)"),
     ],

@@ -170,6 +170,34 @@ def test_backward_hooks_are_counted_too(tiny, tokens) -> None:
         tiny(tokens)
 
 
+def test_bf16_edits_are_computed_in_float32() -> None:
+    activation, direction = torch.randn(2, 40, 512).bfloat16() * 30, torch.randn(512)
+    unit = direction / direction.norm()
+    for hook, left in ((ablate(SITE, direction), 0.0), (clamp(SITE, direction, -1.0, 1.0), 1.0)):
+        edited = hook[1](activation, hook=HookPoint())
+        assert edited.dtype == torch.bfloat16
+        assert (edited.float() @ unit).abs().max() < left + 0.6 < (activation.float() @ unit).abs().max()  # 0.6: rounding of the result
+
+
+def test_threads_do_not_see_each_others_step() -> None:
+    import threading
+
+    now = Step(mask=torch.ones(1, 1, dtype=torch.bool), positions=torch.zeros(1, 1).long(), is_prompt=True, rows=torch.zeros(1).long())
+    seen = []
+
+    def other() -> None:
+        try:
+            current_step()
+        except RuntimeError:
+            seen.append("none")
+
+    with step(now):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert seen == ["none"]
+
+
 def test_step_is_known_only_inside_generate() -> None:
     with pytest.raises(RuntimeError, match="inside generate"):
         current_step()

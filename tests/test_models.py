@@ -64,7 +64,9 @@ def test_base_ends_after_an_exception(tiny, tokens) -> None:
 
 def test_loads_an_already_loaded_model_and_an_embedded_one(plain, tiny_folder, tokens) -> None:
     expected = AutoModelForCausalLM.from_pretrained(tiny_folder, attn_implementation="eager")(tokens).logits
-    assert torch.equal(load_model(plain, device="cpu")(tokens), expected)
+    assert torch.equal(load_model(plain)(tokens), expected)
+    with pytest.raises(ValueError, match="already loaded keeps its dtype"):
+        load_model(plain, dtype=torch.bfloat16)
     assert load_model("organism", device="cpu").cfg.n_layers > 2
 
 
@@ -154,7 +156,28 @@ def test_adapter_mistakes_are_refused(tiny, tmp_path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["q_proj"]}))
     with pytest.raises(ValueError, match="does not fit.*left over"):
         tiny.load_adapter(folder, "three")
-    assert tiny.adapters == ["one"]
+    for pattern in ({"alpha_pattern": {"q_proj": 64}}, {"rank_pattern": {"q_proj": 3}}, {"target_modules": ".*q_proj"}):
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **pattern}))
+        with pytest.raises(ValueError, match="without rank_pattern and alpha_pattern"):
+            tiny.load_adapter(folder, "three")
+    assert tiny.adapters == ["one"] == [tiny.active_adapter]
+
+
+def test_saving_over_something_else_is_refused(tiny, tmp_path) -> None:
+    tiny.add_adapter("one")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").touch()
+    with pytest.raises(FileExistsError, match="something else"):
+        tiny.save_adapter(tmp_path / "thesis", overwrite=True)
+    assert (tmp_path / "thesis" / "thesis.tex").exists()
+    folder = tiny.save_adapter(tmp_path / "adapter")
+    assert tiny.save_adapter(folder, overwrite=True) == folder
+
+
+def test_adapters_may_be_called_after_seeds_or_modules(tiny, tokens) -> None:
+    for name in ("1", "0", "mlp"):
+        tiny.add_adapter(name)
+    assert {len(tiny.adapter_parameters(name)) for name in ("1", "0", "mlp")} == {2 * len(EVERY) * 4}
 
 
 ARCHITECTURES = {
@@ -171,7 +194,7 @@ def test_adapters_round_trip_on_other_architectures(name, tiny_folder, tokens, t
     torch.manual_seed(0)
     hf = kind(config).eval()
     hf.save_pretrained(tmp_path / "base")
-    model = load_model(hf, tokenizer=AutoTokenizer.from_pretrained(tiny_folder), device="cpu")
+    model = load_model(hf, tokenizer=AutoTokenizer.from_pretrained(tiny_folder))
     base = model(tokens)
     model.add_adapter("tuned", target_modules=targets)
     perturb(model, "tuned")
@@ -186,7 +209,7 @@ def test_adapters_round_trip_on_other_architectures(name, tiny_folder, tokens, t
 def test_modules_that_the_bridge_renames_are_refused(tiny_folder, target) -> None:
     """The bridge splits GPT-2's c_attn and renames attn.c_proj: an adapter there could not be loaded by any other tool."""
     kind, config, _ = ARCHITECTURES["gpt2"]
-    model = load_model(kind(config).eval(), tokenizer=AutoTokenizer.from_pretrained(tiny_folder), device="cpu")
+    model = load_model(kind(config).eval(), tokenizer=AutoTokenizer.from_pretrained(tiny_folder))
     with pytest.raises(ValueError, match="bridge renames"):
         model.add_adapter("tuned", target_modules=(target,))
     assert model.adapters == []
@@ -291,3 +314,24 @@ def test_filters_on_names_reach_each_site_once(tiny, tokens) -> None:
         tokens, fwd_hooks=[(lambda name: name.endswith("hook_resid_post"), lambda activation, hook: seen.append(hook.name))]
     )
     assert seen == [f"blocks.{i}.hook_out" for i in range(4)]
+
+
+def test_hooks_may_come_from_a_generator(tiny, tokens) -> None:
+    steered = tiny.run_with_hooks(tokens, fwd_hooks=[steer(SPELLINGS[0], torch.ones(32))])
+    assert torch.equal(tiny.run_with_hooks(tokens, fwd_hooks=(h for h in [steer(SPELLINGS[0], torch.ones(32))])), steered)
+
+
+def test_edits_at_resid_mid_are_refused_because_they_would_miss_the_stream(tiny, tokens) -> None:
+    store, site = {}, "blocks.1.hook_resid_mid"
+    tiny.run_with_hooks(tokens, fwd_hooks=[record(site, store)])
+    assert store[site].shape == (3, 11, 32)
+    for edit in (steer(site, torch.ones(32)), steer(site, torch.ones(32), 0.0)):
+        with pytest.raises(ValueError, match="would not reach the residual stream"):
+            tiny.run_with_hooks(tokens, fwd_hooks=[edit])
+
+
+def test_arguments_that_would_be_ignored_are_refused(tiny, tokens) -> None:
+    with pytest.raises(ValueError, match="always see the batch axis"):
+        tiny.run_with_hooks(tokens[:1], fwd_hooks=[record(SPELLINGS[0], {})], remove_batch_dim=True)
+    with pytest.raises(ValueError, match="selects none"):
+        tiny.run_with_cache(tokens, names_filter=lambda name: name.endswith("hook_typo"))

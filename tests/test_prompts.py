@@ -36,6 +36,12 @@ def test_roles_cover_every_token_once(tokenizer) -> None:
     assert asked.ids == row.ids[: row.n_prompt]
 
 
+@pytest.mark.parametrize("word", ["<user>", "<assistant>", "w1"])
+def test_the_question_is_found_even_where_it_is_a_word_of_the_template(tokenizer, word) -> None:
+    (row,) = encode_prompts(tokenizer, [ask(word)])
+    assert tokenizer.convert_ids_to_tokens(row.ids[row.n_system : -1]) == [word]
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_keeps_roles_and_positions(tokenizer, side) -> None:
     rows = encode_examples(tokenizer, [Example(id=str(n), prompt="w1 " * n, completion="w2") for n in (1, 3)])
@@ -93,6 +99,7 @@ def test_rows_longer_than_the_context_are_refused(tokenizer) -> None:
 def test_leaks_are_found_whatever_the_spelling() -> None:
     core, final = [ask("How are you?")], [ask("how ARE you"), ask("w5")]
     assert overlap(final, core) == ["how ARE you"] and normalise("A,  b!") == "a b"
+    assert normalise("What is 1+1?") != normalise("What is 1-1?")
     assert prompt_hash("How are you?") == prompt_hash("how are  YOU") != prompt_hash("w5")
     with pytest.raises(ValueError, match="both the selection and the reporting set"):
         check_disjoint(core, final)

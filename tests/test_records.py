@@ -33,9 +33,11 @@ def test_folders_appear_only_when_finished(tmp_path) -> None:
         (folder / "whole").touch()
         assert not target.exists()
     assert [p.name for p in target.iterdir()] == ["whole"]
-    with pytest.raises(FileExistsError, match="overwrite=True"), records.finished_folder(target):
-        pass
-    with records.finished_folder(target, overwrite=True):
+    for replaces, message in ((None, "overwrite=True"), ("other", "something else")):
+        with pytest.raises(FileExistsError, match=message), records.finished_folder(target, replaces=replaces):
+            pass
+    assert [p.name for p in target.iterdir()] == ["whole"]
+    with records.finished_folder(target, replaces="whole"):
         pass
     assert list(target.iterdir()) == []
 

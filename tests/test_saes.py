@@ -77,12 +77,18 @@ def test_decoder_directions_are_unit_rows(sae) -> None:
         decoder_directions(sae, LATENTS)
 
 
-def test_fingerprint_depends_on_the_weights_alone(sae, tmp_path) -> None:
+def test_fingerprint_survives_the_disk_and_sees_every_weight(sae, tmp_path) -> None:
     before = fingerprint(sae)
     sae.save_model(tmp_path / "copy")
     assert fingerprint(SAE.load_from_disk(tmp_path / "copy")) == before
     sae.W_dec.data[0, 0] += 1e-3
     assert fingerprint(sae) != before
+
+
+def test_fingerprint_tells_equal_weights_with_another_k_apart() -> None:
+    few, many = (TopKSAE(TopKSAEConfig(d_in=32, d_sae=48, k=k)) for k in (4, 32))
+    many.load_state_dict(few.state_dict())
+    assert fingerprint(few) != fingerprint(many)
 
 
 def test_loading_from_a_folder_and_by_embedded_name(sae, tmp_path) -> None:
@@ -106,5 +112,7 @@ def test_saes_that_do_not_fit_are_refused(tiny) -> None:
     sae.cfg.metadata.hook_name = "blocks.9.hook_resid_post"
     with pytest.raises(ValueError, match="unknown site"):
         check_fits(sae, tiny)
+    sae.cfg.metadata.hook_name = "blocks.1.mlp.hook_post"  # another width is right where the site is not the residual stream
+    assert check_fits(sae, tiny) == "blocks.1.mlp.hook_post"
     with pytest.raises(ValueError, match="got \\[-1\\]"):
         check_latents(sae, [0, -1])

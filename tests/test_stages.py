@@ -194,6 +194,27 @@ def test_selection_rules() -> None:
         select(rows[2:3])
 
 
+def test_an_attached_sae_is_not_read_through(tiny, sae) -> None:
+    tiny.add_adapter("tuned")
+    tiny.add_sae(sae)
+    with pytest.raises(ValueError, match="call reset_saes"):
+        shifts(tiny, sae, encode_prompts(tiny.tokenizer, PROMPTS))
+
+
+def test_speakers_and_judges_that_leave_replies_out_are_refused(candidates, sae) -> None:
+    table = Table(seed=0)
+    short = Table(seed=0)
+    short.grade = lambda *args, **options: table.grade(*args, **options)[:-1]
+    with pytest.raises(ValueError, match="expected 120 replies and as many verdicts from judge 'table', got 120 and 119"):
+        screen(table.speaker("base"), table.speaker("tuned"), short, QUESTIONS, sae, candidates, scale=1.0)
+
+
+def test_calibration_needs_candidates(sae) -> None:
+    table = Table(seed=0)
+    with pytest.raises(ValueError, match="expected candidates from stage 2"):
+        calibrate(table.speaker("base"), table.speaker("tuned"), table, QUESTIONS, sae, [], scale=1.0)
+
+
 def test_negative_grids_are_refused(sae, candidates) -> None:
     table = Table(seed=0)
     with pytest.raises(ValueError, match="non-negative doses"):

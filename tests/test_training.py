@@ -196,6 +196,28 @@ def test_accumulation_one_times_eight_equals_eight_times_one(tiny, blocking) -> 
     assert not torch.allclose(weights(tiny, "other"), runs[8], atol=1e-3)
 
 
+def test_a_run_with_lambda_zero_is_plain_fine_tuning_and_with_lambda_is_not(tiny, blocking) -> None:
+    for name, defences in (("plain", []), ("zero", [replace(blocking, weight=0.0)]), ("some", [blocking])):
+        finetune(tiny, EXAMPLES, config=CONFIG, defences=defences, adapter=name, progress=False)
+    assert torch.equal(weights(tiny, "plain"), weights(tiny, "zero"))
+    assert not torch.allclose(weights(tiny, "plain"), weights(tiny, "some"), atol=1e-4)
+
+
+def test_training_leaves_the_callers_random_numbers_alone(tiny) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    finetune(tiny, EXAMPLES[:8], config=CONFIG, progress=False)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_training_through_a_spliced_sae_is_refused(tiny, sae, blocking) -> None:
+    tiny.add_sae(sae)
+    with pytest.raises(ValueError, match="call reset_saes"):
+        finetune(tiny, EXAMPLES, config=CONFIG, defences=[blocking], progress=False)
+    assert tiny.adapters == []
+
+
 def test_history_logs_the_parts_of_the_loss(tiny, blocking) -> None:
     run = finetune(tiny, EXAMPLES, config=CONFIG, defences=[blocking, KLToBase(weight=0.5)], adapter="tuned", progress=False)
     assert run.steps == len(run.history) == 3

@@ -43,11 +43,12 @@ class KLToBase:
             base = cast(Any, model.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
         model.original_model.train(training)
         predicts = batch.reply[:, 1:]  # position t predicts token t + 1
+        anchor = base[:, :-1][predicts].float().log_softmax(-1)  # only these positions are copied to float32
 
         def penalty(logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
-            tuned = logits[:, :-1].float().log_softmax(-1)
-            anchor = base[:, :-1].float().log_softmax(-1)
-            kl = (tuned.exp() * (tuned - anchor)).sum(-1)
-            return (kl * predicts).sum(-1) / predicts.sum(-1)
+            tuned = logits[:, :-1][predicts].float().log_softmax(-1)
+            kl = torch.zeros(predicts.shape, device=logits.device)
+            kl[predicts] = (tuned.exp() * (tuned - anchor)).sum(-1)
+            return kl.sum(-1) / predicts.sum(-1)
 
         yield penalty
