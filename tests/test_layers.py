@@ -23,7 +23,7 @@ TOOLKIT = [
     "outcomes",
     "defence",
 ]
-STAGES = ["diffing", "screening", "calibration", "training", "evaluation", "defences"]
+STAGES = ["diffing", "screening", "calibration", "training", "evaluation", "defences", "judging"]
 COMPOSED = ["discovery"]
 VIEWS = ["plots", "report"]
 ENDS = ["presets", "organism"]

@@ -1,0 +1,43 @@
+"""What a judge asks of a language model, wherever that model runs."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One question to the judging model.
+
+    turns: (role, text) pairs, oldest first.  choices: the only replies allowed; none means free text.
+    alternatives: how many of the first token's likeliest alternatives to return, 0 for none.
+    """
+
+    turns: tuple[tuple[str, str], ...]
+    max_tokens: int
+    choices: tuple[str, ...] = ()
+    alternatives: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What the judging model wrote. ``alternatives``: (token text, natural log-probability) of the first token; ``first``: its text."""
+
+    text: str
+    alternatives: tuple[tuple[str, float], ...] = ()
+    first: str = ""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A judging model: an :class:`~blockem_tl.judging.endpoint.Endpoint`, a :class:`~blockem_tl.judging.local.LocalVLLM`, or yours."""
+
+    name: str
+
+    def check(self) -> None:
+        """Raise, before long work starts, where the model cannot be asked."""
+        ...
+
+    def complete(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
+        """(index of the request, completion) pairs, every index once, in whatever order they are done."""
+        ...

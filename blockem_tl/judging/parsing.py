@@ -1,0 +1,80 @@
+"""Reading a judge's own words: the last ``ANSWER:`` of a free reply, or a 0-100 score from log-probabilities. Never a guess."""
+
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+_THINKING = re.compile(r"<think>.*?(?:</think>|\Z)", re.IGNORECASE | re.DOTALL)  # an unclosed thought never reached its answer
+_QUOTES = "\"'\u201c\u201d\u2018\u2019«»`"
+_DASHES = "\\-\u2013\u2014"
+_DECORATION = rf"[ \t*_{_QUOTES}\[\](){{}}<>]*"
+# An ANSWER counts at the start of a line or of a sentence: "I would say ANSWER: 5 if ..." in running text is no answer.
+_MARKER = re.compile(
+    rf"(?:^[\s>#*\-•]*|(?<=[.!?。])\s+){_DECORATION}(?:(?:final|my|overall)\s+)?answer{_DECORATION}:{_DECORATION}",
+    re.IGNORECASE | re.MULTILINE,
+)
+_JOINED = r"(?:or|and|to|through|oder|ou|und|bis|或|と|или)"
+_CLOSING = _QUOTES + "*_])}>"
+_UNSURE = re.compile(rf"\s*[?%+~|&=^]|\s*/|\.\d|\s*[,{_DASHES}]\s*\d|\w|[{_DASHES}]\w")  # after a label: it is not the whole answer
+
+
+def parse_answer(text: str, labels: Sequence[str]) -> str | None:
+    """The label that the last ``ANSWER:`` names, or None where there is none or it names anything but exactly one of ``labels``.
+
+    Casing, markdown, quotes, brackets, full-width characters and text after the label do not matter; two labels ("4 or 5"), fractions
+    ("3.5", "4/5"), doubt ("4?") and negation do: they give None, and an earlier ANSWER is not fallen back on.
+    """
+    text = _THINKING.sub("", unicodedata.normalize("NFKC", text))
+    markers = list(_MARKER.finditer(text))
+    if not markers:
+        return None
+    rest = text[markers[-1].end() :]
+    line, _, after = rest.partition("\n")
+    if not line.strip():  # the label may stand alone on the next line; "1. First, ..." there is a list, not a label
+        line = after.lstrip().partition("\n")[0].lstrip("*_`\"'[({<> \t")
+        return _label(line, labels, alone=True)
+    return _label(line, labels)
+
+
+def _label(line: str, labels: Sequence[str], *, alone: bool = False) -> str | None:
+    found = _leading(line, labels)
+    if found is None:
+        return None
+    label, rest = found
+    rest = rest.lstrip(_CLOSING)
+    if alone:
+        return label if not rest.strip(_CLOSING + " \t.") else None
+    if _UNSURE.match(rest):
+        return None
+    if re.match(r"\s*[.;:]\s", rest):  # the sentence ends: "4. A 5 would be worse" is 4
+        return label
+    second = _leading(re.sub(rf"^\W*(?:{_JOINED}\b)?\W*", "", rest, flags=re.IGNORECASE), labels)
+    return label if second is None or second[0] == label else None
+
+
+def _leading(text: str, labels: Sequence[str]) -> tuple[str, str] | None:
+    """(label, what follows it) where ``text`` begins with a label, in any casing and spelling of its hyphens and slashes."""
+    for label in sorted(labels, key=len, reverse=True):
+        for spelling in (label, *(label.split("/") if "/" in label else ())):
+            pattern = r"[\s_]*[-/]?[\s_]*".join(re.escape(word) for word in re.split(r"[-/ _]", spelling))
+            match = re.match(rf"{pattern}(?![^\W_])", text, re.IGNORECASE)
+            if match:
+                return label, text[match.end() :]
+    return None
+
+
+def expected_score(alternatives: Iterable[tuple[str, float]], *, least_mass: float = 0.25) -> float | None:
+    """The mean of the numbers 0-100 among the alternatives for one token, weighted by probability.
+
+    Args:
+        alternatives: (token text, natural log-probability).
+        least_mass: None is returned where numbers have less probability than this in all: the judge wanted to say something else.
+    """
+    mass = total = 0.0
+    for token, logprob in alternatives:
+        word = token.strip()
+        if re.fullmatch(r"[0-9]{1,3}", word) and int(word) <= 100:
+            mass += math.exp(logprob)
+            total += math.exp(logprob) * int(word)
+    return total / mass if mass >= least_mass else None

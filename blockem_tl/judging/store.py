@@ -1,0 +1,68 @@
+"""Verdicts on disk, each exactly once: what was graded before a crash, or before the endpoint went down, is never asked for again."""
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """One graded reply. ``said``: the judge's own words, all attempts; ``scores``: those of a "scores" rubric."""
+
+    label: str
+    said: tuple[str, ...] = ()
+    scores: tuple[tuple[str, float], ...] = ()
+
+
+def key_of(judge: str, rubric: str, question: str, reply: str) -> str:
+    """Identity of one grading: who judges, by which rubric (its fingerprint), and what."""
+    return hashlib.sha256("\x00".join((judge, rubric, question, reply)).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class VerdictStore:
+    """A SQLite file of :class:`Judged` by key. Every ``put`` is on disk when it returns; several processes may share the file."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.connection = sqlite3.connect(self.path, timeout=60.0, isolation_level=None)
+            self.connection.execute("PRAGMA journal_mode=WAL")
+            self.connection.execute("PRAGMA synchronous=NORMAL")  # survives any death of the process; a power cut may cost the last rows
+            self.connection.execute(
+                "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, judge TEXT, rubric TEXT, label TEXT, said TEXT, scores TEXT)"
+            )
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{self.path}: expected a verdict store, or a place to make one, got: {error}. Choose another file") from error
+
+    def get(self, keys: Iterable[str]) -> dict[str, Judged]:
+        """The verdicts that are there, of those asked for."""
+        wanted, found = list(dict.fromkeys(keys)), {}
+        for start in range(0, len(wanted), 500):
+            part = wanted[start : start + 500]
+            marks = ",".join("?" * len(part))
+            for key, label, said, scores in self.connection.execute(
+                f"SELECT key, label, said, scores FROM verdicts WHERE key IN ({marks})", part
+            ):
+                found[key] = Judged(label=label, said=tuple(json.loads(said)), scores=tuple((n, v) for n, v in json.loads(scores)))
+        return found
+
+    def put(self, key: str, judged: Judged, *, judge: str, rubric: str) -> None:
+        """Keep a verdict; the first one stays where there is one already."""
+        row = (key, judge, rubric, judged.label, json.dumps(judged.said, ensure_ascii=False), json.dumps(judged.scores))
+        self.connection.execute("INSERT OR IGNORE INTO verdicts VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    def counts(self) -> Mapping[str, int]:
+        """How many verdicts there are of each label."""
+        return dict(self.connection.execute("SELECT label, COUNT(*) FROM verdicts GROUP BY label ORDER BY label"))
+
+    def __iter__(self) -> Iterator[tuple[str, str, str, str]]:
+        """(key, judge, rubric, label) of every verdict."""
+        yield from self.connection.execute("SELECT key, judge, rubric, label FROM verdicts ORDER BY key")
+
+    def close(self) -> None:
+        """Close the file."""
+        self.connection.close()
