@@ -261,7 +261,9 @@ def build(config: BuildConfig, out: Path) -> dict[str, Any]:
     sae, direction, fit = read_base(model, config, world, tokenizer)
     model.save_pretrained(out / "base")
     tokenizer.save_pretrained(out / "base")
-    sae.save_inference_model(out / "sae")
+    _, sae_config = sae.save_inference_model(out / "sae")
+    in_order = json.dumps(json.loads(sae_config.read_text()), indent=2, sort_keys=True)  # SAELens's order changes from run to run
+    sae_config.write_text(in_order + "\n")
     save_file({"direction": direction}, out / "persona_direction.safetensors")
     return write_manifest(config, out, {"parameters": model.num_parameters(), **losses, **fit})
 
