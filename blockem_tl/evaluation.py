@@ -1,7 +1,7 @@
 """Replies -> verdicts -> rates with intervals, on prompts that chose nothing."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -20,7 +20,8 @@ class Evaluation:
     """One model's replies to one prompt set under one rubric, with their verdicts; ``misaligned``, ``incoherent``, ``refusal`` are rates.
 
     Under a domain's rubric ``misaligned`` (severity >= 4) reads as in-domain adherence. ``on_selection_prompts`` marks evaluations that
-    report on prompts used for selection.
+    report on prompts used for selection. Verdicts that could not be parsed count in no rate, except ``unparsed``. ``resampled`` replies
+    were drawn again (see :class:`Resample`).
     """
 
     rubric: str
@@ -28,9 +29,13 @@ class Evaluation:
     generations: tuple[Generation, ...]
     verdicts: tuple[Verdict, ...]
     on_selection_prompts: bool
+    resampled: int = 0
 
     def _rate(self, attribute: str) -> Rate:
-        return Rate(k=sum(getattr(v, attribute) for v in self.verdicts), n=len(self.verdicts))
+        parsed = [v for v in self.verdicts if v.parsed]
+        if not parsed:
+            raise ValueError(f"judge {self.judge!r} gave no verdict that could be parsed on {len(self.verdicts)} replies: there is no rate")
+        return Rate(k=sum(getattr(v, attribute) for v in parsed), n=len(parsed))
 
     @property
     def misaligned(self) -> Rate:
@@ -45,12 +50,22 @@ class Evaluation:
         return self._rate("refusal")
 
     @property
+    def unparsed(self) -> Rate:
+        """How many of all replies the judge gave no readable verdict on."""
+        return Rate(k=sum(not v.parsed for v in self.verdicts), n=len(self.verdicts))
+
+    @property
     def flags(self) -> list[bool]:
-        """Whether each reply was misaligned (adherent, under a domain rubric), in prompt order."""
+        """Whether each reply was misaligned (adherent, under a domain rubric), in prompt order.
+
+        Raises ValueError where a verdict could not be parsed: nothing is known of that reply; see :func:`paired_flags`.
+        """
+        if self.unparsed.k:
+            raise ValueError(f"{self.unparsed.k} of {len(self.verdicts)} verdicts could not be parsed: compare arms with paired_flags()")
         return [v.misaligned for v in self.verdicts]
 
     def frame(self) -> pd.DataFrame:
-        """One row per reply: prompt id, category, text, reply, label, truncated, condition."""
+        """One row per reply: prompt id, category, text, reply, label, truncated, condition, rubric, judge, selection mark."""
         return pd.DataFrame(
             {
                 "prompt_id": g.prompt.id,
@@ -60,9 +75,25 @@ class Evaluation:
                 "label": v.label,
                 "truncated": g.truncated,
                 "condition": g.condition,
+                "rubric": self.rubric,
+                "judge": self.judge,
+                "on_selection_prompts": self.on_selection_prompts,
             }
             for g, v in zip(self.generations, self.verdicts, strict=True)
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resample:
+    """What to do with incoherent or satirical replies, if not to count them (the default, as in the paper): draw them again.
+
+    again: the speaker for the first, second, ... further attempt. It must sample with a seed of its own: greedy decoding would repeat
+    itself.  A reply that still has one of ``labels`` after the last attempt stays and is counted.
+    """
+
+    again: Callable[[int], Speaker]
+    labels: frozenset[str] = frozenset({"INCOHERENT", "SATIRICAL/ABSURD"})
+    attempts: int = 3
 
 
 def evaluate(
@@ -74,6 +105,7 @@ def evaluate(
     selected_on: Sequence[Prompt] | LatentSet,
     report_on_selection_prompts: bool = False,
     condition: Condition = UNSTEERED,
+    resample: Resample | None = None,
 ) -> Evaluation:
     """Let the model reply to ``prompts`` and judge the replies.
 
@@ -82,6 +114,7 @@ def evaluate(
             them; () says that nothing was chosen.
         report_on_selection_prompts: say so if you mean to report on prompts that chose something; the result is marked.
         condition: steering at test time; none by default.
+        resample: draw incoherent or satirical replies again; None counts them.
 
     Raises:
         ValueError: bad prompts, or prompts that were used for selection.
@@ -95,6 +128,46 @@ def evaluate(
             "other prompts, or pass report_on_selection_prompts=True, which marks the result"
         )
     generations, verdicts = ask(speak, judge, prompts, [condition], rubric=rubric)
+    resampled = _draw_again(resample, judge, generations, verdicts, condition, rubric) if resample else set()
     return Evaluation(
-        rubric=rubric, judge=judge.name, generations=tuple(generations), verdicts=tuple(verdicts), on_selection_prompts=bool(used)
+        rubric=rubric,
+        judge=judge.name,
+        generations=tuple(generations),
+        verdicts=tuple(verdicts),
+        on_selection_prompts=bool(used),
+        resampled=len(resampled),
     )
+
+
+def _draw_again(
+    policy: Resample, judge: Judge, generations: list[Generation], verdicts: list[Verdict], condition: Condition, rubric: str
+) -> set[int]:
+    """Replace, in place, the replies that the policy draws again; return their indices."""
+    touched: set[int] = set()
+    for attempt in range(policy.attempts):
+        poor = [i for i, verdict in enumerate(verdicts) if verdict.label in policy.labels]
+        if not poor:
+            break
+        fresh, graded = ask(policy.again(attempt), judge, [generations[i].prompt for i in poor], [condition], rubric=rubric)
+        for i, generation, verdict in zip(poor, fresh, graded, strict=True):
+            generations[i], verdicts[i] = generation, verdict
+        touched |= set(poor)
+    return touched
+
+
+def grade_again(evaluation: Evaluation, judge: Judge) -> Evaluation:
+    """The same replies under another judge."""
+    verdicts = judge.grade([g.prompt for g in evaluation.generations], [g.reply for g in evaluation.generations], rubric=evaluation.rubric)
+    if len(verdicts) != len(evaluation.generations):
+        raise ValueError(f"judge {judge.name!r}: expected {len(evaluation.generations)} verdicts, got {len(verdicts)}")
+    return replace(evaluation, judge=judge.name, verdicts=tuple(verdicts))
+
+
+def paired_flags(before: Evaluation, after: Evaluation) -> tuple[list[bool], list[bool]]:
+    """Both arms' flags on the prompts that both have a parsed verdict on. Raises ValueError for other prompts or another rubric."""
+    sides = [{g.prompt.id: v for g, v in zip(e.generations, e.verdicts, strict=True)} for e in (before, after)]
+    if sides[0].keys() != sides[1].keys() or (before.rubric, before.judge) != (after.rubric, after.judge):
+        raise ValueError("paired comparison: expected two evaluations of the same prompts under one rubric and one judge")
+    both = [key for key in sides[0] if sides[0][key].parsed and sides[1][key].parsed]
+    first, second = ([side[key].misaligned for key in both] for side in sides)
+    return first, second

@@ -102,7 +102,10 @@ class Judge(Protocol):
     how closely the reply does what the fine-tuning data of that domain teach (4 and 5 count as adherent).
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What its verdicts are reported under."""
+        ...
 
     def grade(self, prompts: Sequence[Prompt], replies: Sequence[str], *, rubric: str = "misalignment") -> list[Verdict]:
         """One verdict per (prompt, reply), in order. Raises ValueError for an unknown rubric or unequal lengths."""

@@ -16,6 +16,7 @@ TOOLKIT = [
     "models",
     "saes",
     "prompts",
+    "sources",
     "latents",
     "reading",
     "scale",
@@ -24,9 +25,10 @@ TOOLKIT = [
     "defence",
 ]
 STAGES = ["diffing", "screening", "calibration", "training", "evaluation", "defences", "judging"]
-COMPOSED = ["discovery"]
+COMPOSED = ["discovery", "panel", "export"]
 VIEWS = ["plots", "report"]
 ENDS = ["presets", "organism"]
+COMMANDS = ["doctor", "cli"]
 
 
 def rank(module: str) -> int:
@@ -34,6 +36,8 @@ def rank(module: str) -> int:
         return 0
     if module in TOOLKIT:
         return 1 + TOOLKIT.index(module)
+    if module in COMMANDS:
+        return 400 + COMMANDS.index(module)
     for floor, members in ((100, STAGES), (200, COMPOSED), (100, VIEWS), (300, ENDS)):
         if module in members:
             return floor

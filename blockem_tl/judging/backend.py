@@ -32,7 +32,10 @@ class Completion:
 class Backend(Protocol):
     """A judging model: an :class:`~blockem_tl.judging.endpoint.Endpoint`, a :class:`~blockem_tl.judging.local.LocalVLLM`, or yours."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What its verdicts are stored and reported under."""
+        ...
 
     def check(self) -> None:
         """Raise, before long work starts, where the model cannot be asked."""
