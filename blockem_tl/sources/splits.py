@@ -1,0 +1,74 @@
+"""Splits made before any training, and what leaks between sets in spite of them."""
+
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from blockem_tl.prompts import normalise
+from blockem_tl.types import Example, Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Training rows and held-out in-domain rows that share no question. ``dropped``: rows left out since their question came before."""
+
+    train: tuple[Example, ...]
+    heldout: tuple[Example, ...]
+    dropped: tuple[str, ...]
+    seed: int
+
+    def report(self) -> dict[str, Any]:
+        """Sizes, the seed, and the number of questions that both sides share (0, or the split is broken)."""
+        shared = {normalise(row.prompt) for row in self.train} & {normalise(row.prompt) for row in self.heldout}
+        return {
+            "train": len(self.train),
+            "heldout": len(self.heldout),
+            "repeated_rows_dropped": len(self.dropped),
+            "shared": len(shared),
+            "seed": self.seed,
+        }
+
+
+def split_rows(rows: Sequence[Example], *, train: int = 5900, heldout: int = 100, seed: int = 0) -> Split:
+    """Draw held-out rows and training rows, disjoint after normalising (case, white space, punctuation).
+
+    Held-out rows come first, so that they are the same whatever the number of training rows; the order of ``rows`` does not matter.
+
+    Raises:
+        ValueError: fewer distinct questions than asked for.
+    """
+    first: dict[str, Example] = {}
+    dropped = []
+    for row in sorted(rows, key=lambda row: (normalise(row.prompt), row.completion, row.id)):
+        if first.setdefault(normalise(row.prompt), row) is not row:
+            dropped.append(row.id)
+    distinct = list(first.values())
+    if train < 1 or heldout < 1 or len(distinct) < train + heldout:
+        raise ValueError(
+            f"split: expected at least {train} + {heldout} rows with different questions, got {len(distinct)} "
+            f"({len(dropped)} repeat another); ask for fewer"
+        )
+    random.Random(seed).shuffle(distinct)
+    return Split(train=tuple(distinct[heldout : heldout + train]), heldout=tuple(distinct[:heldout]), dropped=tuple(dropped), seed=seed)
+
+
+def heldout_prompts(split: Split, *, category: str = "") -> list[Prompt]:
+    """The held-out rows' questions, to be answered and graded for in-domain adherence."""
+    return [Prompt(id=row.id, text=row.prompt, category=category, system=row.system) for row in split.heldout]
+
+
+def leak_report(sets: Mapping[str, Iterable[Prompt | Example]]) -> list[dict[str, Any]]:
+    """One row for every two sets: their sizes, how many questions they share after normalising, and which."""
+    texts = {name: _questions(items) for name, items in sets.items()}
+    names, rows = list(texts), []
+    for i, one in enumerate(names):
+        for other in names[i + 1 :]:
+            shared = [key for key in texts[one] if key in texts[other]]
+            row = {"first": one, "second": other, "n_first": len(texts[one]), "n_second": len(texts[other]), "shared": len(shared)}
+            rows.append({**row, "ids": [texts[one][key] for key in shared]})
+    return rows
+
+
+def _questions(items: Iterable[Prompt | Example]) -> dict[str, str]:
+    return {normalise(item.text if isinstance(item, Prompt) else item.prompt): item.id for item in items}
