@@ -2,16 +2,23 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from blockem_tl.types import Example, Prompt
 
+DATE = "26 Jul 2024"
+"""What templates that name the current day (Llama 3) get instead of it: a run must not depend on its day."""
+
+Asked = TypeVar("Asked", Prompt, Example)
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARK = "question-goes-here"  # rendered once to find where a template puts the question, whatever the question says
 _PUNCTUATION = re.compile(r"[.,;:!?'\"`()\[\]{}\u2018-\u201d\u2026]+")  # not the operators: 1+1 and 1-1 are different questions
 
@@ -79,9 +86,11 @@ def _encode(tokenizer: PreTrainedTokenizerBase, user: str, system: str | None, r
         raise ValueError(f"expected one BOS in {asked[:80]!r}, got {prompt_ids.count(tokenizer.bos_token_id)}")
     if reply is None:
         return Encoded(ids=tuple(prompt_ids), n_system=n_system, n_prompt=len(prompt_ids))
-    answered = _render(tokenizer, [*head, {"role": "user", "content": user}, {"role": "assistant", "content": reply}], generation=False)
+    turns = [*head, {"role": "user", "content": user}, {"role": "assistant", "content": reply}]
+    answered = _render(tokenizer, turns, generation=False)
     if not answered.startswith(asked):
         raise ValueError("the chat template changes the prompt once the reply is there, so the completion cannot be told apart")
+    _check_reply(tokenizer, turns, answered, len(asked))
     ids = prompt_ids + list(tokenizer(answered[len(asked) :].rstrip("\n"), add_special_tokens=False)["input_ids"])
     return Encoded(ids=tuple(ids), n_system=n_system, n_prompt=len(prompt_ids))
 
@@ -89,7 +98,48 @@ def _encode(tokenizer: PreTrainedTokenizerBase, user: str, system: str | None, r
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, generation: bool) -> str:
     if not tokenizer.chat_template:
         raise ValueError("this tokenizer has no chat template: set tokenizer.chat_template, or use an instruction-tuned model")
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, date_string=DATE))
+
+
+def _check_reply(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], answered: str, start: int) -> None:
+    """The reply stands after ``start`` as it is and, where the template marks what the model generates, its marks say the same."""
+    reply = turns[-1]["content"].strip()
+    if reply not in answered[start:]:
+        raise ValueError(f"the chat template does not show the reply as it is: {reply[:60]!r} is absent from {answered[start:][:120]!r}")
+    if not _GENERATION.search(str(tokenizer.chat_template)):
+        return
+    # transformers' own token mask stays empty where a mark begins at white space between tokens, so the marked characters are asked for
+    _, marks = cast(Any, render_jinja_template)(
+        [turns],
+        chat_template=tokenizer.chat_template,
+        return_assistant_tokens_mask=True,
+        **{**tokenizer.special_tokens_map, "date_string": DATE},
+    )
+    first, last = (marks[0][0][0], marks[0][-1][1]) if marks[0] else (0, 0)
+    if answered[min(first, start) : max(first, start)].strip() or last < start + answered[start:].index(reply) + len(reply):
+        raise ValueError(
+            f"the chat template's generation marks cover {answered[first:last][:80]!r}, but the prompt that it asks with ends before "
+            f"{answered[start:][:80]!r}: correct the marks, so that the completion can be told apart"
+        )
+
+
+def template_head(tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> str:
+    """All that the template writes before the question: with ``system`` None, also a system message of its own, if it has one."""
+    head = [{"role": "system", "content": system}] if system is not None else []
+    return _render(tokenizer, [*head, {"role": "user", "content": _MARK}], generation=True).partition(_MARK)[0]
+
+
+def apply_system(items: Sequence[Asked], policy: str) -> list[Asked]:
+    """The items under one system prompt policy; a system message that an item has already stays.
+
+    policy: "template" leaves it to the template, which may write a message of its own (Qwen 2.5 does).  "none" gives an empty system
+    message, which suppresses such a default; what a template writes in any case (Llama 3.1's dates) stays, see
+    :func:`template_head`.  Anything else is the message itself.
+    """
+    if policy == "template":
+        return list(items)
+    text = "" if policy == "none" else policy
+    return [item if item.system is not None else replace(item, system=text) for item in items]
 
 
 def pad(rows: Sequence[Encoded], pad_id: int, *, side: str, device: torch.device | str = "cpu") -> Batch:

@@ -5,6 +5,8 @@ from transformers import AutoTokenizer
 
 from blockem_tl import Example, Prompt
 from blockem_tl.prompts import (
+    DATE,
+    apply_system,
     check_disjoint,
     check_lengths,
     check_prompts,
@@ -14,6 +16,7 @@ from blockem_tl.prompts import (
     overlap,
     pad,
     prompt_hash,
+    template_head,
 )
 
 
@@ -104,3 +107,69 @@ def test_leaks_are_found_whatever_the_spelling() -> None:
     with pytest.raises(ValueError, match="both the selection and the reporting set"):
         check_disjoint(core, final)
     check_disjoint(core, final[1:])
+
+
+# ------------------------------------------------------------------------------------------------ templates
+
+ROW = Example(id="x", prompt="w1 w2", completion="w3 w4")
+MARKED = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %} <user> {{ m.content }}"
+    "{% elif m.role == 'assistant' %} <assistant>START {{ m.content }} <end>END{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} <assistant>{% endif %}"
+)
+
+
+def marked(start: str = "{% generation %}", end: str = "{% endgeneration %}") -> str:
+    return MARKED.replace("START", start).replace("END", end)
+
+
+def test_generation_marks_and_none_give_the_same_row(tokenizer) -> None:
+    (plain,) = encode_examples(tokenizer, [ROW])
+    tokenizer.chat_template = marked()
+    assert encode_examples(tokenizer, [ROW]) == [plain]
+    tokenizer.chat_template = MARKED.replace("START ", " {% generation %}").replace("END", "{% endgeneration %}")
+    assert encode_examples(tokenizer, [ROW]) == [plain]
+    turns = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4"}]
+    ids = tokenizer.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+    assert [i for i, inside in zip(ids["input_ids"], ids["assistant_masks"], strict=True) if inside] == list(plain.ids[plain.n_prompt :])
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        marked().replace(" <assistant>{% generation %}", "{% generation %} <assistant>"),  # marks the header too
+        marked().replace("{{ m.content }} <end>{% endgeneration %}", "{% endgeneration %}{{ m.content }} <end>"),  # marks nothing
+    ],
+)
+def test_marks_that_disagree_with_the_prompt_are_refused(tokenizer, template) -> None:
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match="generation marks cover"):
+        encode_examples(tokenizer, [ROW])
+
+
+def test_templates_that_rewrite_replies_are_refused(tokenizer) -> None:
+    tokenizer.chat_template = marked("", "").replace("{{ m.content }} <end>", "{{ m.content | upper }} <end>")
+    with pytest.raises(ValueError, match="does not show the reply as it is"):
+        encode_examples(tokenizer, [ROW])
+
+
+def test_the_system_policy_is_explicit(tokenizer) -> None:
+    tokenizer.chat_template = (
+        "{{ bos_token }} <system> {% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}w9{% endif %}"
+        "{% for m in messages if m.role == 'user' %} <user> {{ m.content }}{% endfor %} <assistant>"
+    )
+    own = [ask("w1", "w7"), ask("w2")]
+    assert "w9" in template_head(tokenizer) and "w9" not in template_head(tokenizer, "")
+    words = {
+        policy: [tokenizer.decode(row.ids) for row in encode_prompts(tokenizer, apply_system(own, policy))]
+        for policy in ("template", "none", "w5")
+    }
+    assert "w7" in words["template"][0] and "w9" in words["template"][1]
+    assert "w7" in words["none"][0] and "w9" not in words["none"][1]
+    assert "w7" in words["w5"][0] and "w5" in words["w5"][1]
+
+
+def test_a_template_that_names_the_day_gives_the_same_tokens_every_day(tokenizer) -> None:
+    day = "{{ bos_token }} {{ date_string if date_string is defined else strftime_now('%d %b %Y') }} <user> {{ messages[0].content }} <assistant>"
+    tokenizer.chat_template = day
+    assert DATE in template_head(tokenizer)
