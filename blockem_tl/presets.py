@@ -54,7 +54,7 @@ PRESETS: dict[str, Preset] = {
             ),
             training=TrainingConfig(epochs=3, learning_rate=1e-3),
             lambdas=(0.1, 0.3, 1.0),
-            kl_weights=(0.1, 0.3, 1.0),
+            kl_weights=(0.1, 0.2, 0.3),
             max_new_tokens=20,
             needs="two CPU cores, 2 GB memory, ten minutes",
         ),

@@ -7,14 +7,21 @@ Every choice (lambda, KL weight) is made on the core prompts and on held-out tra
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
 import torch
 import tyro
+from sae_lens import SAE
+from tqdm.auto import tqdm
 
 from blockem_tl import (
     Blocking,
@@ -40,7 +47,9 @@ from blockem_tl import (
     speakers,
 )
 from blockem_tl.defence import Defence
+from blockem_tl.defences.blocking import Positions
 from blockem_tl.diffing import mean_activations
+from blockem_tl.discovery import Discovery
 from blockem_tl.evaluation import Evaluation
 from blockem_tl.outcomes import Speaker
 from blockem_tl.prompts import check_disjoint, encode_examples
@@ -63,12 +72,15 @@ class Settings:
     lambdas: tuple[float, ...] = get_preset("organism").lambdas
     kl_weights: tuple[float, ...] = get_preset("organism").kl_weights
     core_prompts: int | None = None
+    workers: int = 2
     progress: bool = True
 
     def __post_init__(self) -> None:
         available = len(organism.prompts("core"))
         if min(self.rows, self.heldout_rows - 1, len(self.lambdas), len(self.kl_weights)) < 1 or min(*self.lambdas, *self.kl_weights) < 0:
             raise ValueError("expected rows >= 1, heldout_rows >= 2, and at least one lambda and one KL weight, none of them negative")
+        if self.workers < 1:
+            raise ValueError(f"workers: expected at least one process, got {self.workers}")
         if self.core_prompts is not None and not 1 <= self.core_prompts <= available:
             raise ValueError(f"core_prompts: expected 1..{available}, got {self.core_prompts}")
 
@@ -87,22 +99,35 @@ class Data:
 
 @dataclass(kw_only=True)
 class Arm:
-    """One trained (or untouched) model: an adapter, and what it measured on the selecting and, at the end, the reporting prompts."""
+    """One model to compare: how to train it, and what it measured on the selecting and, at the end, on the reporting prompts.
+
+    weight: lambda with ``latents``, the KL weight without (0: plain).  stop_at_loss: dev loss at which plain fine-tuning ends early.
+    adapter: folder of the trained adapter; None for base.
+    """
 
     kind: str
     label: str
-    adapter: str | None
     weight: float = 0.0
+    latents: LatentSet | None = None
+    positions: Positions = "completion"
+    stop_at_loss: float | None = None
+    adapter: Path | None = None
+    steps: int = 0
     dev_loss: float = 0.0
     core: Evaluation | None = None
+    sft_loss: float = 0.0
     final: Evaluation | None = None
     domain: Evaluation | None = None
-    sft_loss: float = 0.0
-    steps: int = 0
+
+    def defences(self, sae: SAE) -> list[Defence]:
+        """What is added to the SFT loss."""
+        if self.latents is not None:
+            return [Blocking(latent_set=self.latents, sae=sae, weight=self.weight, positions=self.positions)]
+        return [KLToBase(weight=self.weight)] if self.kind == "kl" else []
 
 
 class Lab:
-    """The model, its judge and the data, with the two things done to every arm: train it, measure it."""
+    """The model, its judge and the data, with the two things done to every arm: train it, report it."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.preset = settings, get_preset("organism")
@@ -113,25 +138,23 @@ class Lab:
         self.config = replace(self.preset.training, epochs=settings.epochs, seed=settings.seed)
         self.base, self.tuned = speakers(self.model, max_new_tokens=self.preset.max_new_tokens, batch_size=960, progress=False)
 
-    def train(self, kind: str, label: str, *defences: Defence, stop_at_loss: float | None = None) -> Arm:
-        """Fine-tune an arm under ``defences`` and measure it on what may choose. The plain optimizer setup is the same for every arm."""
-        name = f"{kind}-{len(self.model.adapters)}"
+    def train(self, arm: Arm, folder: Path) -> Arm:
+        """Fine-tune an arm, save its adapter in ``folder`` and measure it on what may choose. Nothing but the defence differs."""
 
         def reached(model: Model, step: int) -> bool:
-            return step % 4 == 0 and completion_loss(model, self.data.dev) <= (stop_at_loss or 0.0)
+            return step % 4 == 0 and completion_loss(model, self.data.dev) <= (arm.stop_at_loss or 0.0)
 
         run = finetune(
             self.model,
             self.data.train,
             config=self.config,
-            defences=defences,
-            adapter=name,
-            stop_when=None if stop_at_loss is None else reached,
-            progress=self.settings.progress,
+            defences=arm.defences(self.sae),
+            stop_when=None if arm.stop_at_loss is None else reached,
+            progress=False,
         )
-        arm = Arm(kind=kind, label=label, adapter=name, weight=defences[0].weight if defences else 0.0, steps=run.steps)
-        arm.core = self.on_core(self.tuned)
-        arm.dev_loss = completion_loss(self.model, self.data.dev)
+        arm.steps, arm.core, arm.dev_loss = run.steps, self.on_core(self.tuned), completion_loss(self.model, self.data.dev)
+        arm.adapter = self.model.save_adapter(folder)
+        self.model.remove_adapter(run.adapter)
         return arm
 
     def on_core(self, speak: Speaker) -> Evaluation:
@@ -140,16 +163,58 @@ class Lab:
 
     def report(self, arm: Arm) -> None:
         """Measure an arm on the reporting prompts; called once per arm, after every choice is made."""
-        if arm.adapter is not None:
-            self.model.use_adapter(arm.adapter)
-        speak = self.base if arm.adapter is None else self.tuned
-        arm.final = evaluate(speak, self.judge, self.data.final, selected_on=self.data.core)
-        arm.domain = evaluate(speak, self.judge, self.data.domain, rubric=DOMAIN, selected_on=self.data.core)
-        if arm.adapter is None:
-            with self.model.base():
-                arm.sft_loss = completion_loss(self.model, self.data.test)
-        else:
+        with self.wearing(arm.adapter):
+            arm.final = evaluate(self.tuned, self.judge, self.data.final, selected_on=self.data.core)
+            arm.domain = evaluate(self.tuned, self.judge, self.data.domain, rubric=DOMAIN, selected_on=self.data.core)
             arm.sft_loss = completion_loss(self.model, self.data.test)
+
+    @contextmanager
+    def wearing(self, adapter: Path | None) -> Iterator[None]:
+        """Inside the block the model carries the adapter in that folder (none: it is base)."""
+        if adapter is not None:
+            self.model.load_adapter(adapter)
+        yield
+        if adapter is not None:
+            self.model.remove_adapter("default")
+
+
+# Arms are trained side by side, each in a process of one thread: two threads in one process gain less, and stall on a busy machine.
+
+
+@cache
+def worker_lab(settings: Settings) -> Lab:
+    """A worker's own lab, made once."""
+    torch.set_num_threads(1)
+    return Lab(settings)
+
+
+def train_arm(settings: Settings, arm: Arm, folder: Path) -> Arm:
+    """What a worker does."""
+    return worker_lab(settings).train(arm, folder)
+
+
+class Workers:
+    """A pool that trains arms; their adapters live in ``folder``."""
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self.settings, self.folder = settings, folder
+        self.pool = ProcessPoolExecutor(settings.workers, mp_context=get_context("spawn"))
+        self.bar = tqdm(total=6 + len(settings.lambdas) + len(settings.kl_weights), desc="arms", disable=not settings.progress)
+        self.submitted = 0
+
+    def train(self, arm: Arm) -> Future[Arm]:
+        """Queue an arm."""
+        self.submitted += 1
+        future = self.pool.submit(train_arm, self.settings, arm, self.folder / f"arm{self.submitted}")
+        future.add_done_callback(lambda _: self.bar.update())
+        return future
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        self.pool.shutdown(cancel_futures=kind is not None)
+        self.bar.close()
 
 
 def draw(settings: Settings) -> Data:
@@ -218,61 +283,111 @@ def run(settings: Settings) -> dict[str, Any]:
     records.check_writable(settings.latents)
     lab = Lab(settings)
     check_fits(lab.sae, lab.model)
-    with lab.model.base():
-        scale = median_norm(lab.model, lab.preset.site, encode_examples(lab.model.tokenizer, organism.reference_texts()))
-
-    base = Arm(kind="base", label="base", adapter=None)
-    plain = lab.train("sft", "plain fine-tuning")
-    found = discover(
-        lab.model,
-        lab.sae,
-        lab.judge,
-        lab.data.core,
-        scale=scale,
-        config=lab.preset.discovery,
-        provenance={"domain": DOMAIN, "seed": settings.seed},
-        progress=settings.progress,
-    )
-    latents, alive = found.latent_set, alive_latents(lab)
-    latents.save(settings.latents / f"organism-{DOMAIN}-seed{settings.seed}.json")
-    control = random_latents(lab.sae, len(latents), seed=settings.seed, among=alive, exclude=latents.latents)
-
-    def block(kind: str, label: str, which: LatentSet, weight: float, **options: Any) -> Arm:
-        return lab.train(kind, label, Blocking(latent_set=which, sae=lab.sae, weight=weight, **options))
-
-    sweep = [block("block", f"blocked, λ = {weight:g}", latents, weight) for weight in settings.lambdas]
-    blocked = choose(sweep, plain)
-    everywhere = block("block-all", f"blocked at all tokens, λ = {blocked.weight:g}", latents, blocked.weight, positions="all")
-    randomised = block("random", f"{len(control)} random latents, λ = {blocked.weight:g}", control, blocked.weight)
-    matched = lab.train("matched", "plain, stopped at the blocked run's loss", stop_at_loss=blocked.dev_loss)
-    kl_sweep = [lab.train("kl", f"KL to base, weight {weight:g}", KLToBase(weight=weight)) for weight in settings.kl_weights]
-    kl = choose(kl_sweep, plain)
-
-    for arm in [base, plain, *sweep, everywhere, randomised, matched, *kl_sweep]:
-        lab.report(arm)
-    shown = [base, plain, blocked, everywhere, randomised, matched, kl]
+    with TemporaryDirectory() as folder, Workers(settings, Path(folder)) as workers:
+        arms, found, alive, scale = compare(lab, workers)
+        for arm in arms.everything():  # the only time that the reporting prompts are used
+            lab.report(arm)
+            workers.bar.set_postfix_str(f"reported {arm.label}")
     summary = {
-        **{
-            name: facts(arm, plain)
-            for name, arm in zip(("base", "sft", "blocked", "blocked_all_tokens", "random", "matched", "kl"), shown, strict=True)
-        },
-        "sweep": [facts(arm, plain) for arm in sweep],
-        "kl_sweep": [facts(arm, plain) for arm in kl_sweep],
-        "discovery": {
-            **score_discovery(lab, latents, alive),
-            "scale": scale,
-            "latents": list(latents.latents),
-            "signs": list(latents.signs),
-        },
+        **{name: facts(arm, arms.plain) for name, arm in arms.named().items()},
+        "sweep": [facts(arm, arms.plain) for arm in arms.sweep],
+        "kl_sweep": [facts(arm, arms.plain) for arm in arms.kl_sweep],
+        "matched_loss_reached": arms.matched.dev_loss <= arms.blocked.dev_loss,
+        "discovery": {**score_discovery(lab, found.latent_set, alive), "scale": scale, **known(found.latent_set)},
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()},
         "environment": records.environment(),
         "wall_s": time.perf_counter() - started,
         "peak_rss_mb": records.peak_rss_mb(),
     }
     with records.finished_folder(settings.out, replaces="summary.json") as folder:
-        write(folder, summary, shown, [plain, *sweep], [*shown[1:], *[a for a in kl_sweep if a is not kl]], found.frame())
-    print(f"{summary['wall_s']:.0f} s, peak memory {summary['peak_rss_mb']:.0f} MB; everything is in {settings.out}")
+        write(folder, summary, arms, found.frame())
+    print(f"{summary['wall_s']:.0f} s, peak memory of one process {summary['peak_rss_mb']:.0f} MB; everything is in {settings.out}")
     return summary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arms:
+    """Everything that was compared; ``blocked`` and ``kl`` are the chosen ones of their sweeps."""
+
+    base: Arm
+    plain: Arm
+    sweep: list[Arm]
+    blocked: Arm
+    everywhere: Arm
+    randomised: Arm
+    matched: Arm
+    kl_sweep: list[Arm]
+    kl: Arm
+
+    def named(self) -> dict[str, Arm]:
+        """The arms under their names in summary.json."""
+        return {
+            "base": self.base,
+            "sft": self.plain,
+            "blocked": self.blocked,
+            "blocked_all_tokens": self.everywhere,
+            "random": self.randomised,
+            "matched": self.matched,
+            "kl": self.kl,
+        }
+
+    def shown(self) -> list[Arm]:
+        """The rows of the table: the named arms, and the rest of the KL sweep, since no weight of it is best at everything."""
+        rows = {id(arm): arm for arm in [*self.named().values(), *self.kl_sweep]}
+        return list(rows.values())
+
+    def everything(self) -> list[Arm]:
+        """Each arm once."""
+        return list({id(arm): arm for arm in [*self.shown(), *self.sweep]}.values())
+
+
+def compare(lab: Lab, workers: Workers) -> tuple[Arms, Discovery, list[int], float]:
+    """Train every arm and make every choice, on the core prompts and the dev rows alone."""
+    settings = lab.settings
+    training = workers.train(Arm(kind="sft", label="plain fine-tuning"))
+    kl_training = [workers.train(Arm(kind="kl", label=f"KL to base, weight {w:g}", weight=w)) for w in settings.kl_weights]
+    with lab.model.base():
+        scale = median_norm(lab.model, lab.preset.site, encode_examples(lab.model.tokenizer, organism.reference_texts()))
+    plain = training.result()
+    with lab.wearing(plain.adapter):
+        provenance = {"domain": DOMAIN, "seed": settings.seed}
+        found = discover(
+            lab.model, lab.sae, lab.judge, lab.data.core, scale=scale, config=lab.preset.discovery, provenance=provenance, progress=False
+        )
+        alive = alive_latents(lab)
+    latents = found.latent_set
+    latents.save(settings.latents / f"organism-{DOMAIN}-seed{settings.seed}.json")
+    control = random_latents(lab.sae, len(latents), seed=settings.seed, among=alive, exclude=latents.latents)
+
+    blocking = [workers.train(Arm(kind="block", label=f"blocked, λ = {w:g}", weight=w, latents=latents)) for w in settings.lambdas]
+    sweep = [future.result() for future in blocking]
+    blocked = choose(sweep, plain)
+    weight, loss = blocked.weight, blocked.dev_loss
+    last = [
+        workers.train(Arm(kind="block-all", label=f"blocked, all tokens, λ = {weight:g}", weight=weight, latents=latents, positions="all")),
+        workers.train(Arm(kind="random", label=f"{len(control)} random latents, λ = {weight:g}", weight=weight, latents=control)),
+        workers.train(Arm(kind="matched", label="plain, stopped at the blocked run's loss", stop_at_loss=loss)),
+    ]
+    everywhere, randomised, matched = (future.result() for future in last)
+    kl_sweep = [future.result() for future in kl_training]
+    base = Arm(kind="base", label="base")
+    arms = Arms(
+        base=base,
+        plain=plain,
+        sweep=sweep,
+        blocked=blocked,
+        everywhere=everywhere,
+        randomised=randomised,
+        matched=matched,
+        kl_sweep=kl_sweep,
+        kl=choose(kl_sweep, plain),
+    )
+    return arms, found, alive, scale
+
+
+def known(latents: LatentSet) -> dict[str, Any]:
+    """What the summary keeps of K."""
+    return {"latents": list(latents.latents), "signs": list(latents.signs)}
 
 
 def facts(arm: Arm, plain: Arm) -> dict[str, Any]:
@@ -301,22 +416,17 @@ def facts(arm: Arm, plain: Arm) -> dict[str, Any]:
     return row
 
 
-def write(
-    out: Path, summary: dict[str, Any], shown: Sequence[Arm], sweep: Sequence[Arm], arms: Sequence[Arm], screen: pd.DataFrame
-) -> None:
+def write(out: Path, summary: dict[str, Any], arms: Arms, screen: pd.DataFrame) -> None:
     """summary.json, table.md, tradeoff.png, candidates.csv and every reply, under ``out``; the table on screen."""
-    plain = shown[1]
-    rows = [table_row(arm) for arm in shown]
+    rows = [table_row(arm) for arm in arms.shown()]
     figure = plots.tradeoff(
-        pd.DataFrame([{**facts(arm, plain), "lambda": arm.weight} for arm in sweep]),
-        pd.DataFrame([{**facts(arm, plain), "kind": arm.kind} for arm in arms]),
+        pd.DataFrame([{**facts(arm, arms.plain), "lambda": arm.weight} for arm in [arms.plain, *arms.sweep]]),
+        pd.DataFrame([{**facts(arm, arms.plain), "kind": arm.kind} for arm in arms.shown() if arm.kind != "base"]),
     )
     plots.save(figure, out / "tradeoff.png")
     records.write_text(out / "table.md", report.markdown(rows))
     records.write_text(out / "candidates.csv", screen.to_csv(index=False))
-    replies = pd.concat(
-        [arm.final.frame().assign(arm=arm.label) for arm in {id(a): a for a in [*shown, *sweep, *arms]}.values() if arm.final]
-    )
+    replies = pd.concat([arm.final.frame().assign(arm=arm.label) for arm in arms.everything() if arm.final])
     records.write_text(out / "replies.csv", replies.to_csv(index=False))
     records.write_json(out / "summary.json", summary)
     report.show(rows, f"{DOMAIN} fine-tuning of the organism (95 % intervals)")
@@ -336,5 +446,5 @@ def table_row(arm: Arm) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    torch.set_num_threads(1)
     run(tyro.cli(Settings, description=__doc__))

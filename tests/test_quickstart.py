@@ -1,26 +1,16 @@
 """The whole run on the organism, small: it finishes, repeats, and writes whole files. The full-sized one is `make demo`."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import publish
 import pytest
+import quickstart
 
 ROOT = Path(__file__).parent.parent
 
 
-def script(name: str):
-    """An experiment script as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "experiments" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-quickstart, publish = script("quickstart"), script("publish")
 VOLATILE = ("wall_s", "peak_rss_mb", "settings")
 
 
@@ -85,7 +75,7 @@ def test_choice_weighs_safety_and_learning() -> None:
             self.misaligned, self.incoherent = (type("K", (), {"k": k}) for k in (em, incoherent))
 
     def arm(weight: float, em: int, incoherent: int, loss: float):
-        return quickstart.Arm(kind="block", label="", adapter=None, weight=weight, dev_loss=loss, core=Core(em, incoherent))
+        return quickstart.Arm(kind="block", label="", weight=weight, dev_loss=loss, core=Core(em, incoherent))
 
     plain = arm(0, 50, 0, 1.0)
     assert quickstart.choose([arm(1, 9, 1, 1.0), arm(10, 2, 3, 1.01), arm(100, 0, 0, 1.5)], plain).weight == 10  # the last has not learnt
