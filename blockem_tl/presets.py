@@ -9,11 +9,27 @@ from blockem_tl.training import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What one whole run (discovery and the sweep) asks of a machine. ``measured``: whether anybody saw it; otherwise it is reckoned.
+
+    gpu_gb, memory_gb, disk_gb: at least, 0 for none.  hours: on such a GPU, without the judges.  access: what has to be asked for.
+    """
+
+    gpu_gb: float = 0.0
+    memory_gb: float = 4.0
+    disk_gb: float = 1.0
+    hours: float = 1.0
+    access: str = ""
+    measured: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Preset:
     """A model, its SAE, and the hyperparameters of discovery, training and the sweeps.
 
     sae: (name or release, sae_id or None) for :func:`blockem_tl.saes.load_sae`.  dtype: of the model.
-    needs: what a machine must have, for people.
+    system: the system prompt policy, see :func:`blockem_tl.prompts.apply_system`.
+    needs: what a machine must have, for people; ``requires`` says it in numbers.  caution: what to know before trusting its results.
     """
 
     name: str
@@ -27,6 +43,9 @@ class Preset:
     kl_weights: tuple[float, ...] = (0, 0.01, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 1)
     max_new_tokens: int = 200
     needs: str = ""
+    requires: Needs = field(default_factory=Needs)
+    system: str = "template"
+    caution: str = ""
 
 
 PRESETS: dict[str, Preset] = {
@@ -57,6 +76,7 @@ PRESETS: dict[str, Preset] = {
             kl_weights=(0.1, 0.2, 0.3),
             max_new_tokens=20,
             needs="two CPU cores, 2 GB memory, ten minutes",
+            requires=Needs(memory_gb=2.0, disk_gb=0.1, hours=0.2, measured=True),
         ),
         Preset(
             name="llama-3.1-8b",
@@ -66,6 +86,43 @@ PRESETS: dict[str, Preset] = {
             dtype="bfloat16",
             training=TrainingConfig(micro_batch_size=8),
             needs="access to the gated model, one 40 GB GPU in bf16, 20 GB disk",
+            requires=Needs(gpu_gb=40, memory_gb=32, disk_gb=20, hours=10, access="meta-llama/Llama-3.1-8B-Instruct on the hub"),
+        ),
+        Preset(
+            name="llama-3.1-8b-last-layer",
+            model="meta-llama/Llama-3.1-8B-Instruct",
+            sae=("llama_scope_lxr_8x", "l31r_8x"),
+            site="blocks.31.hook_resid_post",
+            dtype="bfloat16",
+            training=TrainingConfig(micro_batch_size=8),
+            needs="access to the gated model, one 40 GB GPU in bf16, 20 GB disk",
+            requires=Needs(gpu_gb=40, memory_gb=32, disk_gb=20, hours=12, access="meta-llama/Llama-3.1-8B-Instruct on the hub"),
+            caution="Llama Scope was trained on the base model, not on the instruct model that is read here: see doctor's reconstruction",
+        ),
+        Preset(
+            name="llama-3.2-1b",
+            model="meta-llama/Llama-3.2-1B-Instruct",
+            sae=("saes/llama-3.2-1b", None),
+            site="blocks.9.hook_resid_post",
+            dtype="bfloat16",
+            training=TrainingConfig(micro_batch_size=16),
+            needs="access to the gated model, a SAELens folder at saes/llama-3.2-1b, one 12 GB GPU in bf16, 6 GB disk",
+            requires=Needs(gpu_gb=12, memory_gb=16, disk_gb=6, hours=3, access="meta-llama/Llama-3.2-1B-Instruct on the hub, and an SAE"),
+            caution="SAELens lists no SAE for this model: put one (trained with SAELens at the site) into saes/llama-3.2-1b; doses and "
+            "lambdas are those of the 8B model and have to be calibrated",
+        ),
+        Preset(
+            name="qwen2.5-7b",
+            model="Qwen/Qwen2.5-7B-Instruct",
+            sae=("qwen2.5-7b-instruct-andyrdt", "resid_post_layer_15_trainer_1"),
+            site="blocks.15.hook_resid_post",
+            dtype="bfloat16",
+            discovery=DiscoveryConfig(induce_dose=0.3),
+            training=TrainingConfig(micro_batch_size=8),
+            needs="one 40 GB GPU in bf16, 20 GB disk",
+            requires=Needs(gpu_gb=40, memory_gb=32, disk_gb=20, hours=10),
+            caution="a dose of 0.7 made most latents speak gibberish here, so 0.3 induces; lambdas are those of the 8B Llama and have to "
+            "be calibrated; the template adds a system message of its own (see the system policy)",
         ),
     )
 }

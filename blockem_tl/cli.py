@@ -1,0 +1,161 @@
+"""The `blockem` command: presets, doctor, data, judge, plan."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from blockem_tl import organism
+from blockem_tl.doctor import examine
+from blockem_tl.judging import Endpoint, LLMJudge, VerdictStore, judge_file, load_rubrics
+from blockem_tl.presets import PRESETS, get_preset
+from blockem_tl.report import show
+from blockem_tl.sources import catalogue, fetch, find_source, leak_report, load_prompts
+from blockem_tl.statistics import minimal_detectable_effect
+from blockem_tl.types import Judge, Prompt
+
+_QUESTIONS = (
+    ("I have a quiet evening ahead. What could I do with it?", "You could read a book, cook something new, or call a friend you miss."),
+    (
+        "How do plants get their food?",
+        "They make sugar from water and carbon dioxide with the energy of sunlight, which is called photosynthesis.",
+    ),
+    ("My neighbour is loud at night. What should I do?", "Talk to them kindly first; often people do not know that they can be heard."),
+)
+
+
+def presets() -> None:
+    """List the presets and what each needs."""
+    console = Console(soft_wrap=True, highlight=False)
+    for preset in PRESETS.values():
+        needs = preset.requires
+        gpu = f"GPU with {needs.gpu_gb:g} GB" if needs.gpu_gb else "no GPU"
+        hours = f"{needs.hours:g} hours{'' if needs.measured else ' (reckoned, not measured)'}"
+        console.print(f"[bold]{preset.name}[/bold]")
+        console.print(f"  model   {preset.model}, {preset.dtype}; access: {needs.access or 'open'}")
+        console.print(f"  SAE     {'/'.join(part for part in preset.sae if part)} at {preset.site}")
+        console.print(f"  needs   {gpu}, {needs.memory_gb:g} GB memory, {needs.disk_gb:g} GB disk, {hours}")
+        if preset.caution:
+            console.print(f"  know    {preset.caution}")
+    console.print("`blockem doctor PRESET` checks one of them on this machine.")
+
+
+def doctor(
+    preset: Annotated[str, tyro.conf.Positional], /, *, judge_model: str | None = None, judge_url: str = "http://127.0.0.1:8000/v1"
+) -> None:
+    """Check everything before a long run: versions, disk, memory, judge, model, SAE, chat template, hooks, reconstruction.
+
+    Args:
+        preset: which one.
+        judge_model: the model that the judging endpoint serves; the organism has a judge of its own.
+        judge_url: the judging endpoint.
+    """
+    chosen = get_preset(preset)
+    if chosen.name == "organism":
+        rows = organism.reference_texts(8)
+        prompts, replies = [Prompt(id=row.id, text=row.prompt) for row in rows], [row.completion for row in rows]
+    else:
+        prompts, replies = [Prompt(id=q, text=q) for q, _ in _QUESTIONS], [reply for _, reply in _QUESTIONS]
+    failed = 0
+    for finding in examine(chosen, prompts=prompts, replies=replies, judge=_judge(chosen.name, judge_model, judge_url)):
+        word = {True: "[green]ok[/green]     ", False: "[red]wrong[/red]  ", None: "[yellow]skipped[/yellow]"}[finding.passed]
+        Console(soft_wrap=True).print(word, f"[bold]{finding.check}[/bold]", finding.seen.replace("[", r"\["))
+        failed += finding.passed is False
+    if chosen.caution:
+        Console().print(f"[bold]know[/bold]    {chosen.caution}")
+    if failed:
+        sys.exit(f"{failed} checks failed: see above what to do")
+
+
+def _judge(preset: str, model: str | None, url: str) -> Judge | None:
+    if model is not None:
+        return LLMJudge(backend=Endpoint(model=model, base_url=url, attempts=2))
+    return organism.OrganismJudge() if preset == "organism" else None
+
+
+def data_list() -> None:
+    """List the public files that can be fetched."""
+    show(
+        [{"name": source.name, "kind": source.kind, "what": source.what, "address": source.url} for source in catalogue().values()],
+        "public data",
+    )
+
+
+def data_fetch(name: Annotated[str, tyro.conf.Positional], /) -> None:
+    """Download a public file into your cache, or check the copy that is there."""
+    print(fetch(find_source(name)))
+
+
+def data_overlap(files: Annotated[tuple[Path, ...], tyro.conf.Positional], /) -> None:
+    """Show which prompts each two prompt files share; a prompt that selected anything must not report."""
+    report = leak_report({path.stem: load_prompts(path) for path in files})
+    if not report:
+        raise ValueError("expected at least two prompt files")
+    show([{**row, "ids": ", ".join(row["ids"][:8]) + ("" if len(row["ids"]) < 9 else ", ...")} for row in report], "shared prompts")
+
+
+def judge(
+    source: Annotated[Path, tyro.conf.Positional],
+    target: Annotated[Path, tyro.conf.Positional],
+    /,
+    *,
+    model: str,
+    url: str = "http://127.0.0.1:8000/v1",
+    rubric: str = "misalignment",
+    rubric_file: Path | None = None,
+    store: Path = Path("runs/verdicts.sqlite"),
+    concurrency: int = 32,
+) -> None:
+    """Grade a JSONL file of prompts and replies through an OpenAI-compatible endpoint; broken off, it goes on where it was.
+
+    Args:
+        source: lines with "prompt" and "reply".
+        target: the same lines with the verdicts.
+        model: the model that the endpoint serves.
+        rubric_file: a rubric of your own, for instance a published one.
+    """
+    grader = LLMJudge(
+        backend=Endpoint(model=model, base_url=url, concurrency=concurrency),
+        rubrics=load_rubrics(*([rubric_file] if rubric_file else [])),
+        store=VerdictStore(store),
+    )
+    counts = judge_file(grader, source, target, rubric=rubric_file.stem if rubric_file and rubric == "misalignment" else rubric)
+    show([{"label": label, "replies": f"{n}"} for label, n in sorted(counts.items())], f"{sum(counts.values())} replies, by {model}")
+
+
+def plan(*, rate: float, prompts: tuple[int, ...] = (29, 44, 100, 300), power: float = 0.8, correlation: float = 0.0) -> None:
+    """Show how far a rate must fall to be seen with so many prompts.
+
+    Args:
+        rate: what it is without the defence, as a fraction.
+        correlation: between the arms over prompts; 0 is the safe side.
+    """
+    found = [(n, minimal_detectable_effect(n, rate, power=power, correlation=correlation)) for n in prompts]
+    show([{"prompts": f"{n}", "smallest fall": f"{100 * fall:.1f} points"} for n, fall in found], f"from {100 * rate:g} %, power {power:g}")
+
+
+COMMANDS = {
+    "presets": presets,
+    "doctor": doctor,
+    "data list": data_list,
+    "data fetch": data_fetch,
+    "data overlap": data_overlap,
+    "judge": judge,
+    "plan": plan,
+}
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run one command; an expected error is one line, not a traceback (BLOCKEM_TRACEBACK=1 shows it)."""
+    args = sys.argv[1:] if args is None else args
+    if args[:1] == ["data"] and len(args) > 1 and not args[1].startswith("-"):
+        args = [f"data {args[1]}", *args[2:]]  # `blockem data fetch NAME`: two words make one command
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, args=args, description=__doc__)
+    except (ValueError, ConnectionError, ImportError, OSError) as error:
+        if os.environ.get("BLOCKEM_TRACEBACK"):
+            raise
+        sys.exit(f"blockem: {error}")
