@@ -49,8 +49,8 @@ lint: install
 types: install
 	$(BIN)/pyright
 
-readme: install  ## put the last demo's table and figure into the README
-	$(BIN)/python experiments/publish.py
+readme: install  ## put the last demo (and the runs of other seeds) into README and docs
+	$(BIN)/python experiments/publish.py --seeds results/quickstart $(wildcard results/quickstart-seed*)
 
 organism: install  ## train the embedded organism again, from nothing
 	$(BIN)/python -m blockem_tl.organism.build --seed 0 --out build/organism

@@ -199,7 +199,7 @@ class Workers:
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings, self.folder = settings, folder
         self.pool = ProcessPoolExecutor(settings.workers, mp_context=get_context("spawn"))
-        self.bar = tqdm(total=6 + len(settings.lambdas) + len(settings.kl_weights), desc="arms", disable=not settings.progress)
+        self.bar = tqdm(total=4 + len(settings.lambdas) + len(settings.kl_weights), desc="arms", disable=not settings.progress)
         self.submitted = 0
 
     def train(self, arm: Arm) -> Future[Arm]:

@@ -1,6 +1,7 @@
 """The whole run on the organism, small: it finishes, repeats, and writes whole files. The full-sized one is `make demo`."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,15 +94,20 @@ def test_selection_and_reporting_never_meet(settings) -> None:
     assert not asked & {e.prompt for rows in (data.train, data.dev, data.test) for e in rows}
 
 
-def test_publishing_renews_the_readme(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match="run `make demo` first"):
-        publish.publish(tmp_path, tmp_path)
-    for name in publish.KEPT:
-        (tmp_path / name).write_text(f"| {name} |\n")
-    (tmp_path / "README.md").write_text("above\n<!-- quickstart:begin -->\nold\n<!-- quickstart:end -->\nbelow\n")
-    publish.publish(tmp_path, tmp_path)
-    assert (tmp_path / "README.md").read_text() == "above\n<!-- quickstart:begin -->\n| table.md |\n<!-- quickstart:end -->\nbelow\n"
-    assert (tmp_path / "docs" / "results" / "quickstart" / "summary.json").read_text() == "| summary.json |\n"
+def test_publishing_renews_the_pages(tmp_path) -> None:
+    root, results = tmp_path / "root", tmp_path / "results"
+    with pytest.raises(FileNotFoundError, match="run `make demo`"):
+        publish.publish(results, [results], root)
+    shutil.copytree(ROOT / "docs" / "results" / "quickstart", results)
+    (root / "docs").mkdir(parents=True)
+    for page, marker in (("README.md", "quickstart"), ("docs/organism.md", "seeds")):
+        (root / page).write_text(f"above\n<!-- {marker}:begin -->\nold\n<!-- {marker}:end -->\nbelow\n")
+    publish.publish(results, [results, results], root)
+    table = (results / "table.md").read_text().rstrip()
+    assert (root / "README.md").read_text() == f"above\n<!-- quickstart:begin -->\n{table}\n<!-- quickstart:end -->\nbelow\n"
+    organism_page = (root / "docs" / "organism.md").read_text()
+    assert organism_page.count("plain fine-tuning") == 2 and "old" not in organism_page
+    assert json.loads((root / "docs" / "results" / "quickstart" / "seeds" / "seed0.json").read_text())["settings"]["seed"] == 0
 
 
 def test_the_readme_shows_the_table_that_the_demo_made() -> None:
