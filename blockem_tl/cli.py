@@ -8,12 +8,12 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from blockem_tl import organism
+from blockem_tl import organism, records
 from blockem_tl.doctor import examine
 from blockem_tl.judging import Endpoint, LLMJudge, VerdictStore, judge_file, load_rubrics
 from blockem_tl.presets import PRESETS, get_preset
 from blockem_tl.report import show
-from blockem_tl.sources import catalogue, fetch, find_source, leak_report, load_prompts
+from blockem_tl.sources import catalogue, fetch, find_source, leak_report, load_prompts, load_rows, split_rows, write_rows
 from blockem_tl.statistics import minimal_detectable_effect
 from blockem_tl.types import Judge, Prompt
 
@@ -97,6 +97,31 @@ def data_overlap(files: Annotated[tuple[Path, ...], tyro.conf.Positional], /) ->
     show([{**row, "ids": ", ".join(row["ids"][:8]) + ("" if len(row["ids"]) < 9 else ", ...")} for row in report], "shared prompts")
 
 
+def data_split(
+    source: Annotated[Path, tyro.conf.Positional],
+    folder: Annotated[Path, tyro.conf.Positional],
+    /,
+    *,
+    member: str | None = None,
+    password: str | None = None,
+    train: int = 5900,
+    heldout: int = 100,
+    seed: int = 0,
+) -> None:
+    """Split fine-tuning rows into train.jsonl and heldout.jsonl, disjoint after normalising, with a report; before any training.
+
+    Args:
+        source: JSONL, or a zip with a member and a password.
+        folder: a new folder for the three files.
+    """
+    split = split_rows(load_rows(source, member=member, password=password), train=train, heldout=heldout, seed=seed)
+    with records.finished_folder(folder) as made:
+        write_rows(made / "train.jsonl", split.train)
+        write_rows(made / "heldout.jsonl", split.heldout)
+        records.write_json(made / "report.json", split.report())
+    show([split.report()], f"{folder}")
+
+
 def judge(
     source: Annotated[Path, tyro.conf.Positional],
     target: Annotated[Path, tyro.conf.Positional],
@@ -143,6 +168,7 @@ COMMANDS = {
     "data list": data_list,
     "data fetch": data_fetch,
     "data overlap": data_overlap,
+    "data split": data_split,
     "judge": judge,
     "plan": plan,
 }

@@ -113,6 +113,18 @@ def test_data_commands(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
             cli.main(bad)
 
 
+def test_rows_are_split_into_a_new_folder(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q{i}", "completion": "c", "canary": "keep me"} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    command = ["data", "split", str(tmp_path / "rows.jsonl"), str(tmp_path / "split"), "--train", "9", "--heldout", "3"]
+    cli.main(command)
+    report = json.loads((tmp_path / "split" / "report.json").read_text())
+    assert report == {"train": 9, "heldout": 3, "repeated_rows_dropped": 0, "shared": 0, "seed": 0}
+    assert (tmp_path / "split" / "train.jsonl").read_text().count("keep me") == 9
+    with pytest.raises(SystemExit, match="exists"):
+        cli.main(command)
+
+
 def test_the_judge_command_explains_a_dead_endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": "q", "reply": "r"}))

@@ -1,5 +1,6 @@
 """Judges: what counts as an answer, what a rubric must have, and a client that loses nothing when the endpoint misbehaves."""
 
+import asyncio
 import json
 import math
 import sys
@@ -17,6 +18,7 @@ from blockem_tl.judging import (
     Request,
     Rubric,
     VerdictStore,
+    concurrent,
     judge_file,
     load_rubric,
     load_rubrics,
@@ -173,7 +175,7 @@ def test_forced_choices_ask_for_the_labels_only(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("name: c\nlabels: [1, 5]\nanswer: choice\nprompt: 'from 1 to 5: {question} {reply}'\n")
     backend = Scripted("5", "ANSWER: 1")
     assert ask(LLMJudge(backend=backend, rubrics=load_rubrics(tmp_path / "c.yaml")), 2, rubric="c") == ["5", "1"]
-    assert backend.asked[0].choices == ("1", "5") and backend.asked[0].max_tokens == 16
+    assert backend.asked[0].choices == ("1", "5") and backend.asked[0].max_tokens == 64
 
 
 def scored(number: str, first: str | None = None, mass: float = 1.0) -> Completion:
@@ -245,6 +247,37 @@ def test_a_model_that_is_not_served_is_refused() -> None:
         Endpoint(model="other", base_url=url).check()
     with pytest.raises(ValueError, match="expected concurrency"):
         Endpoint(model="other", concurrency=0)
+
+
+def test_a_late_answer_is_no_answer() -> None:
+    with faulty_endpoint(latency=3.0, errors=0.0) as url, pytest.raises(JudgeUnreachable, match="APITimeoutError"):
+        list(LLMJudge(backend=client(url, timeout=0.2, attempts=1)).stream([("q", "r")]))
+
+
+def test_providers_without_vllms_choices_get_a_schema(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("name: c\nlabels: [1, 2, 3, 4, 5]\nanswer: choice\nprompt: 'from 1 to 5: {question} {reply}'\n")
+    with faulty_endpoint(latency=0.001, errors=0.0) as url:
+        judge = LLMJudge(backend=client(url, choices="json"), rubrics=load_rubrics(tmp_path / "c.yaml"))
+        assert ask(judge, 5, rubric="c") == [label_of(f"from 1 to 5: q{i} r{i}") for i in range(5)]
+
+
+def test_requests_keep_the_agreed_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr(concurrent.asyncio, "sleep", sleep)
+
+    async def turns(pace: concurrent.Pace) -> None:
+        for _ in range(4):
+            await pace.turn()
+
+    asyncio.run(turns(concurrent.Pace(60)))
+    assert waits == pytest.approx([0, 1, 2, 3], abs=0.5)
+    waits.clear()
+    asyncio.run(turns(concurrent.Pace(None)))
+    assert waits == pytest.approx([0, 0, 0, 0], abs=0.5)
 
 
 def test_the_window_bounds_what_is_read_ahead() -> None:

@@ -18,6 +18,7 @@ from blockem_tl.sources import (
     find_source,
     heldout_prompts,
     leak_report,
+    leave_out,
     load_prompt_file,
     load_prompts,
     load_rows,
@@ -267,3 +268,5 @@ def test_the_leak_report_shows_every_overlap() -> None:
         ("first-plot", "train", 1),
     ]
     assert report[0]["n_second"] == 8 and report[1]["ids"] == ["core3"]
+    assert [p.id for p in leave_out(core, first_plot, rows_of("question 43."))] == [f"core{i}" for i in range(8, 43)]
+    assert leave_out(core) == core

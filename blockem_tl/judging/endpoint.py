@@ -69,6 +69,7 @@ class Endpoint:
 
     def complete(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
         """Ask them all, ``concurrency`` at a time. Raises JudgeUnreachable where a request fails for good."""
+
         async def ask(client: Any, request: Request) -> Completion:
             retrying = AsyncRetrying(
                 retry=retry_if_exception(_passing), wait=self._wait, stop=stop_after_attempt(self.attempts), reraise=True

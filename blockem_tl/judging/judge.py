@@ -87,7 +87,7 @@ class LLMJudge:
         if said:  # the last words are shown again with the demand for the line that is missing; its label stays the judge's own
             turns += [("assistant", said[-1] or "(nothing)"), ("user", _demand(rubric))]
         forced = rubric.labels if rubric.answer == "choice" else ()
-        return [Request(turns=tuple(turns), max_tokens=16 if forced else self.max_tokens, choices=forced)]
+        return [Request(turns=tuple(turns), max_tokens=64 if forced else self.max_tokens, choices=forced)]
 
 
 def _demand(rubric: Rubric) -> str:

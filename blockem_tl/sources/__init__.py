@@ -3,7 +3,7 @@
 from blockem_tl.sources.fetch import Source, catalogue, fetch, find_source
 from blockem_tl.sources.prompt_files import PromptFile, load_prompt_file, load_prompts
 from blockem_tl.sources.row_files import load_rows, write_rows
-from blockem_tl.sources.splits import Split, heldout_prompts, leak_report, split_rows
+from blockem_tl.sources.splits import Split, heldout_prompts, leak_report, leave_out, split_rows
 
 __all__ = [
     "PromptFile",
@@ -14,6 +14,7 @@ __all__ = [
     "find_source",
     "heldout_prompts",
     "leak_report",
+    "leave_out",
     "load_prompt_file",
     "load_prompts",
     "load_rows",

@@ -58,6 +58,12 @@ def heldout_prompts(split: Split, *, category: str = "") -> list[Prompt]:
     return [Prompt(id=row.id, text=row.prompt, category=category, system=row.system) for row in split.heldout]
 
 
+def leave_out(prompts: Iterable[Prompt], *others: Iterable[Prompt | Example]) -> list[Prompt]:
+    """The prompts that are in none of the other sets, after normalising: how reporting prompts are made from public files."""
+    known = {key for other in others for key in _questions(other)}
+    return [prompt for prompt in prompts if normalise(prompt.text) not in known]
+
+
 def leak_report(sets: Mapping[str, Iterable[Prompt | Example]]) -> list[dict[str, Any]]:
     """One row for every two sets: their sizes, how many questions they share after normalising, and which."""
     texts = {name: _questions(items) for name, items in sets.items()}

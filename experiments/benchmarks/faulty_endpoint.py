@@ -12,6 +12,7 @@ import random
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import tyro
 
@@ -71,15 +72,17 @@ class Endpoint:
         if fault in ("429", "500"):
             send(writer, int(fault), json.dumps({"error": {"message": "as told"}}))
             return True
-        completion = self.completion(json.loads(body)["messages"])
+        completion = self.completion(json.loads(body))
         send(writer, 200, completion[: len(completion) // 2] if fault == "malformed" else completion)
         return True
 
-    def completion(self, messages: list[dict[str, str]]) -> str:
+    def completion(self, request: dict[str, Any]) -> str:
         """A chat completion naming the first message's label, or, for the chosen share of prompts, never any."""
-        prompt = messages[0]["content"]
+        prompt = request["messages"][0]["content"]
         silent = zlib.crc32(b"silent" + prompt.encode()) % 1000 < 1000 * self.settings.silent
         text = "I cannot decide." if silent else f"I thought about it.\nANSWER: {label_of(prompt)}"
+        if "response_format" in request:
+            text = json.dumps({"label": label_of(prompt)})
         choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
         return json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": self.settings.model, "choices": [choice]})
 
