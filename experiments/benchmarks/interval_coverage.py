@@ -57,7 +57,7 @@ def bootstrap(world: tuple[float, float, float], settings: Settings) -> dict[str
     draw = np.random.default_rng(0)
     many = draw.normal(0, 1.5, 400_000)
     start, end = (float(rates(draw, level + many, spread_of_one, 1).mean()) for level, spread_of_one in _each(base, effect, spread))
-    hits, widths = np.zeros(2), np.zeros(2)
+    hits, widths, naive = np.zeros(2), np.zeros(2), 0
     for run in range(settings.runs):
         prompts = draw.normal(0, 1.5, settings.n)
         before, after = (rates(draw, level + prompts, spread, settings.seeds).tolist() for level in (base, base + effect))
@@ -65,8 +65,17 @@ def bootstrap(world: tuple[float, float, float], settings: Settings) -> dict[str
             found = function(before, after, resamples=1000, seed=run)
             hits[i] += found.low <= truth <= found.high or np.isnan(found.low)
             widths[i] += np.nan_to_num(found.high - found.low)
+        low, high = prompts_only(draw, np.array(after, float).mean(0) - np.array(before, float).mean(0))
+        naive += low <= end - start <= high
     names = ("difference", "difference_width", "reduction", "reduction_width")
-    return dict(zip(names, (float(x) / settings.runs for pair in zip(hits, widths, strict=True) for x in pair), strict=True))
+    found = dict(zip(names, (float(x) / settings.runs for pair in zip(hits, widths, strict=True) for x in pair), strict=True))
+    return {**found, "prompts_only": naive / settings.runs}
+
+
+def prompts_only(draw: np.random.Generator, differences: np.ndarray) -> tuple[float, float]:
+    """The plain percentile bootstrap of the difference over prompts, seeds averaged beforehand: what clustering is compared with."""
+    low, high = np.percentile(differences[draw.integers(len(differences), size=(1000, len(differences)))].mean(1), [2.5, 97.5])
+    return float(low), float(high)
 
 
 def _each(base: float, effect: float, spread: float) -> list[tuple[np.ndarray | float, float]]:
@@ -89,4 +98,6 @@ if __name__ == "__main__":
         found = result["wilson"]
         print(f"Wilson, n = {settings.n}: at least {found['least']:.3f} (at p = {found['least_at']}), {found['mean']:.3f} on average")
         for name, row in result["bootstrap"].items():
-            print(f"{name}: difference {row['difference']:.3f}, relative reduction {row['reduction']:.3f}")
+            print(
+                f"{name}: difference {row['difference']:.3f}, relative reduction {row['reduction']:.3f}; prompts alone {row['prompts_only']:.3f}"
+            )
