@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from blockem_tl.generation import Condition
-from blockem_tl.types import Counts, Generation, Judge, Prompt, Verdict
+from blockem_tl.types import Checkable, Counts, Generation, Judge, Prompt, Verdict
 
 Speaker = Callable[[Sequence[Prompt], Sequence[Condition]], list[Generation]]
 """Anything that replies to prompts under conditions, condition by condition: `generate` with a model and its settings bound."""
@@ -13,6 +13,8 @@ def ask(
     speak: Speaker, judge: Judge, prompts: Sequence[Prompt], conditions: Sequence[Condition], *, rubric: str = "misalignment"
 ) -> tuple[list[Generation], list[Verdict]]:
     """Replies and their verdicts, condition by condition. Raises ValueError where a speaker or a judge leaves any out."""
+    if isinstance(judge, Checkable):
+        judge.check(rubric)
     generations = speak(prompts, conditions)
     verdicts = judge.grade([g.prompt for g in generations], [g.reply for g in generations], rubric=rubric)
     if not len(generations) == len(verdicts) == len(prompts) * len(conditions):

@@ -7,10 +7,10 @@ from typing import Any
 
 import pandas as pd
 
-from blockem_tl.evaluation import Evaluation, evaluate, grade_again
+from blockem_tl.evaluation import MISALIGNMENT, Evaluation, evaluate, grade_again
 from blockem_tl.outcomes import Speaker
 from blockem_tl.statistics import Estimate, agreement, average_rate
-from blockem_tl.types import Judge, Prompt
+from blockem_tl.types import Checkable, Judge, Prompt
 
 RATES = ("misaligned", "incoherent", "refusal")
 
@@ -73,5 +73,8 @@ def evaluate_with(speak: Speaker, judges: Sequence[Judge], prompts: Sequence[Pro
     """
     if not judges:
         raise ValueError("expected at least one judge, got none")
+    for judge in judges:
+        if isinstance(judge, Checkable):
+            judge.check(options.get("rubric", MISALIGNMENT))
     first = evaluate(speak, judges[0], prompts, **options)
     return Panel(evaluations=(first, *(grade_again(first, judge) for judge in judges[1:])))

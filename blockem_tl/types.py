@@ -112,6 +112,15 @@ class Judge(Protocol):
         ...
 
 
+@runtime_checkable
+class Checkable(Protocol):
+    """A judge that can say beforehand whether it could grade; asked before replies are generated for it."""
+
+    def check(self, rubric: str = "misalignment") -> None:
+        """Raise where it could not: an endpoint that is down, a rubric that is not there."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Counts:
     """How many of ``n`` judged replies were misaligned, incoherent, refusals; the rates are fractions in [0, 1]."""

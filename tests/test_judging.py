@@ -1,6 +1,7 @@
 """Judges: what counts as an answer, what a rubric must have, and a client that loses nothing when the endpoint misbehaves."""
 
 import asyncio
+import contextlib
 import json
 import math
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from blockem_tl.evaluation import evaluate
 from blockem_tl.judging import (
     Completion,
     Endpoint,
@@ -26,6 +28,7 @@ from blockem_tl.judging import (
 )
 from blockem_tl.judging.parsing import expected_score
 from blockem_tl.judging.rubrics import find_rubric
+from blockem_tl.panel import evaluate_with
 from blockem_tl.types import LABELS, UNPARSED, Counts, Judge, Prompt, Verdict
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments" / "benchmarks"))
@@ -249,6 +252,27 @@ def test_a_model_that_is_not_served_is_refused() -> None:
         Endpoint(model="other", concurrency=0)
 
 
+def test_a_dead_judge_is_found_before_anything_is_generated(tmp_path: Path) -> None:
+    judge = LLMJudge(backend=client("http://127.0.0.1:9/v1"))
+
+    def speak(prompts, conditions):
+        raise AssertionError("nothing may be generated")
+
+    prompts = [Prompt(id="a", text="a")]
+    for grade_with in (
+        lambda: evaluate(speak, judge, prompts, selected_on=()),
+        lambda: evaluate_with(speak, [judge], prompts, selected_on=()),
+    ):
+        with pytest.raises(JudgeUnreachable, match="no judge answers"):
+            grade_with()
+    with pytest.raises(ValueError, match="no rubric for 'gardening'"):
+        evaluate(speak, judge, prompts, rubric="gardening", selected_on=())
+    store = VerdictStore(tmp_path / "v.sqlite")
+    assert ask(LLMJudge(backend=Scripted("ANSWER: 4"), store=store)) == ["4"]
+    cached = LLMJudge(backend=Endpoint(model="scripted", base_url="http://127.0.0.1:9/v1"), store=store)
+    assert ask(cached) == ["4"]  # what is stored needs no endpoint
+
+
 def test_a_late_answer_is_no_answer() -> None:
     with faulty_endpoint(latency=3.0, errors=0.0) as url, pytest.raises(JudgeUnreachable, match="APITimeoutError"):
         list(LLMJudge(backend=client(url, timeout=0.2, attempts=1)).stream([("q", "r")]))
@@ -259,6 +283,27 @@ def test_providers_without_vllms_choices_get_a_schema(tmp_path: Path) -> None:
     with faulty_endpoint(latency=0.001, errors=0.0) as url:
         judge = LLMJudge(backend=client(url, choices="json"), rubrics=load_rubrics(tmp_path / "c.yaml"))
         assert ask(judge, 5, rubric="c") == [label_of(f"from 1 to 5: q{i} r{i}") for i in range(5)]
+
+
+def test_what_was_under_way_when_one_failed_is_kept() -> None:
+    taken = []
+
+    def source() -> Iterator[int]:
+        for i in range(100):
+            taken.append(i)
+            yield i
+
+    async def work(_: None, item: int) -> int:
+        await asyncio.sleep(0.01 if item == 2 else 0.05)
+        if item == 2:
+            raise ValueError("the third")
+        return item
+
+    found = []
+    with pytest.raises(ValueError, match="the third"):
+        for pair in concurrent.in_window(source(), work, resource=contextlib.nullcontext, window=5):
+            found.append(pair)
+    assert sorted(found) == [(i, i) for i in (0, 1, 3, 4)] and taken == [0, 1, 2, 3, 4]
 
 
 def test_requests_keep_the_agreed_pace(monkeypatch: pytest.MonkeyPatch) -> None:

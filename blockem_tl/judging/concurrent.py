@@ -23,24 +23,29 @@ def in_window(
 ) -> Iterator[tuple[int, Result]]:
     """Yield (index, result) as jobs finish. At most ``window`` items are under way, so memory does not grow with the number of items.
 
-    ``resource`` opens what the jobs share (a client) inside the loop and closes it at the end. The first job that raises ends it all:
-    the others are cancelled and its error is raised here.
+    ``resource`` opens what the jobs share (a client) inside the loop and closes it at the end. After a job has raised no new one is
+    begun; what the others under way still bring is yielded, then the first error is raised.
     """
     done: queue.SimpleQueue[tuple[int, Future[Result]]] = queue.SimpleQueue()
     running: dict[int, Future[Result]] = {}
-    source = enumerate(items)
+    source, failed = enumerate(items), list[BaseException]()
     with _loop() as loop, _entered(loop, resource) as shared:
         try:
             while True:
-                while len(running) < window and (upcoming := next(source, None)) is not None:
+                while not failed and len(running) < window and (upcoming := next(source, None)) is not None:
                     index, item = upcoming
                     running[index] = asyncio.run_coroutine_threadsafe(work(shared, item), loop)
                     running[index].add_done_callback(lambda future, index=index: done.put((index, future)))
                 if not running:
-                    return
+                    break
                 index, future = done.get()
                 del running[index]
-                yield index, future.result()
+                if (error := future.exception()) is not None:
+                    failed.append(error)
+                else:
+                    yield index, future.result()
+            if failed:
+                raise failed[0]
         finally:
             for future in list(running.values()):
                 future.cancel()

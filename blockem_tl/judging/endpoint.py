@@ -79,7 +79,7 @@ class Endpoint:
                     with attempt:
                         return _read(await client.chat.completions.create(**self._arguments(request)), request)
             except (_openai().APIError, _MalformedError, json.JSONDecodeError) as error:
-                raise self._unreachable(error) from error
+                raise self._unreachable(error, request) from error
             raise AssertionError("tenacity returns or raises")
 
         # Twice the concurrency: while some jobs are prepared, read or wait before trying again, others keep the connections busy.
@@ -132,7 +132,7 @@ class Endpoint:
             return min(float(asked), self.longest_wait)
         return wait_random_exponential(multiplier=self.first_wait, max=self.longest_wait)(state)
 
-    def _unreachable(self, error: Exception) -> JudgeUnreachable:
+    def _unreachable(self, error: Exception, request: Request | None = None) -> JudgeUnreachable:
         openai = _openai()
         if isinstance(error, (openai.APIConnectionError, openai.APITimeoutError)):
             port = self.base_url.split(":")[-1].split("/")[0]
@@ -141,8 +141,9 @@ class Endpoint:
                 f"`python -m vllm.entrypoints.openai.api_server --model {self.model} --host 127.0.0.1 --port {port}`, or correct the "
                 "address. Verdicts already in the store are kept: run the same again to go on"
             )
+        of = f" on the request that ends {request.turns[-1][1][-120:]!r}" if request else ""
         return JudgeUnreachable(
-            f"the judge at {self.base_url} failed {self.attempts} times, or for good: {type(error).__name__}: {str(error)[:300]}. "
+            f"the judge at {self.base_url} failed {self.attempts} times, or for good,{of}: {type(error).__name__}: {str(error)[:300]}. "
             "Verdicts already in the store are kept: run the same again to go on"
         )
 

@@ -32,6 +32,11 @@ class LLMJudge:
     def name(self) -> str:
         return self.backend.name
 
+    def check(self, rubric: str = "misalignment") -> None:
+        """Raise where it could not grade: ValueError for an unknown rubric, JudgeUnreachable for an endpoint that is down."""
+        find_rubric(self.rubrics, rubric)
+        self.backend.check()
+
     def grade(self, prompts: Sequence[Prompt], replies: Sequence[str], *, rubric: str = "misalignment") -> list[Verdict]:
         """One verdict per (prompt, reply), in order. Raises ValueError for an unknown rubric or unequal lengths."""
         if len(prompts) != len(replies):
@@ -47,17 +52,15 @@ class LLMJudge:
             JudgeUnreachable: the endpoint is down; what is in the store stays there.
         """
         chosen, source = find_rubric(self.rubrics, rubric), iter(pairs)
-        first = list(itertools.islice(source, _CHUNK))
-        if not first:
-            return iter(())
-        self.backend.check()
-        chunks = itertools.chain([first], iter(lambda: list(itertools.islice(source, _CHUNK)), []))
+        chunks = iter(lambda: list(itertools.islice(source, _CHUNK)), [])
         return itertools.chain.from_iterable(self._chunk(chunk, chosen) for chunk in chunks)
 
     def _chunk(self, pairs: Sequence[tuple[str, str]], rubric: Rubric) -> list[Judged]:
         keys = [key_of(self.name, rubric.fingerprint, question, reply) for question, reply in pairs]
         known = self.store.get(keys) if self.store else {}
         asked = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}  # equal pairs are asked once
+        if asked:
+            self.backend.check()
         for key, judged in self._ask(asked, rubric):
             known[key] = judged
             if self.store:

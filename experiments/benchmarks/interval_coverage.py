@@ -98,6 +98,5 @@ if __name__ == "__main__":
         found = result["wilson"]
         print(f"Wilson, n = {settings.n}: at least {found['least']:.3f} (at p = {found['least_at']}), {found['mean']:.3f} on average")
         for name, row in result["bootstrap"].items():
-            print(
-                f"{name}: difference {row['difference']:.3f}, relative reduction {row['reduction']:.3f}; prompts alone {row['prompts_only']:.3f}"
-            )
+            clustered = f"difference {row['difference']:.3f}, relative reduction {row['reduction']:.3f}"
+            print(f"{name}: {clustered}; difference, resampling prompts alone {row['prompts_only']:.3f}")
