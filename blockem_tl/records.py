@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -13,12 +14,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+_NUMBERS = re.compile(r"\[[\d\s.,eE+-]+\]")  # a list of numbers is easier to read on one line
 _PACKAGES = ("blockem-tl", "torch", "transformers", "transformer-lens", "sae-lens", "peft")
 
 
 def write_json(path: Path | str, value: Any) -> Path:
     """Write ``value`` as readable JSON, in one step: a killed process leaves the old file or the new one, never half of one."""
-    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    return write_text(path, _NUMBERS.sub(lambda found: " ".join(found.group().split()), text) + "\n")
 
 
 def write_text(path: Path | str, text: str) -> Path:

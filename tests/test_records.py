@@ -11,8 +11,10 @@ from blockem_tl.embedded import folder_of, register
 
 
 def test_json_round_trip_leaves_no_scraps(tmp_path) -> None:
-    path = records.write_json(tmp_path / "deep" / "a.json", {"λ": 1.5})
-    assert records.read_json(path) == {"λ": 1.5} and list(path.parent.iterdir()) == [path]
+    value = {"λ": 1.5, "latents": [3, -1.5, 2e-7], "text": "[1,\n2]"}
+    path = records.write_json(tmp_path / "deep" / "a.json", value)
+    assert '"latents": [ 3, -1.5, 2e-07 ]' in path.read_text()
+    assert records.read_json(path) == value and list(path.parent.iterdir()) == [path]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path) -> None:
