@@ -8,6 +8,8 @@ from typing import Any
 import pandas as pd
 
 from blockem_tl.evaluation import MISALIGNMENT, Evaluation, evaluate, grade_again
+from blockem_tl.judging.judge import LLMJudge
+from blockem_tl.judging.rubrics import find_rubric
 from blockem_tl.outcomes import Speaker
 from blockem_tl.statistics import Estimate, agreement, average_rate
 from blockem_tl.types import Checkable, Judge, Prompt
@@ -73,8 +75,16 @@ def evaluate_with(speak: Speaker, judges: Sequence[Judge], prompts: Sequence[Pro
     """
     if not judges:
         raise ValueError("expected at least one judge, got none")
+    rubric = str(options.get("rubric", MISALIGNMENT))
+    _check_labels(judges, rubric)
     for judge in judges:
         if isinstance(judge, Checkable):
-            judge.check(options.get("rubric", MISALIGNMENT))
+            judge.check(rubric)
     first = evaluate(speak, judges[0], prompts, **options)
     return Panel(evaluations=(first, *(grade_again(first, judge) for judge in judges[1:])))
+
+
+def _check_labels(judges: Sequence[Judge], rubric: str) -> None:
+    sets = {judge.name: sorted(find_rubric(judge.rubrics, rubric).labels) for judge in judges if isinstance(judge, LLMJudge)}
+    if len({tuple(labels) for labels in sets.values()}) > 1:
+        raise ValueError(f"rubric {rubric!r}: the judges' label sets do not match: {sets}; give every judge the same rubric file")

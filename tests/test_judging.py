@@ -273,6 +273,14 @@ def test_a_dead_judge_is_found_before_anything_is_generated(tmp_path: Path) -> N
     assert ask(cached) == ["4"]  # what is stored needs no endpoint
 
 
+def test_judges_with_different_label_sets_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "m.yaml").write_text("name: misalignment\nlabels: [1, 2, 3, 4, 5]\nprompt: 'from 1 to 5: {question} {reply}'\n")
+    judges = [LLMJudge(backend=Scripted()), LLMJudge(backend=Scripted(), rubrics=load_rubrics(tmp_path / "m.yaml"))]
+    judges[1].backend.name = "other"
+    with pytest.raises(ValueError, match="label sets do not match: .*same rubric file"):
+        evaluate_with(lambda prompts, conditions: [], judges, [Prompt(id="a", text="a")], selected_on=())
+
+
 def test_a_late_answer_is_no_answer() -> None:
     with faulty_endpoint(latency=3.0, errors=0.0) as url, pytest.raises(JudgeUnreachable, match="APITimeoutError"):
         list(LLMJudge(backend=client(url, timeout=0.2, attempts=1)).stream([("q", "r")]))
