@@ -45,7 +45,7 @@ def _label(line: str, labels: Sequence[str], *, alone: bool = False) -> str | No
     rest = rest.lstrip(_CLOSING)
     if alone:
         return label if not rest.strip(_CLOSING + " \t.") else None
-    if _UNSURE.match(rest):
+    if _UNSURE.match(rest) or re.search(r"\banswer\W*:", rest, re.IGNORECASE):
         return None
     if re.match(r"\s*[.;:]\s", rest):  # the sentence ends: "4. A 5 would be worse" is 4
         return label
