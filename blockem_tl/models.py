@@ -198,7 +198,8 @@ class Model(SAETransformerBridge):
             ValueError: no such adapter.
             FileExistsError: the folder exists and ``overwrite`` is False, or it holds something else than an adapter.
         """
-        name = name or (self.adapters and cast(str, self.__dict__["_peft"].active_adapter)) or None
+        if name is None and self.adapters:
+            name = cast(str, self.__dict__["_peft"].active_adapter)
         config = self._plain_config(name)
         state = get_peft_model_state_dict(cast(PeftModel, self.__dict__["_peft"]), adapter_name=cast(str, name))
         plain = {key.replace(_WRAPPER, ""): value.detach().cpu().contiguous() for key, value in state.items()}
@@ -411,7 +412,7 @@ class Model(SAETransformerBridge):
             ValueError: an unknown name.  HookNotFired: a name that was asked for and never cached.
         """
         if callable(names_filter):
-            matching(self.hook_dict, names_filter)
+            matching(self.hook_dict, cast(Any, names_filter))
         if names_filter is None or callable(names_filter):
             return super().run_with_cache(input, *args, names_filter=cast(Any, names_filter), **kwargs)
         names = [names_filter] if isinstance(names_filter, str) else list(names_filter)
