@@ -23,6 +23,7 @@ def settings(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_two_runs_with_one_seed_give_the_same_latents_and_summary(settings, tmp_path) -> None:
     first = quickstart.run(settings)
     assert first == json.loads((settings.out / "summary.json").read_text())
