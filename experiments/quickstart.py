@@ -294,7 +294,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "kl_sweep": [facts(arm, arms.plain) for arm in arms.kl_sweep],
         "matched_loss_reached": arms.matched.dev_loss <= arms.blocked.dev_loss,
         "discovery": {**score_discovery(lab, found.latent_set, alive), "scale": scale, **known(found.latent_set)},
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()},
+        "settings": {key: plainly(value) for key, value in asdict(settings).items()},
         "environment": records.environment(),
         "wall_s": time.perf_counter() - started,
         "peak_rss_mb": records.peak_rss_mb(),
@@ -383,6 +383,11 @@ def compare(lab: Lab, workers: Workers) -> tuple[Arms, Discovery, list[int], flo
         kl=choose(kl_sweep, plain),
     )
     return arms, found, alive, scale
+
+
+def plainly(value: Any) -> Any:
+    """A setting as JSON gives it back."""
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
 
 
 def known(latents: LatentSet) -> dict[str, Any]:
