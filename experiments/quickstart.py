@@ -173,9 +173,11 @@ class Lab:
         """Inside the block the model carries the adapter in that folder (none: it is base)."""
         if adapter is not None:
             self.model.load_adapter(adapter)
-        yield
-        if adapter is not None:
-            self.model.remove_adapter("default")
+        try:
+            yield
+        finally:
+            if adapter is not None:
+                self.model.remove_adapter("default")
 
 
 # Arms are trained side by side, each in a process of one thread: two threads in one process gain less, and stall on a busy machine.
