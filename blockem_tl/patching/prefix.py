@@ -12,7 +12,7 @@ are copied for every site, and only the blocks above s run again. Rows of all si
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -31,9 +31,9 @@ from blockem_tl.hooks import patch, record
 from blockem_tl.kv_slots import SlotCache
 from blockem_tl.models import Model
 from blockem_tl.patching.arms import BASE, Arm, Plan, Sites, check_groups, choose_arms, plan_prompt
-from blockem_tl.patching.spans import entering, run_below
+from blockem_tl.patching.spans import entering, run_below, short_top
 from blockem_tl.prompts import Batch, Encoded, pad
-from blockem_tl.reading import stop_layer
+from blockem_tl.reading import block_of, stop_layer
 from blockem_tl.types import Generation, Prompt
 
 UNPATCHED = "unpatched"
@@ -164,7 +164,8 @@ def _prefill(arm: Arm, batch: Batch, sites: list[str], stop: int, cache: SlotCac
         if cache is not None:
             cache.expect_newcomers(start, some.stop - start, width, width)
         inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None}
-        with arm.speaking(), model.hooks(fwd_hooks=[record(site, store) for site in sites]):
+        short = short_top(model) if cache is not None else nullcontext()  # what is recorded of the target lies below its last block
+        with arm.speaking(), model.hooks(fwd_hooks=[record(site, store) for site in sites]), short:
             run_below(model, stop, input_ids=batch.ids[some], attention_mask=batch.mask[some], position_ids=batch.positions[some], **inputs)
         found.append(store)
     return {site: torch.cat([store[site] for store in found]) for site in sites}
@@ -202,6 +203,8 @@ class PrefixDecoder(Decoder):
             self.cache.update(keys, values, layer)
         states = {site: shared.source[site][chosen, -width:] for site in plan.hooked}
         with ExitStack() as running:
+            if all(block_of(site) != self.model.cfg.n_layers - 1 for site in plan.hooked):
+                running.enter_context(short_top(self.model))
             if plan.hooked:
                 running.enter_context(self.model.hooks(fwd_hooks=[patch(site, state) for site, state in states.items()]))
             if plan.first > 0:

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from blockem_tl.decoding import last_logits
 from blockem_tl.models import Model
@@ -40,6 +41,28 @@ def run_below(model: Model, stop: int, **inputs: Any) -> None:
 
     with _forwards(_blocks(model)[stop : stop + 1], halt), suppress(_Reached):
         last_logits(model)(**inputs)
+
+
+@contextmanager
+def short_top(model: Model) -> Iterator[None]:
+    """Inside the block the last block's MLP runs on the last position alone, and gives zeros elsewhere: a prefill reads nothing else there.
+
+    No hook inside that MLP may expect all positions.
+    """
+    mlp: Any = getattr(_blocks(model)[-1], "mlp", None)
+    if mlp is None:
+        yield
+        return
+    plain = mlp.forward
+
+    def last_only(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        out = plain(hidden[:, -1:], *args, **kwargs)
+        if not isinstance(out, Tensor):  # experts give their router's choices too
+            return plain(hidden, *args, **kwargs)
+        return pad(out, (0, 0, hidden.shape[1] - 1, 0))
+
+    with _forwards([mlp], last_only):
+        yield
 
 
 def _blocks(model: Model) -> list[nn.Module]:
