@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from itertools import islice
 from typing import Any
@@ -24,11 +25,11 @@ from blockem_tl.conditions import UNSTEERED, Condition, check_parts
 from blockem_tl.decoding import Decoder, Reply, Row
 from blockem_tl.hooks import Hook, resolve
 from blockem_tl.models import Model
+from blockem_tl.prefill import SHARED_TOKENS, SharedDecoder, prefill_tokens
 from blockem_tl.prompts import Encoded, check_lengths, encode_prompts
+from blockem_tl.reading import block_of
 from blockem_tl.types import Generation, Prompt
 
-PREFILL_TOKENS, PREFILL_TOKENS_ON_CPU = 16384, 1024
-"""Prompt tokens that are prefilled together at most, padding included: as many as still speed it up. It bounds a prefill's activations."""
 REFILL_SHARE = 1 / 8
 """Of the places in a batch, how many have to be free before waiting rows join: a prefill costs about as much as a step or two."""
 
@@ -206,9 +207,29 @@ class Job:
 
     def decoder(self, size: int) -> Decoder:
         """What runs ``size`` rows at once."""
-        return self.decoder_type(
+        decoder_type, first = self.decoder_type, self.shared_below(size)
+        if first > 0:
+            asked = {p: self.encoded[p] for p in self.asked}
+            decoder_type = partial(SharedDecoder, first=first, prompts=asked, n_prompts=len(self.prompts))
+        return decoder_type(
             self.model, self.sites, size=size, longest=self.longest, longest_reply=max(self.limits), temperature=self.temperature
         )
+
+    @property
+    def asked(self) -> list[int]:
+        """The prompts that any condition asks."""
+        return sorted({p for c in range(len(self.conditions)) for p in self.part(c)})
+
+    def shared_below(self, size: int) -> int:
+        """The block below which all conditions share a prompt's prefill; 0 where that is impossible, saves nothing, or takes more memory
+        than the keys and values of the rows that run."""
+        n_tokens = len(self.asked) * max(len(self.encoded[p].ids) for p in self.asked)
+        watched = self.hooks or any(point.fwd_hooks for point in self.model.hook_dict.values())  # and may want to see every row
+        if watched or self.decoder_type is not Decoder or self.n_rows < 2 * len(self.asked):
+            return 0
+        if len(self.asked) > size or n_tokens > SHARED_TOKENS:
+            return 0
+        return min((block_of(str(self.model.hook_dict[site].name)) or 0 for site in self.sites), default=0)
 
     def generation(self, reply: Reply) -> Generation:
         text = str(self.model.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip()
@@ -358,8 +379,7 @@ def _advance(decoder: Decoder, waiting: "_Waiting", refill: bool) -> list[Reply]
     """Let waiting rows join where enough places are free for that to be worth a prefill; otherwise one token for every row."""
     free = decoder.size - decoder.n
     if waiting and (decoder.n == 0 or waiting.next or (refill and free >= REFILL_SHARE * decoder.size)):
-        on_cpu = decoder.model.device.type == "cpu"
-        return decoder.join(waiting.batch(free, PREFILL_TOKENS_ON_CPU if on_cpu else PREFILL_TOKENS))
+        return decoder.join(waiting.batch(free, prefill_tokens(decoder.model)))
     return decoder.step()
 
 

@@ -73,8 +73,17 @@ def expected_reply(plain, ids, condition, limit) -> list[int]:
     return out[: out.index(2)] if 2 in out else out
 
 
+LATE = [  # nothing acts on block 0, so each prompt runs through it once for all conditions
+    Condition(name="middle", steering=(steering(1, 1.5, 1),)),
+    Condition(name="unsteered"),
+    Condition(name="two sites", steering=(steering(1, -1.0, 2), steering(2, 2.0, 3))),
+    Condition(name="late", steering=(steering(2, -3.0, 4),)),
+]
+
+
+@pytest.mark.parametrize("conditions", [CONDITIONS, LATE], ids=["from the first block", "shared prefill"])
 @pytest.mark.parametrize("architecture", MODELS)
-def test_equals_transformers_with_a_forward_hook(architecture, tokenizer_folder) -> None:
+def test_equals_transformers_with_a_forward_hook(architecture, conditions, tokenizer_folder) -> None:
     torch.manual_seed(0)
     plain = MODELS[architecture]().eval()
     plain.set_attn_implementation("eager")
@@ -82,12 +91,12 @@ def test_equals_transformers_with_a_forward_hook(architecture, tokenizer_folder)
     copy.load_state_dict(plain.state_dict())
     copy.set_attn_implementation("eager")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    engine = TransformerLensEngine(load_model(copy, tokenizer=tokenizer), batch_size=5)
+    engine = TransformerLensEngine(load_model(copy, tokenizer=tokenizer), batch_size=6)
     encoded = encode_prompts(tokenizer, PROMPTS)
-    expected = [[expected_reply(plain, e.ids, c, limit) for e, limit in zip(encoded, LIMITS, strict=True)] for c in CONDITIONS]
-    found = dict(engine.stream(PROMPTS, conditions=CONDITIONS, max_new_tokens=LIMITS, progress=False))
-    for c, condition in enumerate(CONDITIONS):
+    expected = [[expected_reply(plain, e.ids, c, limit) for e, limit in zip(encoded, LIMITS, strict=True)] for c in conditions]
+    found = dict(engine.stream(PROMPTS, conditions=conditions, max_new_tokens=LIMITS, progress=False))
+    for c, condition in enumerate(conditions):
         assert [g.prompt for g in found[c]] == PROMPTS and {g.condition for g in found[c]} == {condition.name}
         assert [list(g.reply_ids) for g in found[c]] == expected[c], condition.name
         assert [g.truncated for g in found[c]] == [len(ids) == limit for ids, limit in zip(expected[c], LIMITS, strict=True)]
-    assert len({str(replies) for replies in expected}) == len(CONDITIONS)  # every condition changes something
+    assert len({str(replies) for replies in expected}) == len(conditions)  # every condition changes something

@@ -281,6 +281,26 @@ def test_waiting_rows_take_the_places_of_finished_ones(tiny, conditions) -> None
     assert max(refilled) <= 5 and max(waited) <= 5
 
 
+@pytest.mark.parametrize("watched", ["no", "during", "always"])
+def test_prompts_run_once_below_the_first_steered_block(tiny, conditions, watched) -> None:
+    """Unless a hook of the user's might want to see them there."""
+    ran = {block: 0 for block in range(tiny.cfg.n_layers)}
+    handles = [
+        tiny.blocks[block].mlp.register_forward_pre_hook(lambda module, args, b=block: ran.update({b: ran[b] + len(args[0])}))
+        for block in ran
+    ]
+    hook = (SITE, lambda activation, hook: None)
+    if watched == "always":
+        tiny.add_hook(*hook)
+    hooks = [hook] if watched == "during" else []
+    generate(tiny, PROMPTS, conditions=conditions, hooks=hooks, max_new_tokens=1, progress=False)
+    for handle in handles:
+        handle.remove()
+    tiny.reset_hooks()
+    n, rows, tried = len(PROMPTS), len(PROMPTS) * len(conditions), 1
+    assert ran[1] == rows + tried and ran[0] == (n if watched == "no" else rows) + tried
+
+
 def test_hooks_never_see_a_row_twice_or_one_that_has_finished(eager_ends, conditions) -> None:
     seen: dict[int, list[int]] = {}
 
@@ -331,7 +351,7 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(eager_ends, conditions
     tried = exhausted_above(eager_ends, monkeypatch, 5)
     with pytest.warns(UserWarning, match="out of memory with .* rows at once: going on with") as warned:
         found = list(generate_stream(eager_ends, PROMPTS, batch_size=20, **options))
-    assert tried[:3] == [1, 20, 10] and max(tried[3:]) <= 5  # first of all, the site is tried
+    assert tried[:5] == [1, 5, 20, 5, 10] and max(tried[5:]) <= 5  # the site is tried; the five prompts run below it; rows join
     assert [str(w.message).split("with ")[-1].split()[0] for w in warned] == ["10", "5"]
     assert sorted(c for c, _ in found) == [0, 1, 2, 3, 4]
     assert [r for _, generations in sorted(found, key=lambda pair: pair[0]) for r in replies(generations)] == expected

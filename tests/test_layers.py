@@ -25,6 +25,8 @@ TOOLKIT = [
     "kv_slots",
     "batch_size",
     "decoding",
+    "spans",
+    "prefill",
     "generation",
     "certainty",
     "outcomes",

@@ -101,11 +101,6 @@ class Plan:
     enter: str | None
     hooked: tuple[str, ...]
 
-    @property
-    def entered_at(self) -> str:
-        """The name, in every model, of the residual stream that enters block ``first``."""
-        return f"blocks.{self.first - 1}.hook_out"
-
 
 def plan_prompt(model: Model, sites: Sequence[str]) -> Plan:
     """For patching all of a prompt: below the lowest site nothing changes, so that part need not run again."""

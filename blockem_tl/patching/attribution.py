@@ -27,10 +27,10 @@ from transformer_lens.hook_points import HookPoint
 from blockem_tl.hooks import Hook, patch, record
 from blockem_tl.models import Model
 from blockem_tl.patching.arms import BASE, Arm, check_groups, choose_arms
-from blockem_tl.patching.spans import run_below
 from blockem_tl.prompts import Batch, Encoded, check_lengths, encode_prompts, pad
 from blockem_tl.reading import stop_layer
 from blockem_tl.saes import check_fits, check_latents, encode_latents
+from blockem_tl.spans import run_below
 from blockem_tl.types import Generation
 
 Positions = Literal["prompt", "reply", "all"]

@@ -29,8 +29,8 @@ from blockem_tl.generation import Job, make_job, run_job
 from blockem_tl.hooks import Hook, HookNotFired
 from blockem_tl.models import Model
 from blockem_tl.patching.arms import BASE, Arm, Plan, check_groups, choose_arms, plan_steps
-from blockem_tl.patching.spans import entering, run_below
 from blockem_tl.reading import stop_layer
+from blockem_tl.spans import entering, run_below
 from blockem_tl.types import Generation, Prompt
 
 

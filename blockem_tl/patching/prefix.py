@@ -12,7 +12,7 @@ are copied for every site, and only the blocks above s run again. Rows of all si
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -26,19 +26,17 @@ from tqdm.auto import tqdm
 from blockem_tl.batch_size import fitting
 from blockem_tl.conditions import Condition
 from blockem_tl.decoding import Decoder
-from blockem_tl.generation import PREFILL_TOKENS, PREFILL_TOKENS_ON_CPU, Job, make_job, run_job
-from blockem_tl.hooks import patch, record
-from blockem_tl.kv_slots import SlotCache
+from blockem_tl.generation import Job, make_job, run_job
+from blockem_tl.hooks import patch
 from blockem_tl.models import Model
 from blockem_tl.patching.arms import BASE, Arm, Plan, Sites, check_groups, choose_arms, plan_prompt
-from blockem_tl.patching.spans import entering, run_below, short_top
-from blockem_tl.prompts import Batch, Encoded, pad
-from blockem_tl.reading import block_of, stop_layer
+from blockem_tl.prefill import SHARED_TOKENS, Prefilled, prefill, stream_into
+from blockem_tl.prompts import Encoded, pad
+from blockem_tl.reading import stop_layer
+from blockem_tl.spans import entering, short_top
 from blockem_tl.types import Generation, Prompt
 
 UNPATCHED = "unpatched"
-SHARED_TOKENS = 16384
-"""Prompt tokens, padding included, whose states, keys and values are kept for all sites at once."""
 
 
 def patching_sweep(
@@ -124,51 +122,27 @@ def _parts(rows: Sequence[Encoded], size: int) -> Iterator[list[int]]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Shared:
-    """What one prefill of each arm left: states by site, and the target's keys and values [batch n_heads pos d_head] by layer.
-
-    The prompts are padded on the left. source: at every site that is patched.  own: the target's, where a part of it begins.
-    """
+    """What one prefill of each arm left. source: at every site that is patched.  target: where a part of it begins."""
 
     n_prompts: int
-    source: dict[str, Float[Tensor, "batch pos d_model"]]
-    own: dict[str, Float[Tensor, "batch pos d_model"]]
-    keys: list[Tensor]
-    values: list[Tensor]
+    source: Prefilled
+    target: Prefilled
 
 
-@torch.no_grad()
 def share(rows: Sequence[Encoded], plans: Sequence[Plan | None], source: Arm, target: Arm) -> Shared:
     """Prefill both arms once, each only as far up as any plan asks for."""
     asked = [plan for plan in plans if plan is not None]
-    patched = dict.fromkeys(site for plan in asked for site in (plan.enter, *plan.hooked) if site is not None)
-    begun = dict.fromkeys(plan.entered_at for plan in asked if plan.enter is None and plan.first > 0)
+    patched = list(dict.fromkeys(site for plan in asked for site in (plan.enter, *plan.hooked) if site is not None))
+    begun = list(dict.fromkeys(stream_into(plan.first) for plan in asked if plan.enter is None and plan.first > 0))
     top = max((plan.first for plan in asked), default=0)
     batch = pad(rows, target.model.pad_id, side="left", device=target.model.device)
-    stop = stop_layer(source.model, list(patched)) or source.model.cfg.n_layers
-    taken = _prefill(source, batch, list(patched), stop, None) if patched else {}
-    if top == 0:
-        return Shared(n_prompts=len(rows), source=taken, own={}, keys=[], values=[])
-    cache = SlotCache(len(rows), batch.ids.shape[1])
-    own = _prefill(target, batch, list(begun), top, cache)
-    kept: list[Any] = cache.layers[:top]
-    keys, values = ([stored[:, :, : cache.end] for stored in tensors] for tensors in zip(*((k.keys, k.values) for k in kept), strict=True))
-    return Shared(n_prompts=len(rows), source=taken, own=own, keys=keys, values=values)
-
-
-def _prefill(arm: Arm, batch: Batch, sites: list[str], stop: int, cache: SlotCache | None) -> dict[str, Tensor]:
-    """The states at the sites, from the blocks below ``stop``; keys and values go to the cache. As many rows at once as still help."""
-    model, (n_rows, width), found = arm.model, batch.ids.shape, list[dict[str, Tensor]]()
-    at_once = max(1, (PREFILL_TOKENS_ON_CPU if model.device.type == "cpu" else PREFILL_TOKENS) // width)
-    for start in range(0, n_rows, at_once):
-        some, store = slice(start, min(start + at_once, n_rows)), dict[str, Tensor]()
-        if cache is not None:
-            cache.expect_newcomers(start, some.stop - start, width, width)
-        inputs: dict[str, Any] = {"past_key_values": cache, "use_cache": cache is not None}
-        short = short_top(model) if cache is not None else nullcontext()  # what is recorded of the target lies below its last block
-        with arm.speaking(), model.hooks(fwd_hooks=[record(site, store) for site in sites]), short:
-            run_below(model, stop, input_ids=batch.ids[some], attention_mask=batch.mask[some], position_ids=batch.positions[some], **inputs)
-        found.append(store)
-    return {site: torch.cat([store[site] for store in found]) for site in sites}
+    stop = stop_layer(source.model, patched) or source.model.cfg.n_layers
+    short = source.model.cfg.n_layers == target.model.cfg.n_layers  # a state after the last block serves the last position
+    with source.speaking():
+        theirs = prefill(source.model, batch, patched, stop, keep=False, short=short) if patched else Prefilled(states={})
+    with target.speaking():
+        own = prefill(target.model, batch, begun, top, keep=True) if top else Prefilled(states={})
+    return Shared(n_prompts=len(rows), source=theirs, target=own)
 
 
 # ------------------------------------------------------------------------------------------------ rows of all sites in one batch
@@ -198,16 +172,13 @@ class PrefixDecoder(Decoder):
         if plan is None:
             return self.forward(**inputs)
         shared, width = self.shared, ids.shape[1]
-        for layer in range(plan.first):
-            keys, values = (stored[layer][chosen, :, -width:] for stored in (shared.keys, shared.values))
-            self.cache.update(keys, values, layer)
-        states = {site: shared.source[site][chosen, -width:] for site in plan.hooked}
+        shared.target.fill(self.cache, plan.first, chosen, width)
+        states = {site: shared.source.states[site][chosen, -width:] for site in plan.hooked}
         with ExitStack() as running:
-            if all(block_of(site) != self.model.cfg.n_layers - 1 for site in plan.hooked):
-                running.enter_context(short_top(self.model))
+            running.enter_context(short_top(self.model, plan.hooked))
             if plan.hooked:
                 running.enter_context(self.model.hooks(fwd_hooks=[patch(site, state) for site, state in states.items()]))
             if plan.first > 0:
-                enters = shared.source[plan.enter] if plan.enter is not None else shared.own[plan.entered_at]
+                enters = shared.source.states[plan.enter] if plan.enter is not None else shared.target.states[stream_into(plan.first)]
                 running.enter_context(entering(self.model, plan.first, enters[chosen, -width:].to(self.model.device, self.model.cfg.dtype)))
             return self.forward(**inputs)

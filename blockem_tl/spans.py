@@ -44,13 +44,14 @@ def run_below(model: Model, stop: int, **inputs: Any) -> None:
 
 
 @contextmanager
-def short_top(model: Model) -> Iterator[None]:
+def short_top(model: Model, sites: Iterable[str] = ()) -> Iterator[None]:
     """Inside the block the last block's MLP runs on the last position alone, and gives zeros elsewhere: a prefill reads nothing else there.
 
-    No hook inside that MLP may expect all positions.
+    Not where one of ``sites``, which hooks act on, lies inside that MLP.
     """
     mlp: Any = getattr(_blocks(model)[-1], "mlp", None)
-    if mlp is None:
+    within = f"blocks.{model.cfg.n_layers - 1}.mlp."
+    if mlp is None or any(str(model.hook_dict[site].name).startswith(within) for site in sites):
         yield
         return
     plain = mlp.forward
