@@ -1,4 +1,4 @@
-"""The `blockem` command: presets, doctor, data, judge, plan."""
+"""The `blockem` command: presets, doctor, doses, data, judge, plan."""
 
 import os
 import sys
@@ -9,13 +9,20 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from blockem_tl import organism, records
+from blockem_tl import organism, plots, records
+from blockem_tl.calibration import Budget
+from blockem_tl.discovery import speakers
 from blockem_tl.doctor import examine
+from blockem_tl.doses import propose_doses
 from blockem_tl.judging import Endpoint, LLMJudge, VerdictStore, judge_file, load_rubrics
+from blockem_tl.models import load_model
 from blockem_tl.presets import PRESETS, get_preset
+from blockem_tl.prompts import apply_system, encode_examples
 from blockem_tl.report import show
+from blockem_tl.saes import load_sae
+from blockem_tl.scale import median_norm
 from blockem_tl.sources import catalogue, fetch, find_source, leak_report, load_prompts, load_rows, split_rows, write_rows
-from blockem_tl.statistics import minimal_detectable_effect
+from blockem_tl.statistics import Rate, minimal_detectable_effect
 from blockem_tl.types import Judge, Prompt
 
 _QUESTIONS = (
@@ -167,9 +174,83 @@ def plan(*, rate: float, prompts: tuple[int, ...] = (29, 44, 100, 300), power: f
     show([{"prompts": f"{n}", "smallest fall": f"{100 * fall:.1f} points"} for n, fall in found], f"from {100 * rate:g} %, power {power:g}")
 
 
+def doses(
+    preset: Annotated[str, tyro.conf.Positional],
+    adapter: Annotated[Path, tyro.conf.Positional],
+    /,
+    *,
+    prompts: Path | None = None,
+    reporting: Path | None = None,
+    scale: float | None = None,
+    judge_model: str | None = None,
+    judge_url: str = "http://127.0.0.1:8000/v1",
+    latents: tuple[int, ...] = (),
+    n_prompts: int = 20,
+    tau: float = 0.10,
+    relative: bool = False,
+    seed: int = 0,
+    figure: Path | None = None,
+) -> None:
+    """Show at which doses a model stays coherent, and propose the doses of stage 2, from a few core prompts.
+
+    Args:
+        preset: which model and SAE.
+        adapter: the fine-tuned model's adapter.
+        prompts: the core prompts (the organism has its own).
+        reporting: the prompts that results are reported on: none of them may be asked (the organism has its own).
+        scale: the site's median norm (measured on the organism); see median_norm.
+        judge_model: the model that the judging endpoint serves; the organism has a judge of its own.
+        latents: whose directions; by default 8 at random.
+        tau: how much incoherence a dose may cost.
+        relative: count it from the unsteered rate.
+        figure: where to write a figure.
+    """
+    chosen, judging = get_preset(preset), _judge(preset, judge_model, judge_url)
+    own = chosen.name == "organism"
+    if judging is None or (not own and (prompts is None or reporting is None or scale is None)):
+        raise ValueError(f"doses: preset {chosen.name!r} needs --prompts, --reporting, --scale and --judge-model")
+    core = load_prompts(prompts) if prompts else organism.prompts("core")
+    final = load_prompts(reporting) if reporting else organism.prompts("final")
+    model, sae = load_model(chosen.model, dtype=chosen.dtype), load_sae(*chosen.sae)
+    if scale is None:
+        scale = median_norm(model, chosen.site, encode_examples(model.tokenizer, organism.reference_texts()))
+    model.load_adapter(adapter)
+    base, tuned = speakers(model, max_new_tokens=chosen.discovery.max_new_tokens, batch_size=None)
+    budget = Budget(tau=tau, relative=relative)
+    found = propose_doses(
+        base,
+        tuned,
+        judging,
+        apply_system(core, chosen.system),
+        sae,
+        scale=scale,
+        reporting=final,
+        latents=latents or None,
+        n_prompts=n_prompts,
+        budget=budget,
+        seed=seed,
+    )
+    rows = found.frame.to_dict("records")
+    show(
+        [
+            {
+                "arm": row["arm"],
+                "dose": f"{row['dose']:g}",
+                "incoherent": str(Rate(k=row["incoherent"], n=row["n"])),
+                "directions within": f"{row['within']} of {row['of']}",
+            }
+            for row in rows
+        ],
+        f"coherence under steering; proposed: induce_dose={found.induce_dose:g}, repair_dose={found.repair_dose:g}",
+    )
+    if figure is not None:
+        plots.save(plots.doses(found.frame, induce_dose=found.induce_dose, repair_dose=found.repair_dose), figure)
+
+
 COMMANDS = {
     "presets": presets,
     "doctor": doctor,
+    "doses": doses,
     "data list": data_list,
     "data fetch": data_fetch,
     "data overlap": data_overlap,

@@ -139,6 +139,24 @@ def patching(frame: pd.DataFrame) -> Figure:
         axes.axhspan(row["em_low"], row["em_high"], color=colour, alpha=0.12)
     axes.set(xlabel="block", ylabel="emergent misalignment (%)", ylim=(-3, 103), title="Patching between base and the fine-tuned model")
     axes.legend(fontsize=8)
+
+
+def doses(frame: pd.DataFrame, *, induce_dose: float, repair_dose: float) -> Figure:
+    """Incoherence against the dose, with the doses that are proposed for stage 2.
+
+    Args:
+        frame: of :class:`blockem_tl.doses.DoseReport`: columns arm ("base", "tuned"), dose, rate, low, high.
+    """
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    marked = {"base": ("induce", induce_dose, "#2471a3"), "tuned": ("repair", repair_dose, "#c0392b")}
+    for arm, (what, dose, colour) in marked.items():
+        rows = frame.query("arm == @arm").sort_values("dose")
+        error = [100 * (rows["rate"] - rows["low"]).clip(lower=0), 100 * (rows["high"] - rows["rate"]).clip(lower=0)]
+        axes.errorbar(rows["dose"], 100 * rows["rate"], yerr=error, label=arm, color=colour, marker="o", capsize=3)
+        axes.axvline(dose, color=colour, linestyle="--", label=f"{what} at {dose:g}")
+    axes.set(xlabel="dose (absolute)", ylabel="incoherent replies (%)", ylim=(-3, 103), title="Coherence under steering (core prompts)")
+    axes.legend()
     return figure
 
 

@@ -35,7 +35,7 @@ TOOLKIT = [
     "defence",
 ]
 STAGES = ["diffing", "screening", "calibration", "training", "evaluation", "defences", "monitor", "judging", "patching"]
-COMPOSED = ["discovery", "panel", "export"]
+COMPOSED = ["discovery", "doses", "panel", "export"]
 VIEWS = ["plots", "report"]
 ENDS = ["presets", "organism", "engines"]
 COMMANDS = ["doctor", "cli"]
