@@ -139,6 +139,7 @@ def patching(frame: pd.DataFrame) -> Figure:
         axes.axhspan(row["em_low"], row["em_high"], color=colour, alpha=0.12)
     axes.set(xlabel="block", ylabel="emergent misalignment (%)", ylim=(-3, 103), title="Patching between base and the fine-tuned model")
     axes.legend(fontsize=8)
+    return figure
 
 
 def doses(frame: pd.DataFrame, *, induce_dose: float, repair_dose: float) -> Figure:
