@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -25,8 +25,8 @@ class Defence(Protocol):
     defence without one (its ``weight`` is then 0). ``weight`` is a number; anything else (one per site, "auto")
     says that the penalty comes weighted already, see :func:`weight_of`.
 
-    A defence may also be any of :class:`RewritesRows`, :class:`Prepares`, :class:`Measures`, :class:`Adapts` and :class:`FinishesAdapter`:
-    the trainer asks.
+    A defence may also be any of :class:`RewritesRows`, :class:`Prepares`, :class:`Measures`, :class:`Adapts`, :class:`Records` and
+    :class:`FinishesAdapter`: the trainer asks.
     """
 
     @property
@@ -100,4 +100,13 @@ class Adapts(Protocol):
 
     def restore(self, state: Mapping[str, float]) -> None:
         """Go on from a checkpoint's state."""
+        ...
+
+
+@runtime_checkable
+class Records(Protocol):
+    """A defence whose weight means something only together with something else (an SAE's norms)."""
+
+    def record(self) -> list[dict[str, Any]]:
+        """The weight as it is now, with what it is relative to; kept with the run."""
         ...

@@ -104,6 +104,11 @@ class StoredLatents:
         ends = np.cumsum([len(row) for row in rows])
         self._starts = {_digest(row): int(end) - len(row) for row, end in zip(rows, ends, strict=True)}
 
+    def row(self, ids: tuple[int, ...]) -> Float32[np.ndarray, "pos n_latents"]:
+        """z on every token of one row. Raises KeyError for a row that was not stored."""
+        start = self._starts[_digest(ids)]
+        return self.values[start : start + len(ids)]
+
     def look_up(self, batch: Batch) -> Float[Tensor, "batch pos n_latents"] | None:
         """z on the batch (0 at padding, on either side), or None where it holds a row that was not stored."""
         ids, mask = batch.ids.cpu().numpy(), batch.mask.cpu().numpy()
@@ -146,6 +151,25 @@ def stored_latents(
             warnings.warn(f"stored references in {folder} {wrong}: computing them again", stacklevel=2)
         _build(folder, model, readings, unique, reference, identity, batch_size, progress)
         return StoredLatents(np.load(folder / "values.npy", mmap_mode="r"), unique)
+
+
+def spread(
+    model: Model,
+    readings: Sequence[Reading],
+    rows: Sequence[Encoded],
+    reference: Reference,
+    stored: StoredLatents | None,
+    *,
+    most: int = 512,
+) -> Float[Tensor, " n_latents"]:
+    """Standard deviation of each latent on the reference, over the completion tokens of (at most) the first ``most`` rows."""
+    if stored is not None:
+        kept = [stored.row(row.ids)[row.n_prompt :] for row in rows[:most]]
+    else:
+        ids = [row.ids for row in rows[:most]]
+        read = (part for start in range(0, len(ids), 32) for part in _read_rows(model, readings, ids[start : start + 32], reference))
+        kept = [part[row.n_prompt :] for part, row in zip(read, rows, strict=False)]
+    return torch.from_numpy(np.concatenate(kept)).std(0, correction=0)
 
 
 def _identity(model: Model, readings: Sequence[Reading], unique: Sequence[tuple[int, ...]], reference: Reference) -> dict[str, Any]:
@@ -211,8 +235,7 @@ def _spot_check(store: StoredLatents, model: Model, readings: Sequence[Reading],
     rows = store.rows[step - 1 :: step]
     half = any(p.dtype != torch.float32 for p in model.original_model.parameters()) or torch.is_autocast_enabled(model.device.type)
     for ids, fresh in zip(rows, _read_rows(model, readings, rows, reference), strict=True):
-        start = store._starts[_digest(ids)]
-        kept = store.values[start : start + len(ids)]
+        kept = store.row(ids)
         tolerance = (0.05 if half else 1e-3) * max(float(np.abs(kept).max()), 1e-3)  # other padding rounds otherwise
         if kept.shape != fresh.shape or not np.allclose(kept, fresh, rtol=0, atol=tolerance):
             return "no longer agree with the model"

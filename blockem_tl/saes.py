@@ -66,6 +66,18 @@ def fingerprint(sae: SAE[Any]) -> str:
     return digest.hexdigest()
 
 
+def norms(sae: SAE[Any], latents: Sequence[int]) -> dict[str, Any]:
+    """What a weight or a dose found with this SAE is relative to: median encoder and decoder norms of the latents, and a hash of all."""
+    columns = list(latents)
+    encoder, decoder = sae.W_enc.detach()[:, columns].float().norm(dim=0).cpu(), sae.W_dec.detach()[columns].float().norm(dim=-1).cpu()
+    rounded = torch.cat([encoder, decoder]).numpy().round(4)
+    return {
+        "encoder": float(encoder.median()),
+        "decoder": float(decoder.median()),
+        "fingerprint": hashlib.sha256(rounded.tobytes()).hexdigest()[:16],
+    }
+
+
 def check_fits(sae: SAE[Any], model: HasHookPoints) -> str:
     """The SAE's site, after checking that the model has it and that the widths agree. Raises ValueError where they do not."""
     site = site_of(sae)

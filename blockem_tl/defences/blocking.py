@@ -1,6 +1,6 @@
 """BLOCK-EM: the one-sided, base-anchored penalty on chosen SAE latents (paper 3.2, A.5, eq. 11), at one site or several."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
@@ -16,11 +16,12 @@ from blockem_tl.latents import LatentSet
 from blockem_tl.models import Model
 from blockem_tl.prompts import Batch, Encoded
 from blockem_tl.reading import block_of
-from blockem_tl.references import Reading, Reference, StoredLatents, in_full_precision, read_latents, stored_latents
-from blockem_tl.saes import check_fits, encode_latents
+from blockem_tl.references import Reading, Reference, StoredLatents, in_full_precision, read_latents, spread, stored_latents
+from blockem_tl.saes import check_fits, encode_latents, norms
 
 Positions = Literal["completion", "all"]
 Target = tuple[LatentSet, SAE[Any]]
+_LARGEST_STEP = 5.0  # multiples of the budget: one wild batch must not decide the weight
 
 
 def one_sided_penalty(
@@ -48,7 +49,8 @@ class Blocking:
     The residual stream is read at each site by a hook; the SAE is never spliced into the forward. The penalty is summed over the sites.
 
     Args:
-        weight: lambda; or one per target, and the penalty that is reported is then already weighted.
+        weight: lambda; or one per target; or "auto": found during the run, see ``budget``. With either of the latter the penalty that is
+            reported as a whole is already weighted.
         latent_set, sae: the one target of most runs.
         targets: instead of those, several (latent set, SAE), from the first block to the last. For K+ alone, shuffled signs or a union
             at one SAE see :class:`blockem_tl.latents.LatentSet`.
@@ -56,18 +58,23 @@ class Blocking:
         reference: "stored": base's latents, computed once for all rows of the run and kept for later runs; "live": at every step, by
             a second forward with the adapter off; or whose latents count as unmoved, a :class:`blockem_tl.references.Reference` or a
             model (for a run that starts from an adapter).
+        budget: with "auto", how far the latents of each target may move in their misaligned direction (root mean square over latents and
+            tokens), in units of their own spread on the reference over the run's completion tokens.
+        pace: with "auto", by how much one step may raise what the budget is worth, in nats per multiple of the budget.
 
     Raises:
-        ValueError: a weight that is negative or not finite, no target or both spellings, a latent set made with another SAE, targets
-            out of order, one SAE twice.
+        ValueError: a weight that is negative or not finite, a budget or pace that is not positive, no target or both spellings, a
+            latent set made with another SAE, targets out of order, one SAE twice.
     """
 
-    weight: float | Sequence[float]
+    weight: float | Sequence[float] | Literal["auto"]
     latent_set: LatentSet | None = None
     sae: SAE[Any] | None = None
     targets: Sequence[Target] = ()
     positions: Positions = "completion"
     reference: Literal["stored", "live"] | Reference | Model = "stored"
+    budget: float = 0.1
+    pace: float = 0.02
     name: str = "block"
     _run: "_Run" = field(default_factory=lambda: _Run(), init=False, repr=False, compare=False)
 
@@ -76,9 +83,13 @@ class Blocking:
             raise ValueError("blocking: expected either latent_set=... with sae=..., or targets=[(latent_set, sae), ...]")
         for latent_set, sae in self.sites:
             latent_set.check_sae(sae)
+        if isinstance(self.weight, str) and self.weight != "auto":
+            raise ValueError(f'blocking weight: expected numbers or "auto", got {self.weight!r}')
         for weight in self.weights:
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"blocking weight: expected a finite lambda >= 0, got {weight}")
+        if not (0 < self.budget < float("inf") and 0 < self.pace < float("inf")):
+            raise ValueError(f"blocking: expected a finite budget > 0 and pace > 0, got {self.budget} and {self.pace}")
         if len(self.weights) != len(self.sites):
             raise ValueError(f"blocking: expected one weight, or one for each of {len(self.sites)} targets, got {len(self.weights)}")
         blocks = [block_of(latent_set.site) for latent_set, _ in self.sites]
@@ -95,7 +106,9 @@ class Blocking:
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Lambda of each target."""
+        """Lambda of each target; with "auto" as found so far."""
+        if isinstance(self.weight, str):
+            return tuple(self._run.worth.get(label, 0.0) / self._run.limits.get(label, 1.0) for label in self._labels)
         return tuple(self.weight) if isinstance(self.weight, Sequence) else (self.weight,) * len(self.sites)
 
     def check(self, model: Model) -> None:
@@ -107,11 +120,19 @@ class Blocking:
         """Compute or open the stored reference of the rows to come.
 
         Raises:
-            ValueError: a site that no trained tensor lies below, so that its penalty would have no gradient.
+            ValueError: a site that no trained tensor lies below, so that its penalty would have no gradient; or, with "auto", latents
+                that never fire on the rows.
         """
         self._check_reached(model)
-        self._run.take(self.name)  # an interrupted run may have left its last step
-        self._run.stored = stored_latents(model, self._readings, rows, self._reference) if self._reference.stored else None
+        self._run.start()
+        if self._reference.stored:
+            self._run.stored = stored_latents(model, self._readings, rows, self._reference)
+        if self.weight == "auto":
+            variances = spread(model, self._readings, rows, self._reference, self._run.stored).square()
+            for label, part in zip(self._labels, variances.split([len(s) for s, _ in self.sites]), strict=True):
+                self._run.limits[label] = self.budget**2 * float(part.sum())
+                if self._run.limits[label] == 0:
+                    raise ValueError(f'blocking at {label}: no latent ever fires on these rows, so "auto" has no unit: give a weight')
 
     @contextmanager
     def watch(self, model: Model, batch: Batch) -> Iterator[PenaltyFn]:
@@ -132,7 +153,38 @@ class Blocking:
 
     def metrics(self) -> dict[str, float]:
         """Per site and sign the penalty's mean over the step's examples (unweighted), and the share of (token, latent) that is active."""
-        return self._run.take(self.name)
+        numbers = self._run.take(self.name)
+        if self.weight == "auto":
+            numbers |= {f"{self.name}/{label}/weight": weight for label, weight in zip(self._labels, self.weights, strict=True)}
+        return numbers
+
+    def adapt(self, numbers: Mapping[str, float]) -> None:
+        """Dual ascent on "penalty <= limit" per target: what the limit is worth grows while it is exceeded, and falls while it is not."""
+        for label, limit in self._run.limits.items():
+            used = (numbers[f"{self.name}/{label}+"] + numbers[f"{self.name}/{label}-"]) / limit
+            worth = self._run.worth.get(label, 0.0) + self.pace * min(used - 1, _LARGEST_STEP)
+            self._run.worth[label] = max(0.0, worth)
+
+    def state(self) -> dict[str, float]:
+        """What each limit is worth by now, in nats: lambda times the limit."""
+        return dict(self._run.worth)
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Go on from there."""
+        self._run.worth = dict(state)
+
+    def record(self) -> list[dict[str, Any]]:
+        """Per target what its weight means: lambda carries over to another SAE only as far as the norms agree."""
+        return [
+            {"site": label, "latents": len(latent_set), "weight": weight, "sae_norms": norms(sae, latent_set.latents)}
+            for label, (latent_set, sae), weight in zip(self._labels, self.sites, self.weights, strict=True)
+        ]
+
+    @property
+    def _labels(self) -> list[str]:
+        """What each target is called in the log: its site, and a number for a second SAE there."""
+        sites = [latent_set.site for latent_set, _ in self.sites]
+        return [site if sites[:i].count(site) == 0 else f"{site}#{sites[:i].count(site) + 1}" for i, site in enumerate(sites)]
 
     @property
     def _reference(self) -> Reference:
@@ -149,14 +201,15 @@ class Blocking:
     ) -> Float[Tensor, " batch"]:
         total = torch.zeros(len(where), device=where.device)
         sizes = [len(latent_set) for latent_set, _ in self.sites]
-        shared = not isinstance(self.weight, Sequence)
-        for (latent_set, sae), weight, before in zip(self.sites, self.weights, reference.split(sizes, dim=-1), strict=True):
+        shared = isinstance(self.weight, (int, float))
+        targets = zip(self._labels, self.sites, self.weights, reference.split(sizes, dim=-1), strict=True)
+        for label, (latent_set, sae), weight, before in targets:
             with in_full_precision(where.device):
                 latents = encode_latents(sae, store[latent_set.site], latent_set.latents)
                 signs = torch.tensor(latent_set.signs, device=where.device)
                 penalty = one_sided_penalty(latents, before.to(latents.dtype), signs, where)
             total = total + (penalty if shared else weight * penalty)
-            self._run.note(latent_set.site, latents.detach(), before, signs, where)
+            self._run.note(label, latents.detach(), before, signs, where)
         return total
 
     def _check_reached(self, model: Model) -> None:
@@ -173,17 +226,24 @@ class Blocking:
 
 
 class _Run:
-    """What one run of a :class:`Blocking` knows: its stored reference, and the sums for its metrics since they were last asked for."""
+    """What one run of a :class:`Blocking` knows: its stored reference, the sums for its metrics since they were last asked for, and with
+    "auto" each target's limit and what it is worth."""
 
     def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Forget an earlier run, which may have been interrupted within a step."""
         self.stored: StoredLatents | None = None
         self.sums: dict[str, Tensor] = {}
         self.examples: dict[str, int] = {}
+        self.limits: dict[str, float] = {}
+        self.worth: dict[str, float] = {}
 
     @torch.no_grad()
     def note(
         self,
-        site: str,
+        target: str,
         latents: Float[Tensor, "batch pos n_latents"],
         reference: Float[Tensor, "batch pos n_latents"],
         signs: Int[Tensor, " n_latents"],
@@ -194,9 +254,9 @@ class _Run:
         moved = torch.relu(signs * (latents - reference)).square()
         per_latent = (moved * share).sum((0, 1))
         for label, value in (
-            (f"{site}+", per_latent[signs > 0].sum()),
-            (f"{site}-", per_latent[signs < 0].sum()),
-            (f"{site}/active", ((latents > 0) * share).sum((0, 1)).mean()),
+            (f"{target}+", per_latent[signs > 0].sum()),
+            (f"{target}-", per_latent[signs < 0].sum()),
+            (f"{target}/active", ((latents > 0) * share).sum((0, 1)).mean()),
         ):
             self.sums[label] = self.sums.get(label, 0) + value
             self.examples[label] = self.examples.get(label, 0) + len(where)

@@ -84,7 +84,7 @@ class Defended(Trainer):
         rows: Any = self.train_dataset
         if not hasattr(rows, "__getitem__"):
             return []
-        return [Encoded(ids=tuple(int(token) for token in rows[i]["input_ids"]), n_system=0, n_prompt=0) for i in range(len(rows))]
+        return [_encoded(rows[i]) for i in range(len(rows))]
 
     def name_rows(self, batch: Batch) -> str:
         """Which rows of the training data a batch holds, for error messages."""
@@ -196,6 +196,12 @@ class Defended(Trainer):
     def _adapter_folders(self, checkpoint: str) -> list[tuple[str, Path]]:
         """peft keeps the adapter "default" in the folder itself and every other one in a folder of its name."""
         return [(name, Path(checkpoint) / ("" if name == "default" else name)) for name in self.lens.adapters]
+
+
+def _encoded(row: Mapping[str, Any]) -> Encoded:
+    """A row with labels as ours: the completion begins at the first label."""
+    supervised = [i for i, label in enumerate(row["labels"]) if int(label) != -100] if "labels" in row else []
+    return Encoded(ids=tuple(int(token) for token in row["input_ids"]), n_system=0, n_prompt=supervised[0] if supervised else 0)
 
 
 class _AfterSteps(TrainerCallback):

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from blockem_tl.defence import Adapts, Defence, RewritesRows
+from blockem_tl.defence import Adapts, Defence, Records, RewritesRows
 from blockem_tl.models import Model
 from blockem_tl.prompts import Batch, Encoded, check_lengths, encode_examples, pad
 from blockem_tl.training.checkpoints import Checkpoints, SaveEvery, load_run, restore_generators, restore_optimizer
@@ -27,11 +27,15 @@ PAPER = TrainingConfig()
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRun:
-    """What a fine-tune did: its adapter's name, optimizer steps, and one row per step (loss, sft, one entry per defence, ...)."""
+    """What a fine-tune did: its adapter's name, optimizer steps, and one row per step (loss, sft, one entry per defence, ...).
+
+    weights: per defence that says so, its final weight and what it is relative to (the SAE's norms).
+    """
 
     adapter: str
     steps: int
     history: list[dict[str, float]] = field(repr=False)
+    weights: dict[str, list[dict[str, Any]]] = field(repr=False, default_factory=dict)
 
 
 def finetune(
@@ -91,7 +95,8 @@ def finetune(
         raise
     for parameter in model.adapter_parameters(adapter):
         parameter.requires_grad_(False)
-    return TrainingRun(adapter=adapter, steps=trainer.state.global_step, history=trainer.history)
+    weights = {defence.name: defence.record() for defence in defences if isinstance(defence, Records)}
+    return TrainingRun(adapter=adapter, steps=trainer.state.global_step, history=trainer.history, weights=weights)
 
 
 def _add_adapter(model: Model, adapter: str, config: TrainingConfig, start: str | Path | None) -> None:
