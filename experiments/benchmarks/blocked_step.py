@@ -3,13 +3,14 @@
     python experiments/benchmarks/blocked_step.py --json results/blocked_step.json
     python experiments/benchmarks/blocked_step.py --shape llama-3.1-8b --json results/blocked_step-8b.json   # on a GPU
 
-Every arm is a whole step (forward, loss, backward, AdamW) through one bridged model with live LoRA. Arms take turns, one step each, and
-ratios are of medians. The obvious implementation runs a second frozen model to its end and encodes both with the whole SAE.
+Every arm is a whole step (forward, loss, backward, AdamW) through one bridged model with live LoRA. Arms take turns in changing
+order, one step each, and ratios are of medians. The obvious implementation runs a second frozen model to its end and encodes both with the whole SAE.
 Memory is that of a process of its own per arm: peak resident memory above the libraries' on a CPU, allocated bytes on a GPU.
 """
 
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -246,12 +247,12 @@ def _measured(defence: Blocking, model: Model, batch: Batch):
 
 
 def time_arms(lab: Lab, arms: Sequence[Arm], repeats: int) -> dict[str, Seconds]:
-    """Median seconds of a step of each arm, taking turns; and of the forward up to the site."""
-    watchers = lab.watchers(arms)
+    """Median seconds of a step of each arm, taking turns in changing order; and of the forward up to the site."""
+    watchers, shuffle = lab.watchers(arms), random.Random(0).sample
     times: dict[str, list[Seconds]] = {name: [] for name in (*arms, "forward")}
     for turn in tqdm(range(repeats + 1), desc=f"{lab.d_sae} latents"):
-        for arm, watch in watchers.items():
-            seconds = lab.step(watch)
+        for arm in shuffle(arms, len(arms)):
+            seconds = lab.step(watchers[arm])
             if turn:  # the first turn warms up
                 times[arm].append(seconds)
         if turn:
