@@ -3,9 +3,9 @@
     python experiments/benchmarks/blocked_step.py --json results/blocked_step.json
     python experiments/benchmarks/blocked_step.py --shape llama-3.1-8b --json results/blocked_step-8b.json   # on a GPU
 
-Every arm is a whole step (forward, loss, backward, AdamW) through one bridged model with live LoRA. Arms take turns in changing
-order, one step each, and ratios are of medians. The obvious implementation runs a second frozen model to its end and encodes both with the whole SAE.
-Memory is that of a process of its own per arm: peak resident memory above the libraries' on a CPU, allocated bytes on a GPU.
+Every arm is a whole step (forward, loss, backward, AdamW) through one bridged model with live LoRA. Arms take turns in changing order,
+one step each, and ratios are of medians. The obvious implementation runs a second frozen model to its end and encodes both with the whole
+SAE. Memory is that of a process of its own per arm: peak resident memory above the libraries' on a CPU, allocated bytes on a GPU.
 """
 
 import json
