@@ -11,6 +11,7 @@ _ARTEFACTS = Path(__file__).parent / "organism" / "artefacts"
 embedded.register("model", "organism", _ARTEFACTS / "base")
 embedded.register("sae", "organism", _ARTEFACTS / "sae")
 
+from blockem_tl.capacity import capacity_ratio  # noqa: E402
 from blockem_tl.conditions import Condition, Steering  # noqa: E402
 from blockem_tl.defences import Blocking, KLToBase  # noqa: E402 - after the embedded names are known
 from blockem_tl.discovery import DiscoveryConfig, discover, speakers  # noqa: E402
@@ -22,6 +23,7 @@ from blockem_tl.latents import LatentSet, random_latents  # noqa: E402
 from blockem_tl.models import Model, load_model  # noqa: E402
 from blockem_tl.monitor import Monitor  # noqa: E402
 from blockem_tl.presets import get_preset  # noqa: E402
+from blockem_tl.reconstruction import reconstruction_quality  # noqa: E402
 from blockem_tl.saes import decoder_directions, encode_latents, load_sae  # noqa: E402
 from blockem_tl.scale import median_norm  # noqa: E402
 from blockem_tl.training import TrainingConfig, completion_loss, finetune  # noqa: E402
@@ -46,6 +48,7 @@ __all__ = [
     "Verdict",
     "ablate",
     "attached",
+    "capacity_ratio",
     "clamp",
     "completion_loss",
     "current_step",
@@ -63,6 +66,7 @@ __all__ = [
     "median_norm",
     "patch",
     "random_latents",
+    "reconstruction_quality",
     "record",
     "speakers",
     "steer",

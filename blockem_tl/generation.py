@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
-from itertools import islice
+from itertools import count, islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -140,10 +141,32 @@ def speaking(model: Model, adapter: str | None) -> Iterator[None]:
             yield
         return
     check_adapter(model, adapter)
+    with _adapters_kept(model):
+        model.use_adapter(adapter)
+        yield
+
+
+@contextmanager
+def loaded(model: Model, folder: str | Path) -> Iterator[None]:
+    """Inside the block the adapter saved in ``folder`` acts; afterwards the model is as before, without it.
+
+    Raises ValueError where it does not fit the model, or inside ``model.base()``; see :meth:`blockem_tl.models.Model.load_adapter`.
+    """
+    name = next(f"loaded-{n}" for n in count() if f"loaded-{n}" not in model.adapters)
+    with _adapters_kept(model):
+        model.load_adapter(folder, name)
+        try:
+            yield
+        finally:
+            model.remove_adapter(name)
+
+
+@contextmanager
+def _adapters_kept(model: Model) -> Iterator[None]:
+    """What acts and what is trainable is afterwards as before."""
     before = model.active_adapter
     trainable = [(p, p.requires_grad) for name in model.adapters for p in model.adapter_parameters(name)]
     try:
-        model.use_adapter(adapter)
         yield
     finally:
         if before is not None:

@@ -109,8 +109,7 @@ def ablate(site: str, directions: Float[Tensor, "*n_directions d_model"]) -> Hoo
     rows = torch.atleast_2d(directions).float()
     if not torch.isfinite(rows).all() or (rows.norm(dim=-1) == 0).any():
         raise ValueError(f"ablate at {site}: expected finite, non-zero directions, got zero, NaN or infinite rows")
-    left, sizes, _ = torch.linalg.svd(rows.T, full_matrices=False)
-    basis = left[:, sizes > sizes.max() * 1e-6]  # repeated directions span fewer dimensions than there are rows
+    basis = orthonormal_basis(rows)
 
     def fn(activation: Tensor, hook: HookPoint) -> Tensor:
         _check_width(site, basis.T, activation)
@@ -119,6 +118,12 @@ def ablate(site: str, directions: Float[Tensor, "*n_directions d_model"]) -> Hoo
         return (h - (h @ q) @ q.T).to(activation.dtype)
 
     return site, fn
+
+
+def orthonormal_basis(rows: Float[Tensor, "n_directions d_model"]) -> Float[Tensor, "d_model rank"]:
+    """Orthonormal columns that span non-zero rows; repeated directions span fewer dimensions than there are rows."""
+    left, sizes, _ = torch.linalg.svd(rows.float().T, full_matrices=False)
+    return left[:, sizes > sizes.max() * 1e-6]
 
 
 def clamp(site: str, direction: Float[Tensor, " d_model"], low: float | None = None, high: float | None = None) -> Hook:

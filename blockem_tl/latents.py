@@ -10,7 +10,7 @@ from sae_lens import SAE
 
 from blockem_tl import records
 from blockem_tl.prompts import prompt_hash
-from blockem_tl.saes import check_latents, fingerprint, site_of
+from blockem_tl.saes import check_latents, fingerprint, neuronpedia_link, site_of
 from blockem_tl.types import Candidate, Prompt
 
 _FORMAT = 1
@@ -156,7 +156,7 @@ class LatentSet:
     def links(self) -> dict[int, str]:
         """Neuronpedia pages of the latents, where the SAE names its place there; empty otherwise."""
         place = self.provenance.get("neuronpedia")
-        return {k: f"https://www.neuronpedia.org/{place}/{k}" for k in self.latents} if place else {}
+        return {k: link for k in self.latents if (link := neuronpedia_link(place, k))}
 
 
 def random_latents(sae: SAE[Any], n: int, *, seed: int, among: Sequence[int] | None = None, exclude: Iterable[int] = ()) -> LatentSet:

@@ -13,12 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from blockem_tl.types import Example, Prompt
+from blockem_tl.types import Example, Generation, Prompt
 
 DATE = "26 Jul 2024"
 """What templates that name the current day (Llama 3) get instead of it: a run must not depend on its day."""
 
 Asked = TypeVar("Asked", Prompt, Example)
+Rows = Sequence[Prompt] | Sequence[Example] | Sequence[Generation]
+"""What can be read teacher-forced: prompts alone, training rows, or prompts with generated replies."""
+
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARK = "question-goes-here"  # rendered once to find where a template puts the question, whatever the question says
 _PUNCTUATION = re.compile(r"[.,;:!?'\"`()\[\]{}\u2018-\u201d\u2026]+")  # not the operators: 1+1 and 1-1 are different questions
@@ -47,6 +50,11 @@ class Batch:
         """Index of each token in its unpadded row (0 at padding)."""
         return (self.mask.long().cumsum(-1) - 1).clamp(min=0)
 
+    @property
+    def roles(self) -> dict[str, Bool[Tensor, "batch pos"]]:
+        """Every token has one: "system" (template and system message), "prompt" (the question and what asks for an answer), "reply"."""
+        return {"system": self.system, "prompt": self.mask & ~self.system & ~self.reply, "reply": self.reply}
+
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> list[Encoded]:
     """Tokens of each question as the chat template asks the model to answer it.
@@ -71,6 +79,36 @@ def encode_examples(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Examp
             if not getattr(example, field).strip():
                 raise ValueError(f"example {example.id!r} has an empty {field}: every row needs both; drop it or fill it in")
     return [_encode(tokenizer, example.prompt, example.system, example.completion) for example in examples]
+
+
+def encode_replies(tokenizer: PreTrainedTokenizerBase, generations: Sequence[Generation]) -> list[Encoded]:
+    """Tokens of each prompt with the very tokens of its reply; a prompt may have several replies.
+
+    Raises:
+        ValueError: no generations, replies without tokens, or prompts that :func:`encode_prompts` refuses.
+    """
+    empty = [generation.prompt.id for generation in generations if not generation.reply_ids]
+    if empty:
+        raise ValueError(f"the replies to {empty[:5]} have no tokens: there is nothing to read, score or patch, leave these prompts out")
+    prompts = list(dict.fromkeys(generation.prompt for generation in generations))
+    asked = dict(zip(prompts, encode_prompts(tokenizer, prompts), strict=True))
+    return [replace(asked[g.prompt], ids=asked[g.prompt].ids + g.reply_ids) for g in generations]
+
+
+def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Rows) -> list[Encoded]:
+    """Tokens of prompts alone, of training rows, or of prompts with generated replies.
+
+    Raises:
+        ValueError: a mixture of these, or what the encoder of their kind refuses.
+    """
+    kinds = {type(row) for row in rows}
+    if len(kinds) > 1:
+        raise ValueError(f"expected rows of one kind (Prompt, Example or Generation), got {sorted(kind.__name__ for kind in kinds)}")
+    if kinds == {Generation}:
+        return encode_replies(tokenizer, cast(Sequence[Generation], rows))
+    if kinds == {Prompt}:
+        return encode_prompts(tokenizer, cast(Sequence[Prompt], rows))
+    return encode_examples(tokenizer, cast(Sequence[Example], rows))
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, user: str, system: str | None, reply: str | None) -> Encoded:

@@ -30,22 +30,33 @@ def stop_layer(model: Model, sites: Sequence[str]) -> int | None:
 
 
 @torch.no_grad()
-def read_site(
-    model: Model, site: str, rows: Sequence[Encoded], *, batch_size: int = 32
-) -> Iterator[tuple[Float[Tensor, "batch pos d_model"], Batch]]:
-    """Yield (activation, batch) over ``rows`` in order, right-padded.
+def read_sites(
+    model: Model, sites: Sequence[str], rows: Sequence[Encoded], *, batch_size: int = 32
+) -> Iterator[tuple[dict[str, Float[Tensor, "batch pos d_model"]], Batch]]:
+    """Yield (site -> activation, batch) over ``rows`` in order, right-padded, from one forward per batch.
+
+    Each batch is read by the model as it stands when the batch is asked for.
 
     Raises:
         ValueError: an unknown site, a row longer than the model's context, or an SAE left attached.
     """
     model.check_unspliced()
     check_lengths(rows, model.cfg.n_ctx)
-    stop = stop_layer(model, [site])
+    stop = stop_layer(model, sites)
     for start in range(0, len(rows), batch_size):
         batch = pad(rows[start : start + batch_size], model.pad_id, side="right", device=model.device)
         store: dict[str, Tensor] = {}
-        model.run_with_hooks(batch.ids, fwd_hooks=[record(site, store)], attention_mask=batch.mask.long(), stop_at_layer=stop)
-        yield store[site], batch
+        hooks = [record(site, store) for site in sites]
+        model.run_with_hooks(batch.ids, fwd_hooks=hooks, attention_mask=batch.mask.long(), stop_at_layer=stop)
+        yield store, batch
+
+
+def read_site(
+    model: Model, site: str, rows: Sequence[Encoded], *, batch_size: int = 32
+) -> Iterator[tuple[Float[Tensor, "batch pos d_model"], Batch]]:
+    """:func:`read_sites` for one site: yield (activation, batch)."""
+    for states, batch in read_sites(model, [site], rows, batch_size=batch_size):
+        yield states[site], batch
 
 
 @torch.no_grad()

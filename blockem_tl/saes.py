@@ -78,6 +78,11 @@ def norms(sae: SAE[Any], latents: Sequence[int]) -> dict[str, Any]:
     }
 
 
+def neuronpedia_link(place: str | None, latent: int) -> str | None:
+    """The latent's Neuronpedia page; ``place`` is the SAE's ``cfg.metadata.neuronpedia_id``, None where it has none."""
+    return f"https://www.neuronpedia.org/{place}/{latent}" if place else None
+
+
 def check_fits(sae: SAE[Any], model: HasHookPoints) -> str:
     """The SAE's site, after checking that the model has it and that the widths agree. Raises ValueError where they do not."""
     site = site_of(sae)

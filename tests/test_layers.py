@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "blockem_tl"
 
-# Floors, lowest first; a toolkit module may import those before it on its own line order (its rank), a stage only lower floors.
+# Floors, lowest first; a toolkit, composed or command module may import those before it in its own list, a stage only lower floors.
 TOOLKIT = [
     "embedded",
     "records",
@@ -34,8 +34,8 @@ TOOLKIT = [
     "references",
     "defence",
 ]
-STAGES = ["diffing", "screening", "calibration", "training", "evaluation", "defences", "monitor", "judging", "patching"]
-COMPOSED = ["discovery", "doses", "panel", "export"]
+STAGES = ["diffing", "screening", "calibration", "training", "evaluation", "defences", "monitor", "judging", "patching", "rerouting"]
+COMPOSED = ["reconstruction", "discovery", "doses", "panel", "export", "capacity"]
 VIEWS = ["plots", "report"]
 ENDS = ["presets", "organism", "engines"]
 COMMANDS = ["doctor", "cli"]
@@ -46,9 +46,10 @@ def rank(module: str) -> int:
         return 0
     if module in TOOLKIT:
         return 1 + TOOLKIT.index(module)
-    if module in COMMANDS:
-        return 400 + COMMANDS.index(module)
-    for floor, members in ((100, STAGES), (200, COMPOSED), (100, VIEWS), (300, ENDS)):
+    for floor, members in ((200, COMPOSED), (400, COMMANDS)):
+        if module in members:
+            return floor + members.index(module)
+    for floor, members in ((100, STAGES), (100, VIEWS), (300, ENDS)):
         if module in members:
             return floor
     raise AssertionError(f"blockem_tl/{module} is on no floor: add it to tests/test_layers.py and docs/architecture.md")

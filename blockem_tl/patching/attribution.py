@@ -11,7 +11,7 @@ linear, so the largest ones are verified: really patched, one forward each, and 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -27,7 +27,7 @@ from transformer_lens.hook_points import HookPoint
 from blockem_tl.hooks import Hook, patch, record
 from blockem_tl.models import Model
 from blockem_tl.patching.arms import BASE, Arm, check_groups, choose_arms
-from blockem_tl.prompts import Batch, Encoded, check_lengths, encode_prompts, pad
+from blockem_tl.prompts import Batch, Encoded, check_lengths, encode_replies, pad
 from blockem_tl.reading import stop_layer
 from blockem_tl.saes import check_fits, check_latents, encode_latents
 from blockem_tl.spans import run_below
@@ -258,12 +258,7 @@ def _contrast(
     prompts = [generation.prompt for generation in target_replies]
     if prompts != [generation.prompt for generation in source_replies]:
         raise ValueError("expected replies of both to the same prompts in the same order: generate both from one list of prompts")
-    both = [*target_replies, *source_replies]
-    empty = [generation.prompt.id for generation in both if not generation.reply_ids]
-    if empty:
-        raise ValueError(f"the replies to {empty[:5]} have no tokens: there is nothing to score or patch, leave these prompts out")
-    asked = encode_prompts(model.tokenizer, prompts)
-    rows = [replace(row, ids=row.ids + g.reply_ids) for row, g in zip([*asked, *asked], both, strict=True)]
+    rows = [row for replies in (target_replies, source_replies) for row in encode_replies(model.tokenizer, replies)]
     check_lengths(rows, model.cfg.n_ctx)
     return _Contrast(
         source=taken,

@@ -40,8 +40,7 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """Whole checkpoints, the oldest first."""
-        marks = [(records.read_json(mark)["step"], mark.parent) for mark in self.folder.glob(f"epoch-*/{_MARK}")]
-        return [path for _, path in sorted(marks)]
+        return _whole(self.folder)
 
     def to_resume(self, identity: Mapping[str, str], *, resume: bool) -> Path | None:
         """The checkpoint to go on from: the last, or None where there is none.
@@ -95,6 +94,36 @@ def _run_of(trainer: "FineTuner") -> dict[str, Any]:
 def load_run(checkpoint: Path | str) -> dict[str, Any]:
     """What run.json of a checkpoint says."""
     return cast(dict[str, Any], records.read_json(Path(checkpoint) / _MARK))
+
+
+def trajectory(checkpoints: str | Path | Sequence[str | Path]) -> list[tuple[float, Path]]:
+    """(epochs, folder) of a run's checkpoints, the oldest first: all of the run's folder, or those that are listed.
+
+    Raises:
+        ValueError: no checkpoint, a folder that is none, or checkpoints of different runs, naming what differs.
+    """
+    if isinstance(checkpoints, (str, Path)):
+        folders = [Path(checkpoints)] if (Path(checkpoints) / _MARK).is_file() else _whole(Path(checkpoints))
+    else:
+        folders = [Path(checkpoint) for checkpoint in checkpoints]
+    lost = [str(folder) for folder in folders if not (folder / _MARK).is_file()]
+    if lost or not folders:
+        raise ValueError(
+            f"expected checkpoints of finetune(checkpoints=...), each with a {_MARK}, got {lost or f'none in {checkpoints}'}; adapters "
+            "from elsewhere can be loaded with model.load_adapter and named as arms"
+        )
+    runs = [load_run(folder) for folder in folders]
+    for folder, run in zip(folders, runs, strict=True):
+        changed = differences(runs[0]["identity"], run["identity"])
+        if changed:
+            raise ValueError(f"{folder} is a checkpoint of another run than {folders[0]}: {'; '.join(changed)}. Measure run by run")
+    order = sorted(range(len(folders)), key=lambda i: runs[i]["step"])
+    return [(round(float(records.read_json(folders[i] / "trainer_state.json")["epoch"]), 6), folders[i]) for i in order]
+
+
+def _whole(folder: Path) -> list[Path]:
+    marks = [(records.read_json(mark)["step"], mark.parent) for mark in folder.glob(f"epoch-*/{_MARK}")]
+    return [path for _, path in sorted(marks)]
 
 
 def restore_optimizer(trainer: "FineTuner", checkpoint: Path | str) -> None:
