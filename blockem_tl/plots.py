@@ -161,6 +161,50 @@ def doses(frame: pd.DataFrame, *, induce_dose: float, repair_dose: float) -> Fig
     return figure
 
 
+def reconstruction(frame: pd.DataFrame) -> Figure:
+    """How well an SAE reconstructs over training (Figure 28): one row of panels per token role, base as a dashed line.
+
+    frame: of `reconstruction_quality`, several of them joined; its ``run`` column, if there is one, names whose line a row belongs to.
+    """
+    named = frame if "run" in frame else frame.assign(run="checkpoints")
+    base, runs = named[named["arm"] == "base"], named[(named["arm"] != "base") & named["epoch"].notna()]
+    roles = list(frame["role"].unique())
+    figure = Figure(figsize=(10, 2.8 * len(roles)), layout="constrained")
+    panels = figure.subplots(len(roles), 2, squeeze=False, sharex=True)
+    for row, role in zip(panels, roles, strict=True):
+        for axes, value, label in zip(row, ("normalised_mse", "cosine"), ("MSE / variance", "cosine similarity"), strict=True):
+            for name, points in runs[runs["role"] == role].groupby("run", sort=False):
+                line = points.groupby("epoch")[value].mean()  # over seeds, where a run has several
+                axes.plot(line.index, line, marker="o", label=str(name))
+            for level in base[base["role"] == role][value].drop_duplicates():
+                axes.axhline(level, color="#7f8c8d", linestyle="--", label="base")
+            axes.set(ylabel=label, title=f"{role} tokens")
+    for axes in panels[-1]:
+        axes.set_xlabel("epoch")
+    if panels[0][0].lines:
+        panels[0][0].legend(fontsize=7)
+    return figure
+
+
+def rerouting(frame: pd.DataFrame) -> Figure:
+    """Where along the depth a blocked model's mean shift from base comes back, beside plain's.
+
+    frame: of `shift_by_site` over one kind of site; where several (of seeds) are joined, lines are their means.
+    """
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    panels = figure.subplots(1, 3, sharex=True)
+    labels = {"ratio": "length, blocked / plain", "cosine": "cosine of both shifts", "returned": "share of plain's shift that is there"}
+    for axes, (value, label) in zip(panels, labels.items(), strict=True):
+        for role, rows in frame.groupby("role", sort=False):
+            line = rows.groupby("block")[value].mean()
+            axes.plot(line.index, line, marker="o", label=f"{role} tokens")
+        axes.axhline(0.0, color="#7f8c8d", linewidth=0.8)
+        axes.axhline(1.0, color="#7f8c8d", linestyle="--", linewidth=0.8)
+        axes.set(xlabel="block", ylabel=label)
+    panels[0].legend(fontsize=8)
+    return figure
+
+
 def save(figure: Figure, path: Path) -> Path:
     """Write the figure as PNG; whole or not at all."""
     buffer = io.BytesIO()

@@ -66,8 +66,8 @@ def reconstruction_quality(
         (arm or "base", 0.0 if arm is None else float("nan"), partial(speaking, model, arm)) for arm in arms
     ]
     speakers += [(folder.name, epoch, partial(loaded, model, folder)) for epoch, folder in saved]
-    if not speakers:
-        raise ValueError("reconstruction: expected arms (None is base) or checkpoints, got neither")
+    if not speakers or batch_size < 1:
+        raise ValueError(f"reconstruction: expected arms (None is base) or checkpoints and batch_size >= 1, got {speakers}, {batch_size}")
     found = []
     for name, epoch, speaker in tqdm(speakers, desc="reconstruction", disable=not progress):
         with speaker():

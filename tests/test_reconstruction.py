@@ -1,13 +1,14 @@
 """Reconstruction quality equals NumPy on unpadded rows, in the model's own units, and leaves the model as it was."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import perturb
 from sae_lens import SAE, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 from test_references import EXAMPLES, SITES
 
-from blockem_tl import Generation, Prompt, TrainingConfig, finetune, reconstruction_quality
+from blockem_tl import Generation, Prompt, TrainingConfig, finetune, plots, reconstruction_quality
 from blockem_tl.generation import loaded
 from blockem_tl.prompts import encode_examples, encode_rows
 from blockem_tl.reconstruction import reconstruct
@@ -159,7 +160,8 @@ def test_mistakes_are_refused_before_any_work(tiny, sae, tmp_path) -> None:
         ({"checkpoints": [a, tmp_path]}, "each with a run.json"),
         ({"checkpoints": tmp_path / "nowhere"}, "got none in"),
         ({"arms": ["lost"]}, "unknown adapter 'lost'"),
-        ({"arms": []}, "got neither"),
+        ({"arms": []}, "expected arms"),
+        ({"batch_size": 0}, "batch_size >= 1"),
         ({"rows": [EXAMPLES[0], Prompt(id="0", text="w1")]}, "rows of one kind"),
         ({"rows": []}, "at least one example"),
         ({"rows": [empty]}, "have no tokens"),
@@ -168,3 +170,14 @@ def test_mistakes_are_refused_before_any_work(tiny, sae, tmp_path) -> None:
         with pytest.raises(ValueError, match=message):
             reconstruction_quality(tiny, **{"sae": sae, "rows": EXAMPLES, "progress": False, **options})
     assert [epochs for epochs, _ in trajectory(a)] == [1.0] and tiny.adapters == []
+
+
+def test_the_figure_has_a_line_for_each_run_and_for_base(tiny, sae, tmp_path) -> None:
+    finetune(tiny, EXAMPLES, config=CONFIG, checkpoints=tmp_path, save_every_epochs=0.4, progress=False)
+    frame = reconstruction_quality(tiny, sae, EXAMPLES, checkpoints=tmp_path, arms=[None], progress=False)
+    twice = pd.concat([frame.assign(run="a"), frame.assign(run="b")])
+    for shown, lines in ((frame, 2), (twice, 3)):
+        axes = plots.reconstruction(shown).axes
+        assert len(axes) == 6 and [len(panel.lines) for panel in axes] == [lines] * 6
+    reply = frame[(frame["role"] == "reply") & (frame["arm"] != "base")]
+    np.testing.assert_allclose(axes[5].lines[0].get_ydata(), reply["cosine"])

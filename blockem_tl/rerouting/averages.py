@@ -1,0 +1,94 @@
+"""Averages over the same tokens in base, plain and blocked, role by role.
+
+An average is over rows, of means over each row's tokens in the role: stage 1 and the penalty average so too, and a long reply weighs no
+more than a short one.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from blockem_tl.generation import check_adapter, speaking
+from blockem_tl.models import Model
+from blockem_tl.prompts import Batch, Encoded, Rows, check_lengths, encode_rows
+from blockem_tl.reading import read_sites
+
+ARMS = ("base", "plain", "blocked")
+ROLES = ("system", "prompt", "reply")
+States = dict[str, Float[Tensor, "tokens d_model"]]
+"""Site -> one arm's activations on some tokens of one row."""
+Means = list[tuple[str, dict[str, int], dict[str, dict[str, Tensor]]]]
+"""Role by role: the role, how many rows and tokens it has, and arm -> name -> average, in double precision on the CPU."""
+
+
+def check_arms(model: Model, plain: str, blocked: str) -> None:
+    """Raise ValueError unless both are adapters that the model holds, and not one and the same."""
+    for arm in (plain, blocked):
+        check_adapter(model, arm)
+    if plain == blocked:
+        raise ValueError(f"rerouting: expected two adapters, got {plain!r} as plain and as blocked")
+
+
+def encoded(model: Model, rows: Rows) -> list[Encoded]:
+    """The rows' tokens. Raises ValueError for rows of mixed kinds, or one longer than the context."""
+    found = encode_rows(model.tokenizer, rows)
+    check_lengths(found, model.cfg.n_ctx)
+    return found
+
+
+@torch.no_grad()
+def averaged(
+    model: Model,
+    sites: Sequence[str],
+    rows: Sequence[Encoded],
+    arms: tuple[str, str],
+    measure: Callable[[States, States, States], Sequence[dict[str, Tensor]]],
+    *,
+    batch_size: int,
+    progress: bool,
+) -> Means:
+    """The averages of what ``measure`` says of each row's tokens in each role, given base's, plain's and blocked's states, for each arm."""
+    sums: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: {arm: {} for arm in ARMS})
+    n_rows, n_tokens = Counter[str](), Counter[str]()
+    with tqdm(total=len(rows), desc="rerouting", disable=not progress) as bar:
+        for states, batch in _read_arms(model, sites, rows, (None, *arms), batch_size):
+            for i in range(len(batch.ids)):
+                for role, where in batch.roles.items():
+                    if where[i].any():
+                        n_rows[role] += 1
+                        n_tokens[role] += int(where[i].sum())
+                        base, plain, blocked = ({site: h[i][where[i]] for site, h in of_arm.items()} for of_arm in states)
+                        _add(sums[role], measure(base, plain, blocked))
+                bar.update()
+    return [
+        (
+            role,
+            {"n_rows": n_rows[role], "n_tokens": n_tokens[role]},
+            {arm: {name: (total / n_rows[role]).cpu() for name, total in of.items()} for arm, of in sums[role].items()},
+        )
+        for role in ROLES
+        if n_rows[role]
+    ]
+
+
+def _add(sums: dict[str, dict[str, Tensor]], measured: Sequence[dict[str, Tensor]]) -> None:
+    for arm, found in zip(ARMS, measured, strict=True):
+        for name, value in found.items():
+            sums[arm][name] = sums[arm].get(name, 0) + value.double()
+
+
+def _read_arms(
+    model: Model, sites: Sequence[str], rows: Sequence[Encoded], arms: Sequence[str | None], batch_size: int
+) -> Iterator[tuple[list[dict[str, Tensor]], Batch]]:
+    """Yield (each arm's site -> activation, batch): one reader per arm, asked in turn while its arm speaks."""
+    readers = [read_sites(model, sites, rows, batch_size=batch_size) for _ in arms]
+    for _ in range(0, len(rows), batch_size):
+        found = []
+        for arm, reader in zip(arms, readers, strict=True):
+            with speaking(model, arm):
+                found.append(next(reader))
+        yield [states for states, _ in found], found[0][1]
