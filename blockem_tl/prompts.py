@@ -19,8 +19,8 @@ DATE = "26 Jul 2024"
 """What templates that name the current day (Llama 3) get instead of it: a run must not depend on its day."""
 
 Asked = TypeVar("Asked", Prompt, Example)
-Rows = Sequence[Prompt] | Sequence[Example] | Sequence[Generation]
-"""What can be read teacher-forced: prompts alone, training rows, or prompts with generated replies."""
+Rows = Sequence[Prompt | Example | Generation]
+"""What can be read teacher-forced, all of one kind: prompts alone, training rows, or prompts with generated replies."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MARK = "question-goes-here"  # rendered once to find where a template puts the question, whatever the question says

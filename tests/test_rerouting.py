@@ -9,7 +9,7 @@ from sae_lens import SAE
 from test_references import EXAMPLES as MANY
 from test_references import SITES, sae_at
 
-from blockem_tl import LatentSet, diagnose_rerouting, plots, shift_by_site
+from blockem_tl import LatentSet, Prompt, diagnose_rerouting, plots, shift_by_site
 from blockem_tl.prompts import encode_examples
 from blockem_tl.types import Candidate
 
@@ -216,7 +216,7 @@ def test_mistakes_are_refused(model, sae, latent_set) -> None:
         ({"blocked": "one"}, "expected two adapters"),
         ({"plain": "lost"}, "unknown adapter 'lost'"),
         ({"sae": sae_at(SITE, seed=3)}, "another SAE"),
-        ({"rows": [*EXAMPLES, "w1"]}, "rows of one kind"),
+        ({"rows": [*EXAMPLES, Prompt(id="0", text="w1")]}, "rows of one kind"),
         ({"top": 0}, "top >= 1"),
     ):
         with pytest.raises(ValueError, match=message):
