@@ -224,6 +224,7 @@ def test_mistakes_are_refused(model, sae, latent_set) -> None:
     for options, message in (
         ({"sites": ["blocks.1.hook_resid_pots"]}, "close matches"),
         ({"sites": []}, "at least one site"),
+        ({"sites": ["blocks.1.attn.hook_pattern"]}, "expected sites of"),
         ({"blocked": "one"}, "expected two adapters"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -19,8 +19,8 @@ from blockem_tl.reading import read_sites
 
 ARMS = ("base", "plain", "blocked")
 ROLES = ("system", "prompt", "reply")
-States = dict[str, Float[Tensor, "tokens d_model"]]
-"""Site -> one arm's activations on some tokens of one row."""
+Read = dict[str, Float[Tensor, "tokens _"]]
+"""What is read from one arm on some tokens of one row: activations by site, or what was made of them."""
 Means = list[tuple[str, dict[str, int], dict[str, dict[str, Tensor]]]]
 """Role by role: the role, how many rows and tokens it has, and arm -> name -> average, in double precision on the CPU."""
 
@@ -46,22 +46,27 @@ def averaged(
     sites: Sequence[str],
     rows: Sequence[Encoded],
     arms: tuple[str, str],
-    measure: Callable[[States, States, States], Sequence[dict[str, Tensor]]],
+    read: Callable[[Read], Read],
+    measure: Callable[[Read, Read, Read], Sequence[dict[str, Tensor]]],
     *,
     batch_size: int,
     progress: bool,
 ) -> Means:
-    """The averages of what ``measure`` says of each row's tokens in each role, given base's, plain's and blocked's states, for each arm."""
+    """Averages for each arm of what ``measure`` says of a row's tokens in one role, given what was read there in base, plain and blocked.
+
+    read: called once per arm and row, with the activations [tokens d_model] at the sites, before they are split by role.
+    """
     sums: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: {arm: {} for arm in ARMS})
     n_rows, n_tokens = Counter[str](), Counter[str]()
     with tqdm(total=len(rows), desc="rerouting", disable=not progress) as bar:
         for states, batch in _read_arms(model, sites, rows, (None, *arms), batch_size):
-            for i in range(len(batch.ids)):
+            for i, real in enumerate(batch.mask):
+                found = [read({site: h[i][real] for site, h in of_arm.items()}) for of_arm in states]
                 for role, where in batch.roles.items():
-                    if where[i].any():
+                    if (here := where[i][real]).any():
                         n_rows[role] += 1
-                        n_tokens[role] += int(where[i].sum())
-                        base, plain, blocked = ({site: h[i][where[i]] for site, h in of_arm.items()} for of_arm in states)
+                        n_tokens[role] += int(here.sum())
+                        base, plain, blocked = ({name: values[here] for name, values in of_arm.items()} for of_arm in found)
                         _add(sums[role], measure(base, plain, blocked))
                 bar.update()
     return [
@@ -91,4 +96,8 @@ def _read_arms(
         for arm, reader in zip(arms, readers, strict=True):
             with speaking(model, arm):
                 found.append(next(reader))
-        yield [states for states, _ in found], found[0][1]
+        states, batch = [states for states, _ in found], found[0][1]
+        odd = {site: tuple(h.shape) for site, h in states[0].items() if h.ndim != 3 or h.shape[:2] != batch.ids.shape}
+        if odd:
+            raise ValueError(f"rerouting: expected sites of [batch pos d_model], got {odd}: take the residual stream, hook_resid_post")
+        yield states, batch

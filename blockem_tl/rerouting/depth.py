@@ -10,7 +10,7 @@ from blockem_tl.hooks import resolve
 from blockem_tl.models import Model
 from blockem_tl.prompts import Rows
 from blockem_tl.reading import block_of
-from blockem_tl.rerouting.averages import ARMS, States, averaged, check_arms, encoded
+from blockem_tl.rerouting.averages import ARMS, Read, averaged, check_arms, encoded
 
 _NAN = float("nan")
 
@@ -50,12 +50,14 @@ def shift_by_site(
         resolve(model.hook_dict, site)
     check_arms(model, plain, blocked)
 
-    def measure(*arms: States) -> list[dict[str, Tensor]]:
-        base, *others = ({site: arm[site].float() for site in chosen} for arm in arms)
-        lengths = {site: h.norm(dim=-1).mean() for site, h in base.items()}
-        return [lengths, *({site: (h - base[site]).mean(0) for site, h in arm.items()} for arm in others)]
+    def read(states: Read) -> Read:
+        return {site: h.float() for site, h in states.items()}
 
-    means = averaged(model, chosen, encoded(model, rows), (plain, blocked), measure, batch_size=batch_size, progress=progress)
+    def measure(base: Read, *arms: Read) -> list[dict[str, Tensor]]:
+        lengths = {site: h.norm(dim=-1).mean() for site, h in base.items()}
+        return [lengths, *({site: (h - base[site]).mean(0) for site, h in arm.items()} for arm in arms)]
+
+    means = averaged(model, chosen, encoded(model, rows), (plain, blocked), read, measure, batch_size=batch_size, progress=progress)
     return pd.DataFrame(
         {"role": role, "site": site, "block": block_of(site), **counts, **_compared(*(by_arm[arm][site] for arm in ARMS))}
         for role, counts, by_arm in means

@@ -14,7 +14,7 @@ from blockem_tl.hooks import orthonormal_basis
 from blockem_tl.latents import LatentSet
 from blockem_tl.models import Model
 from blockem_tl.prompts import Rows
-from blockem_tl.rerouting.averages import States, averaged, check_arms, encoded
+from blockem_tl.rerouting.averages import Read, averaged, check_arms, encoded
 from blockem_tl.saes import check_fits, decoder_directions, neuronpedia_link
 
 LEAST_MOVED = 1e-3
@@ -87,13 +87,14 @@ def diagnose_rerouting(
     k, signs = list(latents.latents), torch.tensor(latents.signs, device=sae.W_dec.device)
     basis = orthonormal_basis(decoder_directions(sae, k))
 
-    def measure(*arms: States) -> list[dict[str, Tensor]]:
-        z, *others = (_encode(sae, arm[site]) for arm in arms)
-        h, *theirs = (arm[site].to(basis) for arm in arms)
-        shifts = zip((other - z for other in others), (other - h for other in theirs), strict=True)
-        return [{"z": z.mean(0), "z^2": z.square().mean(0)}, *(_parts(dz, dh, k, signs, basis) for dz, dh in shifts)]
+    def read(states: Read) -> Read:
+        return {"z": _encode(sae, states[site]), "h": states[site].to(basis)}
 
-    means = averaged(model, [site], encoded(model, rows), (plain, blocked), measure, batch_size=batch_size, progress=progress)
+    def measure(base: Read, *arms: Read) -> list[dict[str, Tensor]]:
+        own = {"z": base["z"].mean(0), "z^2": base["z"].square().mean(0)}
+        return [own, *(_parts(arm["z"] - base["z"], arm["h"] - base["h"], k, signs, basis) for arm in arms)]
+
+    means = averaged(model, [site], encoded(model, rows), (plain, blocked), read, measure, batch_size=batch_size, progress=progress)
     place = sae.cfg.metadata.neuronpedia_id
     return Rerouting(
         blocked=_frame(_of_k(role, by_arm, latents, place) for role, _, by_arm in means),
