@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -94,7 +94,7 @@ def _one_rule(found: Sequence[Rule], asked: Rule | None) -> Rule:
             f"capacity: expected scores under one rule, got {sorted(rules)}: eq. 9 adds induction and repair, eq. 10 is repair alone. Pass "
             "the Discovery instead of its latent set, which knows both"
         )
-    return rules.pop() if rules else "both"
+    return cast(Rule, rules.pop()) if rules else "both"
 
 
 def _origins(provenance: dict[str, Any]) -> list[dict[str, Any]]:

@@ -173,10 +173,9 @@ def reconstruction(frame: pd.DataFrame) -> Figure:
     panels = figure.subplots(len(roles), 2, squeeze=False, sharex=True)
     for row, role in zip(panels, roles, strict=True):
         for axes, value, label in zip(row, ("normalised_mse", "cosine"), ("MSE / variance", "cosine similarity"), strict=True):
-            for name, points in runs[runs["role"] == role].groupby("run", sort=False):
-                line = points.groupby("epoch")[value].mean()  # over seeds, where a run has several
-                axes.plot(line.index, line, marker="o", label=str(name))
-            for level in base[base["role"] == role][value].drop_duplicates():
+            for name, points in pd.DataFrame(runs[runs["role"] == role]).groupby("run", sort=False):
+                _means(axes, points, "epoch", value, str(name))
+            for level in set(base[base["role"] == role][value]):
                 axes.axhline(level, color="#7f8c8d", linestyle="--", label="base")
             axes.set(ylabel=label, title=f"{role} tokens")
     for axes in panels[-1]:
@@ -196,13 +195,17 @@ def rerouting(frame: pd.DataFrame) -> Figure:
     labels = {"ratio": "length, blocked / plain", "cosine": "cosine of both shifts", "returned": "share of plain's shift that is there"}
     for axes, (value, label) in zip(panels, labels.items(), strict=True):
         for role, rows in frame.groupby("role", sort=False):
-            line = rows.groupby("block")[value].mean()
-            axes.plot(line.index, line, marker="o", label=f"{role} tokens")
+            _means(axes, rows, "block", value, f"{role} tokens")
         axes.axhline(0.0, color="#7f8c8d", linewidth=0.8)
         axes.axhline(1.0, color="#7f8c8d", linestyle="--", linewidth=0.8)
         axes.set(xlabel="block", ylabel=label)
     panels[0].legend(fontsize=8)
     return figure
+
+
+def _means(axes: Axes, rows: pd.DataFrame, along: str, value: str, label: str) -> None:
+    line = pd.DataFrame(rows.groupby(along)[[value]].mean())
+    axes.plot(line.index, line[value], marker="o", label=label)
 
 
 def save(figure: Figure, path: Path) -> Path:

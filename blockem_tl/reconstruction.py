@@ -43,7 +43,8 @@ def reconstruction_quality(
     * explained_variance: 1 - normalised_mse; negative where the mean would have been the better reconstruction.
     * cosine: mean over tokens of cos(h, h_sae).
 
-    Beginning-of-sequence tokens, whose norm is often a hundred times that of others, are in the role "system".
+    Beginning-of-sequence tokens, whose norm is often a hundred times that of others, are in the role "system". Where those tokens are the
+    same in every row they hardly vary, so that their normalised numbers mean little; mse and cosine do.
 
     Args:
         rows: prompts alone, training rows, or prompts with replies (from `generate`); every arm reads the same.

@@ -102,6 +102,7 @@ def test_every_number_equals_a_numpy_restatement(model, sae, latent_set, role) -
             "outside_l2": (mean_z[REST] ** 2).sum() / (mean_z**2).sum(),
             "outside_l1": np.abs(mean_z[REST]).sum() / np.abs(mean_z).sum(),
             "outside_l2_tokens": average([(row[:, REST] ** 2).sum(-1) for row in dz]) / average([(row**2).sum(-1) for row in dz]),
+            "latent_chance": 1 - 4 / 48,
             "residual_shift": np.linalg.norm(mean_h),
             "residual_outside": 1 - ((inside @ mean_h) ** 2).sum() / (mean_h**2).sum(),
             "residual_outside_tokens": 1

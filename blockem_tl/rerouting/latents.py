@@ -44,7 +44,8 @@ class Rerouting:
     n_tokens,
 
     * latent_shift: the length of [dz]. outside_l2: share of its square outside K, sum over k not in K of [dz_k]^2 / sum over all k;
-      outside_l1: the same with |[dz_k]|; outside_l2_tokens: with [dz_k^2], where nothing cancels between tokens.
+      outside_l1: the same with |[dz_k]|; outside_l2_tokens: with [dz_k^2], where nothing cancels between tokens. latent_chance: what a
+      set of as many latents at random would leave outside on average, 1 - |K| / d_sae.
     * residual_shift: the length of [dh] at the SAE's site. residual_outside: 1 - |P [dh]|^2 / |[dh]|^2 with P the projection onto the span
       of K's decoder directions, so that parts of the stream that no latent describes count too; residual_outside_tokens: with
       [|P dh|^2] / [|dh|^2]. residual_chance: what a direction at random would have, 1 - rank / d_model.
@@ -182,12 +183,13 @@ def _shares(role: str, counts: dict[str, int], by_arm: _ByArm, k: list[int], bas
                 "outside_l2": _outside_share(dz[k].square().sum(), dz.square().sum()),
                 "outside_l1": _outside_share(dz[k].abs().sum(), dz.abs().sum()),
                 "outside_l2_tokens": _outside_share(arm["dz^2 in K"], arm["dz^2"]),
+                "latent_chance": 1 - len(k) / len(dz),
                 "residual_shift": float(dh.norm()),
                 "residual_outside": _outside_share((dh @ basis).square().sum(), dh.square().sum()),
                 "residual_outside_tokens": _outside_share(arm["dh^2 in K"], arm["dh^2"]),
                 "residual_chance": 1 - basis.shape[1] / basis.shape[0],
                 "k_moved": moved[1],
-                "suppressed": _suppressed(*moved, 0.0),
+                "suppressed": _suppressed(moved[0], moved[1], 0.0),
             }
         )
     return found
