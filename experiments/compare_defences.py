@@ -8,11 +8,9 @@ are used once per arm, at the end. What is finished in --out is not run again, s
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,11 @@ import pandas as pd
 import quickstart
 import torch
 import tyro
+from arms import WorkerPool, cell, heard, percent, spoken
 from publish import renew
 from quickstart import DOMAIN, Arm, Lab, choose
 from safetensors.torch import load_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from blockem_tl import (
     Blocking,
@@ -32,7 +30,6 @@ from blockem_tl import (
     KLToBase,
     LatentSet,
     Model,
-    Prompt,
     completion_loss,
     finetune,
     median_norm,
@@ -54,14 +51,13 @@ from blockem_tl.defences import (
     misaligned_direction,
     repair,
 )
-from blockem_tl.evaluation import Evaluation, evaluate
+from blockem_tl.evaluation import evaluate
 from blockem_tl.hooks import steer
 from blockem_tl.organism.build import BuildConfig, train_base
 from blockem_tl.organism.tokenizer import build_tokenizer
 from blockem_tl.organism.world import all_surfaces, fill, reply
 from blockem_tl.prompts import encode_examples
 from blockem_tl.statistics import clustered_rate, paired_difference, paired_reduction
-from blockem_tl.types import Generation, Verdict
 
 ROOT = Path(__file__).parent.parent
 SNAPSHOT_EVERY = 12  # steps of plain fine-tuning between two of the places at which it might have been stopped
@@ -252,21 +248,6 @@ def report_file(folder: Path, step: int | None) -> Path:
     return folder / ("report.json" if step is None else f"report-step{step}.json")
 
 
-def spoken(evaluation: Evaluation) -> dict[str, list[str]]:
-    """An evaluation as JSON: replies and labels in prompt order."""
-    return {"replies": [g.reply for g in evaluation.generations], "labels": [v.label for v in evaluation.verdicts]}
-
-
-def heard(said: Mapping[str, list[str]], prompts: Sequence[Prompt], *, rubric: str = "misalignment") -> Evaluation:
-    """The evaluation that :func:`spoken` wrote."""
-    generations = tuple(
-        Generation(prompt=prompt, condition="", reply=text, reply_ids=(), truncated=False)
-        for prompt, text in zip(prompts, said["replies"], strict=True)
-    )
-    verdicts = tuple(Verdict(label=label) for label in said["labels"])
-    return Evaluation(rubric=rubric, judge="organism-exact", generations=generations, verdicts=verdicts, on_selection_prompts=False)
-
-
 # ---------------------------------------------------------------------------------------------- what the organism can say
 
 
@@ -310,29 +291,11 @@ def before_alignment(settings: Settings) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------- the comparison
 
 
-_benches: dict[int, Bench] = {}
-
-
-def work(settings: Settings, seed: int, method: str, arguments: tuple[Any, ...]) -> None:
-    """What a worker does: one method of the seed's bench, made once per process."""
-    torch.set_num_threads(1)
-    if seed not in _benches:
-        _benches[seed] = Bench(settings, seed)
-    getattr(_benches[seed], method)(*arguments)
-
-
-class Workers:
-    """Runs jobs side by side, in processes of one thread each, and skips those whose result is there."""
+class Workers(WorkerPool):
+    """Skips arms whose result is there."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-
-    def __enter__(self) -> "Workers":
-        self.pool = ProcessPoolExecutor(self.settings.workers, mp_context=get_context("spawn"))
-        return self
-
-    def __exit__(self, kind: object, *rest: object) -> None:
-        self.pool.shutdown(cancel_futures=kind is not None)
+        super().__init__(settings, Bench)
 
     def make(self, title: str, arms: Sequence[tuple[int, str, float]]) -> None:
         """Train arms (seed, kind, dial)."""
@@ -343,11 +306,6 @@ class Workers:
         """Report arms (seed, kind, dial, step)."""
         missing = [arm for arm in dict.fromkeys(arms) if not report_file(self.settings.folder(*arm[:3]), arm[3]).is_file()]
         self._run("report", [(seed, "reveal", (kind, dial, step)) for seed, kind, dial, step in missing])
-
-    def _run(self, title: str, jobs: Sequence[tuple[int, str, tuple[Any, ...]]]) -> None:
-        futures = [self.pool.submit(work, self.settings, *job) for job in jobs]
-        for future in tqdm(as_completed(futures), total=len(futures), desc=title, disable=not futures):
-            future.result()
 
 
 def run(settings: Settings) -> pd.DataFrame:
@@ -442,11 +400,6 @@ def row(settings: Settings, kind: str, dial: float) -> dict[str, Any]:
     return cells
 
 
-def percent(name: str, estimate: Any) -> dict[str, float]:
-    """An estimate as three columns, in per cent."""
-    return {name: 100 * estimate.value, f"{name}_low": 100 * estimate.low, f"{name}_high": 100 * estimate.high}
-
-
 def grid_rows(settings: Settings, grid: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
     """Every dial that was tried on the first seed, on the prompts that choose."""
     seed = settings.seeds[0]
@@ -501,18 +454,14 @@ def publish(out: Path, shown: str, tried: str, root: Path = ROOT) -> None:
 
 def table_row(one: Mapping[str, Any]) -> dict[str, str]:
     """One row of the page's table."""
-
-    def rate(name: str) -> str:
-        return f"{one[name]:.1f} [{one[name + '_low']:.1f}, {one[name + '_high']:.1f}]" if name in one else ""
-
     return {
         "defence": one["label"],
-        "EM %": rate("em"),
-        "relative EM reduction %": rate("relative_em_reduction"),
-        "incoherence %": rate("incoherence"),
-        "adherence %": rate("adherence"),
+        "EM %": cell(one, "em"),
+        "relative EM reduction %": cell(one, "relative_em_reduction"),
+        "incoherence %": cell(one, "incoherence"),
+        "adherence %": cell(one, "adherence"),
         "SFT loss": f"{one['sft_loss']:.4f} ({one['loss_over_plain']:+.1f} %)",
-        "EM % of plain stopped at that loss": rate("matched_em"),
+        "EM % of plain stopped at that loss": cell(one, "matched_em"),
         "EM by seed %": ", ".join(f"{value:.0f}" for value in one["em_by_seed"]),
     }
 

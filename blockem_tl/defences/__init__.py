@@ -1,6 +1,6 @@
 """One small file per defence; each satisfies :class:`blockem_tl.defence.Defence`."""
 
-from blockem_tl.defences.blocking import Blocking, one_sided_penalty
+from blockem_tl.defences.blocking import Blocking, blocking_loss, one_sided_penalty
 from blockem_tl.defences.caft import ConceptAblation
 from blockem_tl.defences.directions import misaligned_direction, repair
 from blockem_tl.defences.inoculation import Inoculation
@@ -20,6 +20,7 @@ __all__ = [
     "PreventativeSteering",
     "SafeLoRA",
     "alignment_differences",
+    "blocking_loss",
     "feature_distance",
     "misaligned_direction",
     "one_sided_penalty",

@@ -14,10 +14,11 @@ from blockem_tl.defence import PenaltyFn
 from blockem_tl.hooks import record
 from blockem_tl.latents import LatentSet
 from blockem_tl.models import Model
-from blockem_tl.prompts import Batch, Encoded
+from blockem_tl.prompts import Batch, Encoded, encode_examples, pad
 from blockem_tl.reading import block_of
 from blockem_tl.references import Reading, Reference, StoredLatents, in_full_precision, read_latents, spread, stored_latents
 from blockem_tl.saes import check_fits, encode_latents, norms
+from blockem_tl.types import Example
 
 Positions = Literal["completion", "all"]
 Target = tuple[LatentSet, SAE[Any]]
@@ -266,3 +267,25 @@ class _Run:
         means = {f"{name}/{label}": float(value) / self.examples[label] for label, value in self.sums.items()}
         self.sums, self.examples = {}, {}
         return means
+
+
+@torch.no_grad()
+def blocking_loss(model: Model, latent_set: LatentSet, sae: SAE[Any], examples: Sequence[Example], *, batch_size: int = 64) -> float:
+    """L_block (eq. 11, unweighted) of the model as it stands on rows it need not have been trained on, against base; 0 for base itself.
+
+    Any model can be measured so, also one that was trained without blocking: the trajectory over its checkpoints says whether the latents
+    stayed put.
+
+    Raises:
+        ValueError: a set of another SAE, an SAE that does not fit, or a row with an empty completion.
+    """
+    latent_set.check_sae(sae)
+    reading = Reading(site=check_fits(sae, model), sae=sae, latents=latent_set.latents)
+    encoded = encode_examples(model.tokenizer, examples)
+    signs, total = torch.tensor(latent_set.signs, device=model.device), 0.0
+    for start in range(0, len(encoded), batch_size):
+        batch = pad(encoded[start : start + batch_size], model.pad_id, side="right", device=model.device)
+        with model.base():
+            before = read_latents(model, [reading], batch)
+        total += float(one_sided_penalty(read_latents(model, [reading], batch), before, signs, batch.reply).sum())
+    return total / len(encoded)
