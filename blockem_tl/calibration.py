@@ -10,6 +10,7 @@ from sae_lens import SAE
 
 from blockem_tl.certainty import NEVER, NOTHING, Span, Tally, beaten
 from blockem_tl.conditions import Condition, Steering
+from blockem_tl.latents import NoLatents
 from blockem_tl.outcomes import Arm, Arms, Bar, Seen
 from blockem_tl.saes import decoder_directions, site_of
 from blockem_tl.types import Candidate, Counts
@@ -126,7 +127,7 @@ def calibrate(
         full_grid: ask every dose on every prompt instead; ``seen`` then holds complete counts for all of them.
     """
     if not candidates:
-        raise ValueError("calibrate: expected candidates from stage 2, got none")
+        raise NoLatents("calibrate: expected candidates from stage 2, got none")
     if any(dose < 0 for dose in (*grid, *extended_grid)):
         raise ValueError("calibrate: expected non-negative doses in the grid; the sign comes from the latent's shift")
     if full_grid:
@@ -274,7 +275,8 @@ def select(
     """The top ``n`` by score. The default (valid latents, repair-only ranking) is ValidReduc, the rule of the paper's main K (D.4).
 
     Raises:
-        ValueError: no latent qualifies, or latents were abandoned for another selection than this one.
+        NoLatents: no latent qualifies.
+        ValueError: latents were abandoned for another selection than this one.
     """
     for c in calibrated:
         known = c.abandoned_for
@@ -285,7 +287,7 @@ def select(
             )
     eligible = [c for c in calibrated if c.abandoned_for is None and (c.valid or not valid_only) and c.score(rule) > float("-inf")]
     if not eligible:
-        raise ValueError(
+        raise NoLatents(
             f"select: none of {len(calibrated)} calibrated latents qualifies (valid_only={valid_only}): their doses are too weak or "
             "break the incoherence budget; try Budget(relative=True), a larger tau or grid, or valid_only=False"
         )

@@ -16,6 +16,10 @@ from blockem_tl.types import Candidate, Prompt
 _FORMAT = 1
 
 
+class NoLatents(ValueError):  # noqa: N818 - it says what is the matter
+    """No latent qualifies, so there is nothing to make a set of."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LatentSet:
     """Signed SAE latents at one site.

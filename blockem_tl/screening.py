@@ -12,6 +12,7 @@ from sae_lens import SAE
 
 from blockem_tl.certainty import Span, Tally, beaten
 from blockem_tl.conditions import Condition, Steering
+from blockem_tl.latents import NoLatents
 from blockem_tl.outcomes import Arm, Arms, Bar
 from blockem_tl.saes import decoder_directions, site_of
 from blockem_tl.types import Candidate, Counts
@@ -79,7 +80,7 @@ def screen(
         full_grid: ask all in any case.
     """
     if not candidates:
-        raise ValueError("screen: expected candidates from stage 1, got none: did fine-tuning move no latent?")
+        raise NoLatents("screen: expected candidates from stage 1, got none: did fine-tuning move no latent?")
     if full_grid:
         shortlisting = None
     arms, n_prompts = (asking.induce, asking.repair), len(asking.induce.prompts)

@@ -35,7 +35,7 @@ TOOLKIT = [
     "defence",
 ]
 STAGES = ["diffing", "screening", "calibration", "training", "evaluation", "defences", "monitor", "judging", "patching", "rerouting"]
-COMPOSED = ["reconstruction", "discovery", "doses", "panel", "export", "capacity"]
+COMPOSED = ["reconstruction", "discovery", "doses", "panel", "export", "capacity", "extension"]
 VIEWS = ["plots", "report"]
 ENDS = ["presets", "organism", "engines"]
 COMMANDS = ["doctor", "cli"]
