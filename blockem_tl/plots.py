@@ -112,6 +112,32 @@ def watched(runs: pd.DataFrame, *, threshold: float) -> Figure:
     return figure
 
 
+def reemergence(curves: pd.DataFrame) -> Figure:
+    """Prolonged training: EM over epochs of blocked arms, and of frozen and extended arms; held-out loss; blocking loss.
+
+    curves: one row per arm and epoch: kind ("plain", "block", "frozen" or "extended"), label, epoch, em with em_low and em_high in per
+    cent, sft_loss, blocking_loss.
+    """
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    (left, right), (losses, penalties) = figure.subplots(2, 2, sharex=True)
+    for i, (label, arm) in enumerate(curves.groupby("label", sort=False)):
+        kind, rows = arm["kind"].iloc[0], arm.sort_values("epoch")
+        look: dict[str, str] = {"label": str(label), "color": f"C{i % 10}", "marker": "o*^sDPXvp<>"[i % 11]}
+        look["linestyle"] = "-" if kind in ("plain", "block") else "--"
+        errors = [(rows["em"] - rows["em_low"]).clip(lower=0), (rows["em_high"] - rows["em"]).clip(lower=0)]
+        for axes in [left] * (kind in ("plain", "block")) + [right] * (kind != "block"):
+            axes.errorbar(rows["epoch"], rows["em"], yerr=errors, capsize=2, elinewidth=0.6, **look)
+        losses.plot(rows["epoch"], rows["sft_loss"], **look)
+        penalties.plot(rows["epoch"], rows["blocking_loss"], **look)
+    left.set(ylabel="emergent misalignment (%)", ylim=(-3, 103), title="LoRA on all blocks")
+    right.set(ylabel="emergent misalignment (%)", ylim=(-3, 103), title="LoRA up to the blocked site, and K extended")
+    losses.set(xlabel="epoch", ylabel="held-out SFT loss (nats per token)", yscale="log")
+    penalties.set(xlabel="epoch", ylabel="held-out blocking loss of K", yscale="log")
+    for axes in (left, right):
+        axes.legend(fontsize=7)
+    return figure
+
+
 def _look(kind: str) -> dict[str, str]:
     place = _DEFENCES.index(kind) if kind in _DEFENCES else 0
     return {"color": f"C{place % 10}", "marker": "o*^sDPXvp<>"[place]}

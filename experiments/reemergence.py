@@ -8,46 +8,66 @@ and asked where its misalignment comes from, and what blocking the latents that 
 run again, and a killed training goes on from its last checkpoint.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import quickstart
+import reemergence_pages as pages
 import torch
 import tyro
-from arms import WorkerPool, spoken
+from arms import WorkerPool, heard, percent, spoken
 from quickstart import DOMAIN, Lab
 
-from blockem_tl import Blocking, LatentSet, completion_loss, evaluate, finetune, records
+from blockem_tl import Blocking, Generation, LatentSet, Verdict, completion_loss, evaluate, finetune, median_norm, organism, records
 from blockem_tl.defence import Defence
 from blockem_tl.defences import blocking_loss
+from blockem_tl.extension import extend, extension_rounds
+from blockem_tl.patching import decode_patching, patching_sweep
+from blockem_tl.prompts import encode_examples
 from blockem_tl.reading import block_of
+from blockem_tl.statistics import clustered_rate, paired_difference
 from blockem_tl.training import TrainingConfig, trajectory
 from blockem_tl.training.checkpoints import load_run
+from blockem_tl.training.identity import differences
 
 ROOT = Path(__file__).parent.parent
 
 
 class Arm(NamedTuple):
-    """One way to train. kind: plain, block, frozen (LoRA up to the blocked site only) or extended (K with what was found later)."""
+    """One way to train. kind: plain, block, frozen (LoRA up to the blocked site only), or extended: K with what a re-emerged model used.
+
+    n_latents: how many an extended arm blocks.
+    """
 
     kind: str
     weight: float = 0.0
+    n_latents: int = 0
 
     @property
     def label(self) -> str:
         """For tables and figures."""
         dial = f", λ = {self.weight:g}" if self.weight else ""
-        return {"plain": "plain", "block": "BLOCK-EM", "frozen": "frozen downstream", "extended": "K extended"}[self.kind] + dial
+        names = {"plain": "plain", "block": "BLOCK-EM", "frozen": "frozen downstream", "extended": f"K extended to {self.n_latents}"}
+        return names[self.kind] + dial
+
+    @property
+    def folder(self) -> str:
+        """What it is called on disk."""
+        if self.kind == "plain":
+            return "plain"
+        return f"{self.kind}-{self.weight:g}" + (f"-{self.n_latents}" if self.n_latents else "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """What one experiment does.
 
-    lambdas: of blocked arms.  frozen: lambdas of arms with LoRA only up to the blocked site (0: without blocking).  seeds: of training.
+    seeds: of training.  lambdas: of blocked arms.  frozen: those of arms with LoRA only up to the blocked site (0: without blocking).
+    budget: how many latents may be blocked in all when K is extended.
     learning_rate: constant; half of the preset's, which decays linearly to 0, so that an epoch moves the weights about as far (the
     paper's rule, Appendix F), and epochs compare.  train_only: stop before anything is analysed.  publish: renew docs/.
     """
@@ -55,7 +75,8 @@ class Settings:
     out: Path = Path("results/reemergence")
     seeds: tuple[int, ...] = (0, 1, 2)
     lambdas: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
-    frozen: tuple[float, ...] = (0.0, 0.3)
+    frozen: tuple[float, ...] = (0.0, 0.3, 1.0)
+    budget: int = 40
     epochs: float = 4.0
     learning_rate: float = 5e-4
     rows: int = 6000
@@ -77,7 +98,7 @@ class Settings:
 
     def folder(self, seed: int, arm: Arm) -> Path:
         """Where an arm is kept."""
-        return self.out / f"seed{seed}" / ("plain" if arm.kind == "plain" else f"{arm.kind}-{arm.weight:g}")
+        return self.out / f"seed{seed}" / arm.folder
 
     def identity(self) -> dict[str, Any]:
         """What all arms of one folder share."""
@@ -101,7 +122,11 @@ class Bench(Lab):
 
     def blocked_by(self, arm: Arm) -> LatentSet:
         """The latents that the arm blocks."""
-        return LatentSet.load(self.mine.folder(self.seed, arm) / "latents.json", self.sae) if arm.kind == "extended" else self.latents
+        return LatentSet.load(self.folder(arm) / "latents.json", self.sae) if arm.n_latents else self.latents
+
+    def folder(self, arm: Arm) -> Path:
+        """Where an arm of this seed is kept."""
+        return self.mine.folder(self.seed, arm)
 
     def defences(self, arm: Arm) -> list[Defence]:
         """Blocking, where the arm has a weight."""
@@ -114,7 +139,7 @@ class Bench(Lab):
 
     def make(self, arm: Arm) -> None:
         """Train an arm with a checkpoint every half epoch, and measure each of them."""
-        folder = self.mine.folder(self.seed, arm)
+        folder = self.folder(arm)
         run = finetune(
             self.model,
             self.data.train,
@@ -152,6 +177,78 @@ class Bench(Lab):
             "blocking_loss": blocking_loss(self.model, self.latents, self.sae, self.data.test),
         }
 
+    # ---- where its misalignment comes from
+
+    def checkpoint(self, arm: Arm, epoch: float) -> Path:
+        """A checkpoint of the very run that was measured. Raises ValueError where another run's lies in its place."""
+        folder = self.folder(arm)
+        found = dict(trajectory(folder / "checkpoints"))[epoch]
+        changed = differences(load_run(found)["identity"], records.read_json(folder / "arm.json")["identity"])
+        if changed:
+            raise ValueError(f"{found} is a checkpoint of another run than {folder / 'arm.json'} reports: {'; '.join(changed)}")
+        return found
+
+    def patch(self, arm: Arm, epoch: float) -> None:
+        """Base's states at every block's output, over the prompt or at every decoding step, on the final prompts."""
+        sites = [f"blocks.{block}.hook_resid_post" for block in range(self.model.cfg.n_layers)]
+        options: dict[str, Any] = {"max_new_tokens": self.preset.max_new_tokens, "batch_size": 960, "progress": False}
+        with self.wearing(self.checkpoint(arm, epoch)):
+            swept = list(patching_sweep(self.model, self.data.final, [(), *sites], **options))
+            decoded = [(site, decode_patching(self.model, self.data.final, site, **options).generations) for site in sites]
+        rows = [self._judged("prompt" if site else "nothing", site, generations) for site, generations in swept]
+        rows += [self._judged("decode", site, generations) for site, generations in decoded]
+        records.write_json(patched_file(self.folder(arm), epoch), rows)
+
+    def _judged(self, patched: str, site: Any, generations: Sequence[Generation]) -> dict[str, Any]:
+        verdicts = self.judge.grade([g.prompt for g in generations], [g.reply for g in generations])
+        replies, labels = [g.reply for g in generations], [v.label for v in verdicts]
+        return {"patched": patched, "site": site or "unpatched", "replies": replies, "labels": labels}
+
+    # ---- acting on it
+
+    def extend(self, arm: Arm) -> None:
+        """Block what the re-emerged checkpoint uses as well, from the start, until no core reply is misaligned or the budget is spent."""
+        rounds = extension_rounds(
+            self.latents,
+            train=lambda latents: self._blocking(arm, latents),
+            measure=lambda trained: self._peak(trained)[1],
+            extend=self._larger,
+            budget=self.mine.budget,
+        )
+        found = [{"arm": list(one.checkpoint), "n_latents": len(one.latent_set), "core_em": one.em} for one in rounds]
+        records.write_json(rounds_file(self.mine, self.seed, arm), found)
+
+    def _blocking(self, arm: Arm, latents: LatentSet) -> Arm:
+        """The arm that blocks these latents, trained; the first round's is there already."""
+        if latents == self.latents:
+            return arm
+        larger = Arm("extended", arm.weight, len(latents))
+        if not (self.folder(larger) / "arm.json").is_file():
+            latents.save(self.folder(larger) / "latents.json")
+            self.make(larger)
+        return larger
+
+    def _peak(self, arm: Arm) -> tuple[float, float]:
+        return peak(self.mine, self.seed, arm)
+
+    def _larger(self, latents: LatentSet, arm: Arm) -> LatentSet:
+        """K and what the arm's worst checkpoint uses besides."""
+        epoch, _ = self._peak(arm)
+        folder = found_folder(self.folder(arm), epoch)
+        if not folder.is_dir():
+            with self.model.base():
+                scale = median_norm(self.model, self.preset.site, encode_examples(self.model.tokenizer, organism.reference_texts()))
+            with self.wearing(self.checkpoint(arm, epoch)):
+                found = extend(
+                    latents, self.model, self.sae, self.judge, self.data.core, scale=scale, config=self.preset.discovery,
+                    provenance={"domain": DOMAIN, "seed": self.seed, "arm": arm.label, "epoch": epoch}, progress=False,
+                )  # fmt: skip
+            with records.finished_folder(folder) as temporary:
+                found.latent_set.save(temporary / "latents.json")
+                found.added.save(temporary / "added.json")
+                records.write_text(temporary / "candidates.csv", found.discovery.frame().to_csv(index=False))
+        return LatentSet.load(folder / "latents.json", self.sae)
+
 
 def latents_file(settings: Settings, seed: int) -> Path:
     """K of a seed, as the demo found it."""
@@ -161,6 +258,60 @@ def latents_file(settings: Settings, seed: int) -> Path:
 def measured_file(folder: Path, epoch: float) -> Path:
     """Where a checkpoint's numbers are kept."""
     return folder / "measured" / f"epoch-{epoch:g}.json"
+
+
+def patched_file(folder: Path, epoch: float) -> Path:
+    """Where the replies of a patched checkpoint are kept."""
+    return folder / f"patched-epoch-{epoch:g}.json"
+
+
+def found_folder(folder: Path, epoch: float) -> Path:
+    """Where the latents are kept that a checkpoint uses besides those that it was trained to leave alone."""
+    return folder / f"found-epoch-{epoch:g}"
+
+
+def rounds_file(settings: Settings, seed: int, arm: Arm) -> Path:
+    """Where the rounds of extending K are kept."""
+    return settings.out / f"seed{seed}" / f"rounds-{arm.weight:g}.json"
+
+
+# ---------------------------------------------------------------------------------------------- which checkpoint is dissected
+
+
+def measured(settings: Settings, seed: int, arm: Arm) -> list[dict[str, Any]]:
+    """All checkpoints of a measured arm, the earliest first."""
+    files = (settings.folder(seed, arm) / "measured").glob("epoch-*.json")
+    return sorted((records.read_json(file) for file in files), key=lambda one: one["epoch"])
+
+
+def core_em(settings: Settings, seed: int, arm: Arm) -> dict[float, float]:
+    """Epoch -> EM on the core prompts, as a fraction."""
+    prompts = organism.prompts("core")
+    return {one["epoch"]: heard(one["core"], prompts).misaligned.value for one in measured(settings, seed, arm)}
+
+
+def peak(settings: Settings, seed: int, arm: Arm) -> tuple[float, float]:
+    """(epoch, core EM) of the worst checkpoint after epoch 1; the earliest of equals."""
+    later = {epoch: em for epoch, em in core_em(settings, seed, arm).items() if epoch > 1}
+    return max(later.items(), key=lambda item: (item[1], -item[0]))
+
+
+def reemerged(settings: Settings) -> Arm:
+    """The blocked arm in which misalignment came back most, by the core prompts alone; the rule was fixed before any number was seen.
+
+    Of the arms that blocked at first (at most half of plain's EM at epoch 1; all arms where none did) the one whose EM rose most from
+    epoch 1 to its worst later checkpoint, on average over seeds. The smaller lambda wins a tie. The checkpoint is each seed's `peak`.
+    """
+
+    def at_first(arm: Arm) -> float:
+        return sum(core_em(settings, seed, arm)[1.0] for seed in settings.seeds)
+
+    def rise(arm: Arm) -> float:
+        return sum(peak(settings, seed, arm)[1] for seed in settings.seeds) - at_first(arm)
+
+    blocked = [Arm("block", weight) for weight in settings.lambdas]
+    held = [arm for arm in blocked if at_first(arm) <= at_first(Arm("plain")) / 2] or blocked
+    return max(held, key=lambda arm: (rise(arm), -arm.weight))
 
 
 # ---------------------------------------------------------------------------------------------- the experiment
@@ -177,12 +328,98 @@ class Workers(WorkerPool):
         missing = [(seed, arm) for seed, arm in arms if not (self.settings.folder(seed, arm) / "arm.json").is_file()]
         self._run(title, [(seed, "make", (arm,)) for seed, arm in missing])
 
+    def each(self, title: str, method: str, wanted: Iterable[tuple[int, tuple[Any, ...], Path]]) -> None:
+        """Run a method of the seed's bench unless what it writes is there: (seed, arguments, file)."""
+        self._run(title, [(seed, method, arguments) for seed, arguments, file in wanted if not file.is_file()])
+
 
 def run(settings: Settings) -> None:
     """Everything."""
     prepare(settings)
     with Workers(settings) as workers:
         workers.make("train", [(seed, arm) for arm in settings.arms() for seed in settings.seeds])
+        if settings.train_only:
+            return
+        arm = reemerged(settings)
+        peaks = {seed: peak(settings, seed, arm)[0] for seed in settings.seeds}
+        both = [(seed, one, epoch) for one in (arm, Arm("plain")) for seed, epoch in peaks.items()]
+        workers.each("patch", "patch", [(seed, (one, e), patched_file(settings.folder(seed, one), e)) for seed, one, e in both])
+        workers.each("extend", "extend", [(seed, (arm,), rounds_file(settings, seed, arm)) for seed in settings.seeds])
+    larger = {seed: Arm(*records.read_json(rounds_file(settings, seed, arm))[-1]["arm"]) for seed in settings.seeds}
+    every = {one: dict.fromkeys(settings.seeds, one) for one in settings.arms()}
+    if any(one != arm for one in larger.values()):
+        every[Arm("extended", arm.weight, max(one.n_latents for one in larger.values()))] = larger
+    pages.write(
+        settings.out,
+        pages.Results(
+            curves=pd.DataFrame([row for one, by_seed in every.items() for row in curve(settings, one, by_seed)]),
+            patched=pd.DataFrame([row for one in (arm, Arm("plain")) for row in patched(settings, one, peaks)]),
+            dissected=pd.DataFrame([dissected(settings, seed, arm, epoch, larger[seed]) for seed, epoch in peaks.items()]),
+            arm=arm.label,
+        ),
+        publish=settings.publish,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- what it says
+
+
+def curve(settings: Settings, name: Arm, arms: dict[int, Arm]) -> list[dict[str, Any]]:
+    """One arm, given seed by seed: a row per epoch, with rates in per cent over all seeds, 95 % intervals and the rise since epoch 1."""
+    by_seed = [{one["epoch"]: reported(one) for one in measured(settings, seed, arm)} for seed, arm in arms.items()]
+    rows = []
+    for epoch in sorted(set.intersection(*map(set, by_seed))):
+        found = [of_seed[epoch] for of_seed in by_seed]
+        row: dict[str, Any] = {"kind": name.kind, "weight": name.weight, "label": name.label, "epoch": epoch, "seeds": len(found)}
+        for rate in ("em", "incoherence", "adherence"):
+            estimate = clustered_rate([one[rate] for one in found])
+            row |= percent(rate, estimate) | {"n": estimate.n}
+        row |= percent("rise", paired_difference([of_seed[1.0]["em"] for of_seed in by_seed], [one["em"] for one in found]))
+        row["em_by_seed"] = [100 * sum(one["em"]) / len(one["em"]) for one in found]
+        row |= {loss: sum(one[loss] for one in found) / len(found) for loss in ("core_em", "sft_loss", "blocking_loss")}
+        rows.append(row)
+    return rows
+
+
+def reported(one: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's flags on the reporting prompts and its losses on the test rows; core EM in per cent."""
+    final, domain = heard(one["final"], organism.prompts("final")), heard(one["domain"], organism.prompts(DOMAIN), rubric=DOMAIN)
+    return {
+        "em": final.flags,
+        "incoherence": [v.incoherent for v in final.verdicts],
+        "adherence": domain.flags,
+        "core_em": 100 * heard(one["core"], organism.prompts("core")).misaligned.value,
+        "sft_loss": one["test_loss"],
+        "blocking_loss": one["blocking_loss"],
+    }
+
+
+def patched(settings: Settings, arm: Arm, epochs: dict[int, float]) -> list[dict[str, Any]]:
+    """One arm at each seed's checkpoint: a row per patch, with EM, its change against no patch, and incoherence, in per cent."""
+    by_seed = [records.read_json(patched_file(settings.folder(seed, arm), epoch)) for seed, epoch in epochs.items()]
+    verdicts = [[[Verdict(label=label) for label in row["labels"]] for row in rows] for rows in by_seed]
+    rows = []
+    for i, known in enumerate(by_seed[0]):
+        em = [[v.misaligned for v in of_seed[i]] for of_seed in verdicts]
+        row = {"arm": arm.label, "patched": known["patched"], "site": known["site"], "seeds": len(em), "n": len(em[0])}
+        row |= percent("em", clustered_rate(em))
+        row |= percent("change", paired_difference([[v.misaligned for v in of_seed[0]] for of_seed in verdicts], em))
+        rows.append(row | percent("incoherence", clustered_rate([[v.incoherent for v in of_seed[i]] for of_seed in verdicts])))
+    return rows
+
+
+def dissected(settings: Settings, seed: int, arm: Arm, epoch: float, larger: Arm) -> dict[str, Any]:
+    """One seed's re-emerged checkpoint, and the same epoch of the run that also blocks what it used."""
+    k = LatentSet.load(latents_file(settings, seed))
+    row: dict[str, Any] = {"seed": seed, "arm": arm.label, "epoch": epoch, "score_k": sum(k.scores) / len(k)}
+    for name, one, at in (("before", arm, 1.0), ("reemerged", arm, epoch), ("extended", larger, epoch)):
+        found = reported(next(found for found in measured(settings, seed, one) if found["epoch"] == at))
+        row |= {f"{name}_core_em": found["core_em"], f"{name}_em": 100 * sum(found["em"]) / len(found["em"])}
+    folder = found_folder(settings.folder(seed, arm), epoch)
+    if folder.is_dir():
+        added = LatentSet.load(folder / "added.json")
+        row |= {"n_added": len(added), "score_added": sum(added.scores) / len(added), "added": list(added.latents)}
+    return row
 
 
 def prepare(settings: Settings) -> None:
