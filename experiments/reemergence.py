@@ -22,7 +22,23 @@ import tyro
 from arms import WorkerPool, heard, percent, spoken
 from quickstart import DOMAIN, Lab
 
-from blockem_tl import Blocking, Generation, LatentSet, Verdict, completion_loss, evaluate, finetune, median_norm, organism, records
+from blockem_tl import (
+    Blocking,
+    Example,
+    Generation,
+    LatentSet,
+    Verdict,
+    capacity_ratio,
+    completion_loss,
+    diagnose_rerouting,
+    evaluate,
+    finetune,
+    median_norm,
+    organism,
+    reconstruction_quality,
+    records,
+    shift_by_site,
+)
 from blockem_tl.defence import Defence
 from blockem_tl.defences import blocking_loss
 from blockem_tl.extension import extend, extension_rounds
@@ -204,6 +220,39 @@ class Bench(Lab):
         replies, labels = [g.reply for g in generations], [v.label for v in verdicts]
         return {"patched": patched, "site": site or "unpatched", "replies": replies, "labels": labels}
 
+    # ---- what moved instead
+
+    def diagnose(self, arm: Arm, epoch: float) -> None:
+        """Rerouting of the checkpoint against plain's at the same epoch, both reading plain's replies; and the SAE over both runs (H1)."""
+        plain = Arm("plain")
+        rows = self._said_by(plain, epoch)
+        for name, one in (("plain", plain), ("blocked", arm)):
+            self.model.load_adapter(self.checkpoint(one, epoch), name)
+        try:
+            options: dict[str, Any] = {"plain": "plain", "blocked": "blocked", "progress": False}
+            found = diagnose_rerouting(self.model, self.sae, self.latents, rows, **options)
+            frames = {"blocked": found.blocked, "outside": found.outside, "shares": found.shares}
+            frames["depth"] = shift_by_site(self.model, rows, **options)
+        finally:
+            for name in ("plain", "blocked"):
+                self.model.remove_adapter(name)
+        texts = {"final prompts, plain's replies": rows, "reference texts": organism.reference_texts()}
+        frames["reconstruction"] = pd.concat(
+            reconstruction_quality(self.model, self.sae, read, checkpoints=self.folder(one) / "checkpoints", progress=False).assign(
+                run=one.label, rows=of
+            )
+            for one in (plain, arm)
+            for of, read in texts.items()
+        )
+        with records.finished_folder(diagnosed_folder(self.folder(arm), epoch)) as temporary:
+            for name, frame in frames.items():
+                records.write_text(temporary / f"{name}.csv", frame.assign(seed=self.seed).to_csv(index=False))
+
+    def _said_by(self, arm: Arm, epoch: float) -> list[Example]:
+        """What a checkpoint replied to the final prompts, as rows to read."""
+        replies = records.read_json(measured_file(self.folder(arm), epoch))["final"]["replies"]
+        return [Example(id=p.id, prompt=p.text, completion=reply) for p, reply in zip(self.data.final, replies, strict=True) if reply]
+
     # ---- acting on it
 
     def extend(self, arm: Arm) -> None:
@@ -270,6 +319,11 @@ def found_folder(folder: Path, epoch: float) -> Path:
     return folder / f"found-epoch-{epoch:g}"
 
 
+def diagnosed_folder(folder: Path, epoch: float) -> Path:
+    """Where it is kept what moved instead, and how the SAE fits."""
+    return folder / f"diagnosed-epoch-{epoch:g}"
+
+
 def rounds_file(settings: Settings, seed: int, arm: Arm) -> Path:
     """Where the rounds of extending K are kept."""
     return settings.out / f"seed{seed}" / f"rounds-{arm.weight:g}.json"
@@ -329,8 +383,8 @@ class Workers(WorkerPool):
         self._run(title, [(seed, "make", (arm,)) for seed, arm in missing])
 
     def each(self, title: str, method: str, wanted: Iterable[tuple[int, tuple[Any, ...], Path]]) -> None:
-        """Run a method of the seed's bench unless what it writes is there: (seed, arguments, file)."""
-        self._run(title, [(seed, method, arguments) for seed, arguments, file in wanted if not file.is_file()])
+        """Run a method of the seed's bench unless what it writes, whole or not at all, is there: (seed, arguments, path)."""
+        self._run(title, [(seed, method, arguments) for seed, arguments, path in wanted if not path.exists()])
 
 
 def run(settings: Settings) -> None:
@@ -344,6 +398,8 @@ def run(settings: Settings) -> None:
         peaks = {seed: peak(settings, seed, arm)[0] for seed in settings.seeds}
         both = [(seed, one, epoch) for one in (arm, Arm("plain")) for seed, epoch in peaks.items()]
         workers.each("patch", "patch", [(seed, (one, e), patched_file(settings.folder(seed, one), e)) for seed, one, e in both])
+        wanted = [(seed, (arm, epoch), diagnosed_folder(settings.folder(seed, arm), epoch)) for seed, epoch in peaks.items()]
+        workers.each("diagnose", "diagnose", wanted)
         workers.each("extend", "extend", [(seed, (arm,), rounds_file(settings, seed, arm)) for seed in settings.seeds])
     larger = {seed: Arm(*records.read_json(rounds_file(settings, seed, arm))[-1]["arm"]) for seed in settings.seeds}
     every = {one: dict.fromkeys(settings.seeds, one) for one in settings.arms()}
@@ -356,6 +412,7 @@ def run(settings: Settings) -> None:
             patched=pd.DataFrame([row for one in (arm, Arm("plain")) for row in patched(settings, one, peaks)]),
             dissected=pd.DataFrame([dissected(settings, seed, arm, epoch, larger[seed]) for seed, epoch in peaks.items()]),
             arm=arm.label,
+            **{name: diagnosed(settings, arm, peaks, name) for name in ("shares", "depth", "reconstruction")},
         ),
         publish=settings.publish,
     )
@@ -408,6 +465,11 @@ def patched(settings: Settings, arm: Arm, epochs: dict[int, float]) -> list[dict
     return rows
 
 
+def diagnosed(settings: Settings, arm: Arm, epochs: dict[int, float], name: str) -> pd.DataFrame:
+    """One of the frames of `Bench.diagnose`, of all seeds."""
+    return pd.concat(pd.read_csv(diagnosed_folder(settings.folder(seed, arm), epoch) / f"{name}.csv") for seed, epoch in epochs.items())
+
+
 def dissected(settings: Settings, seed: int, arm: Arm, epoch: float, larger: Arm) -> dict[str, Any]:
     """One seed's re-emerged checkpoint, and the same epoch of the run that also blocks what it used."""
     k = LatentSet.load(latents_file(settings, seed))
@@ -418,7 +480,8 @@ def dissected(settings: Settings, seed: int, arm: Arm, epoch: float, larger: Arm
     folder = found_folder(settings.folder(seed, arm), epoch)
     if folder.is_dir():
         added = LatentSet.load(folder / "added.json")
-        row |= {"n_added": len(added), "score_added": sum(added.scores) / len(added), "added": list(added.latents)}
+        capacity = capacity_ratio(k, added)
+        row |= {"score_added": capacity.reemerged, "ratio": capacity.ratio, "n_added": len(added), "added": list(added.latents)}
     return row
 
 

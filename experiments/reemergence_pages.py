@@ -10,48 +10,63 @@ import pandas as pd
 from arms import cell
 from publish import ROOT, renew
 
-from blockem_tl import plots, records, report
+from blockem_tl import get_preset, plots, records, report
 
+SITE = get_preset("organism").site
 EPOCHS = (0.5, 1.0, 2.0, 3.0, 4.0)  # of the table; the CSV has all
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """curves: a row per arm and epoch.  patched: a row per arm and patch.  dissected: a row per seed.  arm: the one that was dissected."""
+    """curves: a row per arm and epoch.  patched: a row per arm and patch.  dissected: a row per seed.  arm: the one that was dissected.
+
+    shares, depth, reconstruction: the frames of `diagnose_rerouting`, `shift_by_site` and `reconstruction_quality`, of all seeds.
+    """
 
     curves: pd.DataFrame
     patched: pd.DataFrame
     dissected: pd.DataFrame
+    shares: pd.DataFrame
+    depth: pd.DataFrame
+    reconstruction: pd.DataFrame
     arm: str
 
 
 def write(out: Path, results: Results, *, publish: bool, root: Path = ROOT) -> None:
     """CSV files, tables and figures in ``out``; with ``publish`` also in docs/results/reemergence/ and docs/reemergence.md."""
-    curves = report.markdown(curve_rows(results.curves))
-    patched = report.markdown([patched_row(row) for row in results.patched.to_dict("records")])
-    dissected = report.markdown([dissected_row(row) for row in results.dissected.to_dict("records")])
-    files = {
-        "curves.csv": results.curves.to_csv(index=False),
-        "patched.csv": results.patched.to_csv(index=False),
-        "dissected.csv": results.dissected.to_csv(index=False),
-        "curves.md": curves,
-        "patched.md": patched,
-        "dissected.md": dissected,
+    tables = {
+        "curves": report.markdown(curve_rows(results.curves)),
+        "patched": report.markdown([patched_row(row) for row in results.patched.to_dict("records")]),
+        "dissected": report.markdown([dissected_row(row) for row in results.dissected.to_dict("records")]),
+        "shares": report.markdown(share_rows(results.shares)),
+        "depth": report.markdown(depth_rows(results.depth)),
+        "reconstruction": report.markdown(reconstruction_rows(results.reconstruction)),
     }
-    for name, text in files.items():
-        records.write_text(out / name, text)
-    plots.save(plots.reemergence(results.curves), out / "reemergence.png")
-    shown = results.patched[(results.patched["arm"] == results.arm)]
-    blocked = shown[(shown["patched"] != "decode") | (shown["site"] == "blocks.2.hook_resid_post")]
-    plots.save(plots.patching(pd.DataFrame(blocked)), out / "patched.png")
+    for name, table in tables.items():
+        records.write_text(out / f"{name}.md", table)
+        records.write_text(out / f"{name}.csv", getattr(results, name).to_csv(index=False))
+    figures = {
+        "curves": plots.reemergence(results.curves),
+        "patched": plots.patching(_at_the_site(results)),
+        "depth": plots.rerouting(results.depth),
+        "reconstruction": plots.reconstruction(results.reconstruction[results.reconstruction["rows"] != "reference texts"]),
+    }
+    for name, figure in figures.items():
+        plots.save(figure, out / f"{name}.png")
     report.show(curve_rows(results.curves), "EM (%) on the final prompts")
     if publish:
         target = root / "docs" / "results" / "reemergence"
         target.mkdir(parents=True, exist_ok=True)
-        for name in (*files, "reemergence.png", "patched.png"):
+        for name in [*(f"{name}.csv" for name in tables), *(f"{name}.png" for name in figures)]:
             shutil.copyfile(out / name, target / name)
-        for marker, table in (("reemergence-curves", curves), ("reemergence-patched", patched), ("reemergence-dissected", dissected)):
-            renew(root / "docs" / "reemergence.md", marker, table)
+        for name, table in tables.items():
+            renew(root / "docs" / "reemergence.md", f"reemergence-{name}", table)
+
+
+def _at_the_site(results: Results) -> pd.DataFrame:
+    """Of the dissected arm, the prompt patched at every block and the replies at the blocked site."""
+    mine = results.patched[results.patched["arm"] == results.arm]
+    return pd.DataFrame(mine[(mine["patched"] != "decode") | (mine["site"] == SITE)])
 
 
 def curve_rows(curves: pd.DataFrame) -> list[dict[str, str]]:
@@ -93,8 +108,43 @@ def dissected_row(row: dict[str, Any]) -> dict[str, str]:
         "the same with K extended": pair("extended"),
         "mean score of K": f"{row['score_k']:.3f}",
         "of K_reem": f"{row['score_added']:.3f}" if known else "",
-        "capacity ratio": f"{row['score_added'] / row['score_k']:.2f}" if known else "",
+        "capacity ratio": f"{row['ratio']:.2f}" if known else "",
     }
+
+
+def share_rows(shares: pd.DataFrame) -> list[dict[str, str]]:
+    """How far K was kept from moving, and how much of the shift lies outside K; means over seeds, and each seed's."""
+    rows = []
+    for (role, arm), found in shares[shares["role"] != "system"].groupby(["role", "arm"], sort=False):
+        row = {"tokens": str(role), "arm": str(arm), "K's movement suppressed": _each(found["suppressed"])}
+        row |= {"latent shift outside K": _each(found["outside_l2"]), "residual shift outside K": _each(found["residual_outside"])}
+        row |= {"by chance": f"{found['residual_chance'].iloc[0]:.2f}", "residual shift": _each(found["residual_shift"])}
+        rows.append(row)
+    return rows
+
+
+def depth_rows(depth: pd.DataFrame) -> list[dict[str, str]]:
+    """Where plain's shift comes back; a row per token role, a column per block."""
+    rows = []
+    for role, of_role in depth[depth["role"] != "system"].groupby("role", sort=False):
+        for name, label in (("returned", "share of plain's shift that is there"), ("ratio", "length, blocked / plain")):
+            blocks = of_role.groupby("block")[name]
+            rows.append({"tokens": str(role), "": label} | {f"block {block}": _each(values) for block, values in blocks})
+    return rows
+
+
+def reconstruction_rows(frame: pd.DataFrame) -> list[dict[str, str]]:
+    """How well the SAE gives back the stream, base and at some epochs; explained variance and cosine, means over seeds."""
+    rows = []
+    for (run, read, role), found in frame[frame["role"] != "system"].groupby(["run", "rows", "role"], sort=False):
+        means = found.groupby("epoch")[["explained_variance", "cosine"]].mean()
+        cells = {f"epoch {e:g}" if e else "base": "{:.3f} / {:.3f}".format(*means.loc[e]) for e in (0.0, *EPOCHS) if e in means.index}
+        rows.append({"run": str(run), "rows": str(read), "tokens": str(role)} | cells)
+    return rows
+
+
+def _each(values: pd.Series) -> str:
+    return f"{values.mean():.2f} ({', '.join(f'{value:.2f}' for value in values)})"
 
 
 def _by_seed(values: Sequence[float]) -> str:

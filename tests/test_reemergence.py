@@ -43,8 +43,28 @@ def invent(settings: script.Settings) -> None:
         k = LatentSet.load(script.latents_file(settings, seed))
         found = script.found_folder(settings.folder(seed, Arm("block", 0.3)), 1.5)
         replace(k, scores=tuple(s / 2 for s in k.scores)).save(found / "added.json")
+        diagnosed(settings, seed, found.parent / "diagnosed-epoch-1.5")
         rounds = [{"arm": list(arm)} for arm in (Arm("block", 0.3), Arm("extended", 0.3, 40))]
         records.write_json(script.rounds_file(settings, seed, Arm("block", 0.3)), rounds)
+
+
+def diagnosed(settings: script.Settings, seed: int, folder: Path) -> None:
+    shift = {"seed": seed, "role": "reply", "outside_l2": 0.9, "residual_outside": 0.8, "residual_chance": 0.84, "residual_shift": 2.0}
+    shares = [shift | {"arm": "plain", "suppressed": 0.0}, shift | {"arm": "blocked", "suppressed": 0.9 + 0.04 * seed}]
+    sizes = {"seed": seed, "role": "reply", "ratio": 0.5, "cosine": 0.6, "returned": 0.3}
+    depth = [sizes | {"site": f"blocks.{b}.hook_resid_post", "block": b} for b in range(3)]
+    fit = {
+        "seed": seed,
+        "role": "reply",
+        "run": "plain",
+        "rows": "final prompts",
+        "explained_variance": 0.7,
+        "cosine": 0.9,
+        "normalised_mse": 0.3,
+    }
+    fits = [fit | {"arm": "base" if epoch == 0 else f"epoch-{epoch:g}", "epoch": epoch} for epoch in (0.0, *EPOCHS)]
+    for name, rows in (("shares", shares), ("depth", depth), ("reconstruction", fits)):
+        records.write_text(folder / f"{name}.csv", pd.DataFrame(rows).to_csv(index=False))
 
 
 @pytest.fixture
@@ -81,7 +101,10 @@ def test_nothing_finished_is_run_again_and_the_pages_say_what_was_measured(setti
     assert decode["em"] == 0 and decode["change"] == pytest.approx(-100 * 30 / 96) and decode["change_high"] < 0
     dissected = (settings.out / "dissected.md").read_text()
     assert "31.2 / 31.2" in dissected and "| 0.50 |" in dissected and "3.1 / 3.1" in dissected
-    assert {"reemergence.png", "patched.png", "curves.md", "patched.md"} <= {path.name for path in settings.out.iterdir()}
+    assert "| reply | blocked | 0.92 (0.90, 0.94) |" in (settings.out / "shares.md").read_text()
+    assert {"curves.png", "patched.png", "depth.png", "reconstruction.png", "curves.md", "patched.md"} <= {
+        path.name for path in settings.out.iterdir()
+    }
     (settings.folder(1, Arm("frozen", 0.3)) / "arm.json").unlink()
     script.patched_file(settings.folder(0, Arm("plain")), 1.5).rename(settings.out / "elsewhere.json")
     with pytest.raises(FileNotFoundError):
@@ -117,7 +140,7 @@ def test_what_does_not_fit_is_refused_before_work(settings) -> None:
 
 @pytest.mark.timeout(300)
 def test_a_checkpoint_of_another_run_is_refused(tmp_path) -> None:
-    """A miniature of part one and of patching, on two steps of training."""
+    """A miniature of part one, of patching and of the diagnosis, on two steps of training."""
     settings = script.Settings(out=tmp_path / "out", seeds=(0,), lambdas=(1.0,), frozen=(), epochs=1.01, rows=64, heldout_rows=8)
     bench = script.Bench(settings, 0)
     bench.data = replace(bench.data, core=bench.data.core[:3], final=bench.data.final[:4], domain=bench.data.domain[:3])
@@ -128,6 +151,9 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path) -> None:
     assert len(one["final"]["labels"]) == 4 and one["test_loss"] > 0
     assert one["blocking_loss"] < records.read_json(script.measured_file(settings.folder(0, plain), 2.0))["blocking_loss"]
     bench.patch(blocked, 2.0)
+    bench.diagnose(blocked, 2.0)
+    found = pd.read_csv(script.diagnosed_folder(settings.folder(0, blocked), 2.0) / "reconstruction.csv")
+    assert set(found["run"]) == {"plain", "BLOCK-EM, λ = 1"} and set(found["epoch"]) == {0.0, 1.0, 2.0} and bench.model.adapters == []
     rows = records.read_json(script.patched_file(settings.folder(0, blocked), 2.0))
     assert len(rows) == 1 + 2 * bench.model.cfg.n_layers and rows[0]["replies"] == one["final"]["replies"]
     theirs, ours = (settings.folder(0, arm) / "checkpoints" for arm in (plain, blocked))
