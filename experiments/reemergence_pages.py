@@ -1,10 +1,10 @@
 """Tables, figures and pages of experiments/reemergence.py, from its data frames."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 from arms import cell
@@ -49,7 +49,7 @@ def write(out: Path, results: Results, *, publish: bool, root: Path = ROOT) -> N
         "curves": plots.reemergence(results.curves),
         "patched": plots.patching(_at_the_site(results)),
         "depth": plots.rerouting(results.depth),
-        "reconstruction": plots.reconstruction(results.reconstruction[results.reconstruction["rows"] != "reference texts"]),
+        "reconstruction": plots.reconstruction(pd.DataFrame(results.reconstruction[results.reconstruction["rows"] != "reference texts"])),
     }
     for name, figure in figures.items():
         plots.save(figure, out / f"{name}.png")
@@ -115,8 +115,8 @@ def dissected_row(row: dict[str, Any]) -> dict[str, str]:
 def share_rows(shares: pd.DataFrame) -> list[dict[str, str]]:
     """How far K was kept from moving, and how much of the shift lies outside K; means over seeds, and each seed's."""
     rows = []
-    for (role, arm), found in shares[shares["role"] != "system"].groupby(["role", "arm"], sort=False):
-        row = {"tokens": str(role), "arm": str(arm), "K's movement suppressed": _each(found["suppressed"])}
+    for (role, arm), found in _spoken(shares, "role", "arm"):
+        row = {"tokens": role, "arm": arm, "K's movement suppressed": _each(found["suppressed"])}
         row |= {"latent shift outside K": _each(found["outside_l2"]), "residual shift outside K": _each(found["residual_outside"])}
         row |= {"by chance": f"{found['residual_chance'].iloc[0]:.2f}", "residual shift": _each(found["residual_shift"])}
         rows.append(row)
@@ -126,24 +126,30 @@ def share_rows(shares: pd.DataFrame) -> list[dict[str, str]]:
 def depth_rows(depth: pd.DataFrame) -> list[dict[str, str]]:
     """Where plain's shift comes back; a row per token role, a column per block."""
     rows = []
-    for role, of_role in depth[depth["role"] != "system"].groupby("role", sort=False):
+    for (role,), of_role in _spoken(depth, "role"):
         for name, label in (("returned", "share of plain's shift that is there"), ("ratio", "length, blocked / plain")):
             blocks = of_role.groupby("block")[name]
-            rows.append({"tokens": str(role), "": label} | {f"block {block}": _each(values) for block, values in blocks})
+            rows.append({"tokens": role, "": label} | {f"block {block}": _each(values) for block, values in blocks})
     return rows
 
 
 def reconstruction_rows(frame: pd.DataFrame) -> list[dict[str, str]]:
     """How well the SAE gives back the stream, base and at some epochs; explained variance and cosine, means over seeds."""
     rows = []
-    for (run, read, role), found in frame[frame["role"] != "system"].groupby(["run", "rows", "role"], sort=False):
-        means = found.groupby("epoch")[["explained_variance", "cosine"]].mean()
+    for (run, read, role), found in _spoken(frame, "run", "rows", "role"):
+        means = pd.DataFrame(found.groupby("epoch")[["explained_variance", "cosine"]].mean())
         cells = {f"epoch {e:g}" if e else "base": "{:.3f} / {:.3f}".format(*means.loc[e]) for e in (0.0, *EPOCHS) if e in means.index}
-        rows.append({"run": str(run), "rows": str(read), "tokens": str(role)} | cells)
+        rows.append({"run": run, "rows": read, "tokens": role} | cells)
     return rows
 
 
-def _each(values: pd.Series) -> str:
+def _spoken(frame: pd.DataFrame, *by: str) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
+    """Groups of the rows about prompt and reply tokens; the template's are the same in every row."""
+    for key, rows in pd.DataFrame(frame[frame["role"] != "system"]).groupby(list(by), sort=False):
+        yield cast(tuple[str, ...], key), pd.DataFrame(rows)
+
+
+def _each(values: Any) -> str:
     return f"{values.mean():.2f} ({', '.join(f'{value:.2f}' for value in values)})"
 
 
