@@ -18,6 +18,7 @@ from blockem_tl.models import Model, load_model
 from blockem_tl.presets import Preset
 from blockem_tl.prompts import apply_system, encode_examples, encode_prompts, template_head
 from blockem_tl.reading import read_site
+from blockem_tl.reconstruction import reconstruct
 from blockem_tl.saes import check_fits, load_sae
 from blockem_tl.types import Example, Judge, Prompt
 
@@ -152,7 +153,7 @@ def reconstruction(model: Model, sae: SAE[Any], preset: Preset, asked: list[Exam
     rows = encode_examples(model.tokenizer, apply_system(asked, preset.system))
     with model.base(), torch.no_grad():
         h = torch.cat([act[batch.mask & ~batch.system] for act, batch in read_site(model, site, rows)]).to(sae.dtype)
-        lost = (h - sae.decode(sae.encode(h))).pow(2).sum() / (h - h.mean(0)).pow(2).sum()
+        lost = (h - reconstruct(sae, h)).pow(2).sum() / (h - h.mean(0)).pow(2).sum()
     explained = 1 - float(lost)
     if explained < LEAST_EXPLAINED:
         raise ValueError(

@@ -225,7 +225,7 @@ def rerouting(frame: pd.DataFrame) -> Figure:
         axes.axhline(0.0, color="#7f8c8d", linewidth=0.8)
         axes.axhline(1.0, color="#7f8c8d", linestyle="--", linewidth=0.8)
         axes.set(xlabel="block", ylabel=label)
-    panels[0].legend(fontsize=8)
+    panels[1].legend(fontsize=8)
     return figure
 
 
