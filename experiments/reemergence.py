@@ -90,8 +90,8 @@ class Settings:
 
     out: Path = Path("results/reemergence")
     seeds: tuple[int, ...] = (0, 1, 2)
-    lambdas: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)
-    frozen: tuple[float, ...] = (0.0, 0.3, 1.0)
+    lambdas: tuple[float, ...] = (0.001, 0.003, 0.03, 0.1, 0.3)
+    frozen: tuple[float, ...] = (0.0, 0.3)
     budget: int = 40
     epochs: float = 4.0
     learning_rate: float = 5e-4
