@@ -90,7 +90,7 @@ class Settings:
 
     out: Path = Path("results/reemergence")
     seeds: tuple[int, ...] = (0, 1, 2)
-    lambdas: tuple[float, ...] = (0.001, 0.003, 0.03, 0.1, 0.3)
+    lambdas: tuple[float, ...] = (0.0003, 0.003, 0.03, 0.1, 0.3)
     frozen: tuple[float, ...] = (0.0, 0.3)
     budget: int = 40
     epochs: float = 4.0
