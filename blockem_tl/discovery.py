@@ -16,12 +16,12 @@ from blockem_tl.generation import TransformerLensEngine
 from blockem_tl.judging import VerdictStore, remembered
 from blockem_tl.latents import LatentSet
 from blockem_tl.models import Model
-from blockem_tl.outcomes import EngineSpeaker, Speaker, both_arms, collect
+from blockem_tl.outcomes import Arms, EngineSpeaker, Speaker, both_arms, collect
 from blockem_tl.prompts import check_prompts, encode_examples, encode_prompts
 from blockem_tl.replies import RememberedSpeaker, ReplyStore, identity_of, write_manifest
 from blockem_tl.saes import check_fits, check_latents, fingerprint
 from blockem_tl.screening import Screened, Shortlisting, screen, shortlist
-from blockem_tl.types import Example, Generation, Judge, Prompt
+from blockem_tl.types import Candidate, Example, Generation, Judge, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +173,47 @@ def _remembering(folder: Path, base: EngineSpeaker, tuned: EngineSpeaker, judge:
     return kept[0], kept[1], remembered(judge, verdicts)
 
 
+def stage_two(
+    arms: Arms, sae: SAE[Any], pool: Sequence[Candidate], config: DiscoveryConfig, *, scale: float, progress: bool = True
+) -> list[Screened]:
+    """:func:`blockem_tl.screening.screen` of the candidates as ``config`` says."""
+    return screen(
+        arms,
+        sae,
+        pool,
+        scale=scale,
+        induce_dose=config.induce_dose,
+        repair_dose=config.repair_dose,
+        shortlisting=Shortlisting(keep=config.keep, rank_by=config.rank_by),
+        full_grid=config.full_grid,
+        progress=progress,
+    )
+
+
+def stage_three(
+    arms: Arms, sae: SAE[Any], screened: Sequence[Screened], config: DiscoveryConfig, *, scale: float, progress: bool = True
+) -> list[Calibrated]:
+    """:func:`blockem_tl.calibration.calibrate` of the shortlist as ``config`` says."""
+    return calibrate(
+        arms,
+        sae,
+        shortlist(screened, keep=config.keep, rank_by=config.rank_by),
+        scale=scale,
+        grid=config.grid,
+        extended_grid=config.extended_grid,
+        promising=config.promising,
+        budget=config.budget,
+        selection=Selection(n=config.n_latents, rule=config.rule, valid_only=config.valid_only),
+        full_grid=config.full_grid,
+        progress=progress,
+    )
+
+
+def chosen_by(config: DiscoveryConfig, calibrated: Sequence[Calibrated]) -> list[Calibrated]:
+    """K: :func:`blockem_tl.calibration.select` as ``config`` says."""
+    return select(calibrated, n=config.n_latents, rule=config.rule, valid_only=config.valid_only)
+
+
 def discover(
     model: Model,
     sae: SAE[Any],
@@ -224,31 +265,11 @@ def discover(
     shift = shifts(model, sae, rows)
     shift[list(exclude)] = 0.0
     arms = both_arms(base, tuned, judge, prompts)
-    screened = screen(
-        arms,
-        sae,
-        candidate_pool(shift, n_plus=config.n_plus, n_minus=config.n_minus),
-        scale=scale,
-        induce_dose=config.induce_dose,
-        repair_dose=config.repair_dose,
-        shortlisting=Shortlisting(keep=config.keep, rank_by=config.rank_by),
-        full_grid=config.full_grid,
-        progress=progress,
+    screened = stage_two(
+        arms, sae, candidate_pool(shift, n_plus=config.n_plus, n_minus=config.n_minus), config, scale=scale, progress=progress
     )
-    calibrated = calibrate(
-        arms,
-        sae,
-        shortlist(screened, keep=config.keep, rank_by=config.rank_by),
-        scale=scale,
-        grid=config.grid,
-        extended_grid=config.extended_grid,
-        promising=config.promising,
-        budget=config.budget,
-        selection=Selection(n=config.n_latents, rule=config.rule, valid_only=config.valid_only),
-        full_grid=config.full_grid,
-        progress=progress,
-    )
-    chosen = select(calibrated, n=config.n_latents, rule=config.rule, valid_only=config.valid_only)
+    calibrated = stage_three(arms, sae, screened, config, scale=scale, progress=progress)
+    chosen = chosen_by(config, calibrated)
     latent_set = LatentSet.of(
         sae,
         [c.candidate for c in chosen],

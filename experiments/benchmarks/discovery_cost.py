@@ -35,14 +35,12 @@ from blockem_tl import (
     organism,
     records,
 )
-from blockem_tl.calibration import Selection, calibrate, select
 from blockem_tl.conditions import UNSTEERED, Condition
 from blockem_tl.diffing import candidate_pool, shifts
-from blockem_tl.discovery import DiscoveryConfig
+from blockem_tl.discovery import DiscoveryConfig, chosen_by, stage_three, stage_two
 from blockem_tl.generation import TransformerLensEngine
 from blockem_tl.outcomes import EngineSpeaker, both_arms
 from blockem_tl.prompts import encode_examples
-from blockem_tl.screening import Shortlisting, screen, shortlist
 from blockem_tl.types import Candidate, Generation
 
 
@@ -100,43 +98,20 @@ class Meter:
 
 
 def stages(
-    meter: Meter, sae: SAE[Any], pool: Sequence[Candidate], config: DiscoveryConfig, scale: float, *, full_grid: bool, progress: bool
+    meter: Meter, sae: SAE[Any], pool: Sequence[Candidate], config: DiscoveryConfig, scale: float, *, progress: bool
 ) -> tuple[LatentSet, list[tuple[str | None, str]]]:
     """Stages 2 and 3 as `discover` runs them; the latent set, and the conditions of the method's grid (complete under full_grid)."""
     prompts = organism.prompts("core")
     with meter.during(2):
         arms = both_arms(meter.speaker(None, config.max_new_tokens), meter.speaker("default", config.max_new_tokens), meter, prompts)
-        shortlisting = Shortlisting(keep=config.keep, rank_by=config.rank_by)
-        screened = screen(
-            arms,
-            sae,
-            pool,
-            scale=scale,
-            induce_dose=config.induce_dose,
-            repair_dose=config.repair_dose,
-            shortlisting=shortlisting,
-            full_grid=full_grid,
-            progress=progress,
-        )
+        screened = stage_two(arms, sae, pool, config, scale=scale, progress=progress)
     conditions = list(meter.by_condition)
     with meter.during(3):
-        calibrated = calibrate(
-            arms,
-            sae,
-            shortlist(screened, keep=config.keep, rank_by=config.rank_by),
-            scale=scale,
-            grid=config.grid,
-            extended_grid=config.extended_grid,
-            promising=config.promising,
-            budget=config.budget,
-            selection=Selection(n=config.n_latents, rule=config.rule, valid_only=config.valid_only),
-            full_grid=full_grid,
-            progress=progress,
-        )
+        calibrated = stage_three(arms, sae, screened, config, scale=scale, progress=progress)
     conditions += [(None, UNSTEERED.name), ("default", UNSTEERED.name)]
     for c in calibrated:
         conditions += [(None if s.arm == "induce" else "default", f"latent {c.candidate.latent} at {s.dose:+g}") for s in c.seen]
-    chosen = select(calibrated, n=config.n_latents, rule=config.rule, valid_only=config.valid_only)
+    chosen = chosen_by(config, calibrated)
     return LatentSet.of(sae, [c.candidate for c in chosen], [c.score(config.rule) for c in chosen], prompts=prompts), conditions
 
 
@@ -154,8 +129,8 @@ def measure(settings: Settings, seed: int) -> dict[str, Any]:
     said = meter_replies(model, config)
     pool = candidate_pool(shifts(model, sae, encode_examples(model.tokenizer, said)), n_plus=config.n_plus, n_minus=config.n_minus)
     early, full = Meter(model), Meter(model)
-    found, _ = stages(early, sae, pool, config, scale, full_grid=False, progress=settings.progress)
-    truth, conditions = stages(full, sae, pool, config, scale, full_grid=True, progress=settings.progress)
+    found, _ = stages(early, sae, pool, config, scale, progress=settings.progress)
+    truth, conditions = stages(full, sae, pool, replace(config, full_grid=True), scale, progress=settings.progress)
     n, published = len(organism.prompts("core")), Path(__file__).parents[2] / "latents" / f"organism-finance-seed{seed}.json"
     grid_tokens, grid_replies = sum(full.by_condition[c] for c in conditions), n * len(conditions)
     return {
