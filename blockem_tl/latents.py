@@ -81,9 +81,9 @@ class LatentSet:
         )
 
     def check_sae(self, sae: SAE[Any]) -> None:
-        """Raise ValueError unless ``sae`` is the very SAE that this set was made with."""
+        """Raise ValueError unless ``sae`` is the very SAE, at the very site, that this set was made with."""
         found = fingerprint(sae)
-        if found != self.sae_fingerprint:
+        if found != self.sae_fingerprint or site_of(sae) != self.site:
             raise ValueError(
                 f"this latent set was made with another SAE (at {self.site}, fingerprint {self.sae_fingerprint[:12]}), got one at "
                 f"{site_of(sae)} with fingerprint {found[:12]}: load that SAE, or run discovery with this one"

@@ -57,7 +57,6 @@ def reconstruction_quality(
             that is no checkpoint, or checkpoints of different runs (naming what differs). All before any work.
     """
     site = check_fits(sae, model)
-    _check_folded(sae)
     for arm in arms:
         check_adapter(model, arm)
     saved = trajectory(checkpoints) if isinstance(checkpoints, (str, Path)) or checkpoints else []
@@ -129,12 +128,3 @@ class _Sums:
             "explained_variance": 1 - normalised,
             "cosine": self.cosines / self.n,
         }
-
-
-def _check_folded(sae: SAE[Any]) -> None:
-    kind = sae.cfg.normalize_activations
-    if kind in ("expected_average_only_in", "covariance_whitening"):
-        raise ValueError(
-            f"this SAE was trained on inputs scaled by {kind!r}, and the scaling is not in its weights, so it would reconstruct in other "
-            "units: fold it in first (sae.fold_activation_norm_scaling_factor or sae.fold_activation_whitening)"
-        )

@@ -84,13 +84,18 @@ def neuronpedia_link(place: str | None, latent: int) -> str | None:
 
 
 def check_fits(sae: SAE[Any], model: HasHookPoints) -> str:
-    """The SAE's site, after checking that the model has it and that the widths agree. Raises ValueError where they do not."""
+    """The SAE's site, after checking that the model has it and that widths and units agree. Raises ValueError where they do not."""
     site = site_of(sae)
     resolve(model.hook_dict, site)
     width = getattr(getattr(model, "cfg", None), "d_model", sae.cfg.d_in)
     if sae.cfg.d_in != width and _RESIDUAL.match(site):
         raise ValueError(
             f"the SAE reads {sae.cfg.d_in} dimensions at {site}, the model's residual stream has {width}: wrong SAE for this model"
+        )
+    if (kind := sae.cfg.normalize_activations) in ("expected_average_only_in", "covariance_whitening"):
+        raise ValueError(
+            f"this SAE was trained on inputs scaled by {kind!r}, and the scaling is not in its weights, so it would read and reconstruct "
+            "in other units: fold it in first (sae.fold_activation_norm_scaling_factor or sae.fold_activation_whitening)"
         )
     return site
 

@@ -42,6 +42,10 @@ def test_round_trip_through_readable_json(latent_set, sae, tmp_path) -> None:
 def test_a_set_for_another_sae_is_refused(latent_set, tmp_path) -> None:
     with pytest.raises(ValueError, match="made with another SAE.*run discovery with this one"):
         LatentSet.load(latent_set.save(tmp_path / "k.json"), make_sae(seed=1))
+    moved = make_sae()
+    moved.cfg.metadata.hook_name = "blocks.0.hook_resid_post"
+    with pytest.raises(ValueError, match="got one at blocks.0.hook_resid_post"):
+        latent_set.check_sae(moved)
 
 
 @pytest.mark.parametrize(

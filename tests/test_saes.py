@@ -114,5 +114,8 @@ def test_saes_that_do_not_fit_are_refused(tiny) -> None:
         check_fits(sae, tiny)
     sae.cfg.metadata.hook_name = "blocks.1.mlp.hook_post"  # another width is right where the site is not the residual stream
     assert check_fits(sae, tiny) == "blocks.1.mlp.hook_post"
+    sae.cfg.normalize_activations = "expected_average_only_in"
+    with pytest.raises(ValueError, match="fold it in first"):
+        check_fits(sae, tiny)
     with pytest.raises(ValueError, match="got \\[-1\\]"):
         check_latents(sae, [0, -1])
