@@ -410,6 +410,7 @@ def run(settings: Settings) -> None:
         pages.Results(
             curves=pd.DataFrame([row for one, by_seed in every.items() for row in curve(settings, one, by_seed)]),
             patched=pd.DataFrame([row for one in (arm, Arm("plain")) for row in patched(settings, one, peaks)]),
+            extended=pd.DataFrame(extended(settings, arm, larger, peaks)),
             dissected=pd.DataFrame([dissected(settings, seed, arm, epoch, larger[seed]) for seed, epoch in peaks.items()]),
             arm=arm.label,
             **{name: diagnosed(settings, arm, peaks, name) for name in ("shares", "depth", "reconstruction")},
@@ -470,11 +471,33 @@ def diagnosed(settings: Settings, arm: Arm, epochs: dict[int, float], name: str)
     return pd.concat(pd.read_csv(diagnosed_folder(settings.folder(seed, arm), epoch) / f"{name}.csv") for seed, epoch in epochs.items())
 
 
+def extended(settings: Settings, arm: Arm, larger: dict[int, Arm], epochs: dict[int, float]) -> list[dict[str, Any]]:
+    """EM with K and with K extended at the re-emerged checkpoints' epochs and at the last, and the difference, prompt by prompt.
+
+    A seed in which nothing came back, and so nothing was extended, counts with its one run on both sides.
+    """
+    rows = []
+    for label, at in (("re-emerged checkpoint", epochs), ("last", dict.fromkeys(epochs, settings.epochs))):
+        sides = [
+            [reported(next(one for one in measured(settings, seed, arms[seed]) if one["epoch"] == epoch)) for seed, epoch in at.items()]
+            for arms in (dict.fromkeys(epochs, arm), larger)
+        ]
+        row: dict[str, Any] = {"epoch": label, "seeds": len(epochs), "seeds_extended": sum(one != arm for one in larger.values())}
+        for name, found in zip(("k", "extended"), sides, strict=True):
+            for rate in ("em", "incoherence"):
+                row |= percent(f"{name}_{rate}", clustered_rate([one[rate] for one in found]))
+            row[f"{name}_loss"] = sum(one["sft_loss"] for one in found) / len(found)
+        before, after = ([one["em"] for one in found] for found in sides)
+        rows.append(row | percent("difference", paired_difference(before, after)))
+    return rows
+
+
 def dissected(settings: Settings, seed: int, arm: Arm, epoch: float, larger: Arm) -> dict[str, Any]:
     """One seed's re-emerged checkpoint, and the same epoch of the run that also blocks what it used."""
     k = LatentSet.load(latents_file(settings, seed))
     row: dict[str, Any] = {"seed": seed, "arm": arm.label, "epoch": epoch, "score_k": sum(k.scores) / len(k)}
-    for name, one, at in (("before", arm, 1.0), ("reemerged", arm, epoch), ("extended", larger, epoch)):
+    found_more = [("extended", larger, epoch)] if larger != arm else []
+    for name, one, at in [("before", arm, 1.0), ("reemerged", arm, epoch), *found_more]:
         found = reported(next(found for found in measured(settings, seed, one) if found["epoch"] == at))
         row |= {f"{name}_core_em": found["core_em"], f"{name}_em": 100 * sum(found["em"]) / len(found["em"])}
     folder = found_folder(settings.folder(seed, arm), epoch)

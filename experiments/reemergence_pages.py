@@ -1,5 +1,6 @@
 """Tables, figures and pages of experiments/reemergence.py, from its data frames."""
 
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,13 +19,15 @@ EPOCHS = (0.5, 1.0, 2.0, 3.0, 4.0)  # of the table; the CSV has all
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """curves: a row per arm and epoch.  patched: a row per arm and patch.  dissected: a row per seed.  arm: the one that was dissected.
+    """curves: a row per arm and epoch.  patched: a row per arm and patch.  extended: a row per epoch compared.
+    dissected: a row per seed.  arm: the one that was dissected.
 
     shares, depth, reconstruction: the frames of `diagnose_rerouting`, `shift_by_site` and `reconstruction_quality`, of all seeds.
     """
 
     curves: pd.DataFrame
     patched: pd.DataFrame
+    extended: pd.DataFrame
     dissected: pd.DataFrame
     shares: pd.DataFrame
     depth: pd.DataFrame
@@ -37,6 +40,7 @@ def write(out: Path, results: Results, *, publish: bool, root: Path = ROOT) -> N
     tables = {
         "curves": report.markdown(curve_rows(results.curves)),
         "patched": report.markdown([patched_row(row) for row in results.patched.to_dict("records")]),
+        "extended": report.markdown([extended_row(row) for row in results.extended.to_dict("records")]),
         "dissected": report.markdown([dissected_row(row) for row in results.dissected.to_dict("records")]),
         "shares": report.markdown(share_rows(results.shares)),
         "depth": report.markdown(depth_rows(results.depth)),
@@ -93,19 +97,30 @@ def patched_row(row: dict[str, Any]) -> dict[str, str]:
     return place | {"EM %": cell(row, "em"), "change, points": cell(row, "change"), "incoherence %": cell(row, "incoherence")}
 
 
+def extended_row(row: dict[str, Any]) -> dict[str, str]:
+    """K against K extended at one epoch."""
+    cells = {"epoch": row["epoch"], "EM %, K": cell(row, "k_em"), "EM %, K extended": cell(row, "extended_em")}
+    cells |= {"difference, points": cell(row, "difference")}
+    cells |= {"incoherence %, K": cell(row, "k_incoherence"), "incoherence %, K extended": cell(row, "extended_incoherence")}
+    return cells | {
+        "SFT loss": f"{row['k_loss']:.4f}, {row['extended_loss']:.4f}",
+        "seeds extended": f"{row['seeds_extended']} of {row['seeds']}",
+    }
+
+
 def dissected_row(row: dict[str, Any]) -> dict[str, str]:
     """One seed."""
 
     def pair(name: str) -> str:
         return f"{row[f'{name}_core_em']:.1f} / {row[f'{name}_em']:.1f}"
 
-    known = "score_added" in row and row["score_added"] == row["score_added"]  # NaN where another seed has one
+    known = "score_added" in row and not math.isnan(row["score_added"])  # NaN where another seed has one
     return {
         "seed": str(row["seed"]),
         "checkpoint": f"{row['arm']}, epoch {row['epoch']:g}",
         "core / final EM % at epoch 1": pair("before"),
         "at that epoch": pair("reemerged"),
-        "the same with K extended": pair("extended"),
+        "the same with K extended": pair("extended") if known else "",
         "mean score of K": f"{row['score_k']:.3f}",
         "of K_reem": f"{row['score_added']:.3f}" if known else "",
         "capacity ratio": f"{row['ratio']:.2f}" if known else "",

@@ -101,6 +101,8 @@ def test_nothing_finished_is_run_again_and_the_pages_say_what_was_measured(setti
     assert decode["em"] == 0 and decode["change"] == pytest.approx(-100 * 30 / 96) and decode["change_high"] < 0
     dissected = (settings.out / "dissected.md").read_text()
     assert "31.2 / 31.2" in dissected and "| 0.50 |" in dissected and "3.1 / 3.1" in dissected
+    last = pd.read_csv(settings.out / "extended.csv").set_index("epoch").loc["last"]
+    assert last["difference"] == pytest.approx(100 * (2 - 29) / 96) and last["difference_high"] < 0 and last["seeds_extended"] == 2
     assert "| reply | blocked | 0.92 (0.90, 0.94) |" in (settings.out / "shares.md").read_text()
     assert {"curves.png", "patched.png", "depth.png", "reconstruction.png", "curves.md", "patched.md"} <= {
         path.name for path in settings.out.iterdir()
