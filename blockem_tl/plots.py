@@ -115,19 +115,19 @@ def watched(runs: pd.DataFrame, *, threshold: float) -> Figure:
 def reemergence(curves: pd.DataFrame) -> Figure:
     """Prolonged training: EM over epochs of blocked arms, and of frozen and extended arms beside those of their weight; both losses.
 
-    curves: one row per arm and epoch: kind ("plain", "block", "frozen" or "extended"), weight, label, epoch, em with em_low and em_high
-    in per cent, sft_loss, blocking_loss.
+    curves: one row per arm and epoch: kind ("plain", "block" or "frozen"), weight, n_latents (0 where K is not extended), label, epoch, em
+    with em_low and em_high in per cent, sft_loss, blocking_loss.
     """
     figure = Figure(figsize=(13, 9), layout="constrained")
     (left, right), (losses, penalties) = figure.subplots(2, 2, sharex=True)
-    compared = set(curves[curves["kind"].isin(["frozen", "extended"])]["weight"])
+    compared = set(curves[(curves["kind"] == "frozen") | (curves["n_latents"] > 0)]["weight"])
     for i, (label, arm) in enumerate(curves.groupby("label", sort=False)):
         kind, rows = arm["kind"].iloc[0], arm.sort_values("epoch")
-        beside = kind != "block" or arm["weight"].iloc[0] in compared
+        ordinary, beside = kind in ("plain", "block") and not arm["n_latents"].iloc[0], kind == "plain" or arm["weight"].iloc[0] in compared
         look: dict[str, str] = {"label": str(label), "color": f"C{i % 10}", "marker": "o*^sDPXvp<>"[i % 11]}
-        look["linestyle"] = "-" if kind in ("plain", "block") else "--"
+        look["linestyle"] = "-" if ordinary else "--"
         errors = [(rows["em"] - rows["em_low"]).clip(lower=0), (rows["em_high"] - rows["em"]).clip(lower=0)]
-        for axes in [left] * (kind in ("plain", "block")) + [right] * beside:
+        for axes in [left] * ordinary + [right] * beside:
             axes.errorbar(rows["epoch"], rows["em"], yerr=errors, capsize=2, elinewidth=0.6, **look)
         losses.plot(rows["epoch"], rows["sft_loss"], **look)
         penalties.plot(rows["epoch"], rows["blocking_loss"], **look)

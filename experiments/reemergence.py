@@ -54,9 +54,9 @@ ROOT = Path(__file__).parent.parent
 
 
 class Arm(NamedTuple):
-    """One way to train. kind: plain, block, frozen (LoRA up to the blocked site only), or extended: K with what a re-emerged model used.
+    """One way to train. kind: plain, block, or frozen (LoRA up to the blocked site only).
 
-    n_latents: how many an extended arm blocks.
+    n_latents: where K is extended by what a re-emerged model used, how many latents are blocked; 0: K alone.
     """
 
     kind: str
@@ -67,8 +67,8 @@ class Arm(NamedTuple):
     def label(self) -> str:
         """For tables and figures."""
         dial = f", λ = {self.weight:g}" if self.weight else ""
-        names = {"plain": "plain", "block": "BLOCK-EM", "frozen": "frozen downstream", "extended": f"K extended to {self.n_latents}"}
-        return names[self.kind] + dial
+        extended = f", K extended to {self.n_latents}" if self.n_latents else ""
+        return {"plain": "plain", "block": "BLOCK-EM", "frozen": "frozen downstream"}[self.kind] + dial + extended
 
     @property
     def folder(self) -> str:
@@ -271,7 +271,7 @@ class Bench(Lab):
         """The arm that blocks these latents, trained; the first round's is there already."""
         if latents == self.latents:
             return arm
-        larger = Arm("extended", arm.weight, len(latents))
+        larger = Arm(arm.kind, arm.weight, len(latents))
         if not (self.folder(larger) / "arm.json").is_file():
             latents.save(self.folder(larger) / "latents.json")
             self.make(larger)
@@ -326,7 +326,7 @@ def diagnosed_folder(folder: Path, epoch: float) -> Path:
 
 def rounds_file(settings: Settings, seed: int, arm: Arm) -> Path:
     """Where the rounds of extending K are kept."""
-    return settings.out / f"seed{seed}" / f"rounds-{arm.weight:g}.json"
+    return settings.out / f"seed{seed}" / f"rounds-{arm.folder}-budget-{settings.budget}.json"
 
 
 # ---------------------------------------------------------------------------------------------- which checkpoint is dissected
@@ -350,11 +350,12 @@ def peak(settings: Settings, seed: int, arm: Arm) -> tuple[float, float]:
     return max(later.items(), key=lambda item: (item[1], -item[0]))
 
 
-def reemerged(settings: Settings) -> Arm:
-    """The blocked arm in which misalignment came back most, by the core prompts alone; the rule was fixed before any number was seen.
+def reemerged(settings: Settings, kind: str) -> Arm:
+    """The blocked arm of one kind in which misalignment came back most, by the core prompts alone.
 
-    Of the arms that blocked at first (at most half of plain's EM at epoch 1; all arms where none did) the one whose EM rose most from
-    epoch 1 to its worst later checkpoint, on average over seeds. The smaller lambda wins a tie. The checkpoint is each seed's `peak`.
+    The rule was fixed before any number was seen: of the arms that blocked at first (at most half of plain's EM at epoch 1; all arms
+    where none did) the one whose EM rose most from epoch 1 to its worst later checkpoint, on average over seeds. The smaller lambda wins
+    a tie. The checkpoint is each seed's `peak`.
     """
 
     def at_first(arm: Arm) -> float:
@@ -363,7 +364,7 @@ def reemerged(settings: Settings) -> Arm:
     def rise(arm: Arm) -> float:
         return sum(peak(settings, seed, arm)[1] for seed in settings.seeds) - at_first(arm)
 
-    blocked = [Arm("block", weight) for weight in settings.lambdas]
+    blocked = [arm for arm in settings.arms() if arm.kind == kind and arm.weight]
     held = [arm for arm in blocked if at_first(arm) <= at_first(Arm("plain")) / 2] or blocked
     return max(held, key=lambda arm: (rise(arm), -arm.weight))
 
@@ -394,32 +395,35 @@ def run(settings: Settings) -> None:
         workers.make("train", [(seed, arm) for arm in settings.arms() for seed in settings.seeds])
         if settings.train_only:
             return
-        arm = reemerged(settings)
-        peaks = {seed: peak(settings, seed, arm)[0] for seed in settings.seeds}
-        both = [(seed, one, epoch) for one in (arm, Arm("plain")) for seed, epoch in peaks.items()]
-        workers.each("patch", "patch", [(seed, (one, e), patched_file(settings.folder(seed, one), e)) for seed, one, e in both])
-        wanted = [(seed, (arm, epoch), diagnosed_folder(settings.folder(seed, arm), epoch)) for seed, epoch in peaks.items()]
-        workers.each("diagnose", "diagnose", wanted)
-        workers.each("extend", "extend", [(seed, (arm,), rounds_file(settings, seed, arm)) for seed in settings.seeds])
-    larger = {seed: Arm(*records.read_json(rounds_file(settings, seed, arm))[-1]["arm"]) for seed in settings.seeds}
-    every = {one: dict.fromkeys(settings.seeds, one) for one in settings.arms()}
-    if any(one != arm for one in larger.values()):
-        every[Arm("extended", arm.weight, max(one.n_latents for one in larger.values()))] = larger
-    pages.write(
-        settings.out,
-        pages.Results(
-            curves=pd.DataFrame([row for one, by_seed in every.items() for row in curve(settings, one, by_seed)]),
-            patched=pd.DataFrame([row for one in (arm, Arm("plain")) for row in patched(settings, one, peaks)]),
-            extended=pd.DataFrame(extended(settings, arm, larger, peaks)),
-            dissected=pd.DataFrame([dissected(settings, seed, arm, epoch, larger[seed]) for seed, epoch in peaks.items()]),
-            arm=arm.label,
-            **{name: diagnosed(settings, arm, peaks, name) for name in ("shares", "depth", "reconstruction")},
-        ),
-        publish=settings.publish,
-    )
+        kinds = ["block", *(["frozen"] if any(settings.frozen) else [])]
+        peaks = {arm: {seed: peak(settings, seed, arm)[0] for seed in settings.seeds} for arm in (reemerged(settings, k) for k in kinds)}
+        chosen = [(seed, arm, epoch) for arm, epochs in peaks.items() for seed, epoch in epochs.items()]
+        beside = [(seed, Arm("plain"), epoch) for seed, epoch in next(iter(peaks.values())).items()]
+        for title, where, wanted in (("patch", patched_file, [*chosen, *beside]), ("diagnose", diagnosed_folder, chosen)):
+            workers.each(title, title, [(seed, (one, e), where(settings.folder(seed, one), e)) for seed, one, e in wanted])
+        workers.each("extend", "extend", [(seed, (arm,), rounds_file(settings, seed, arm)) for arm in peaks for seed in settings.seeds])
+    pages.write(settings.out, results(settings, peaks), publish=settings.publish)
 
 
 # ---------------------------------------------------------------------------------------------- what it says
+
+
+def results(settings: Settings, peaks: dict[Arm, dict[int, float]]) -> pages.Results:
+    """All numbers. peaks: the dissected arms, the first of them with LoRA on all blocks, and of each the seeds' epochs."""
+    first = next(iter(peaks))
+    larger = {arm: {s: Arm(*records.read_json(rounds_file(settings, s, arm))[-1]["arm"]) for s in settings.seeds} for arm in peaks}
+    every = {arm: dict.fromkeys(settings.seeds, arm) for arm in settings.arms()}
+    every |= {max(arms.values(), key=lambda one: one.n_latents): arms for arms in larger.values()}
+    shown = [*peaks.items(), (Arm("plain"), peaks[first])]
+    return pages.Results(
+        curves=pd.DataFrame([row for arm, by_seed in every.items() for row in curve(settings, arm, by_seed)]),
+        patched=pd.DataFrame([row for arm, epochs in shown for row in patched(settings, arm, epochs)]),
+        extended=pd.DataFrame([row for arm, epochs in peaks.items() for row in extended(settings, arm, larger[arm], epochs)]),
+        dissected=pd.DataFrame(
+            [dissected(settings, s, arm, e, larger[arm][s]) for arm, epochs in peaks.items() for s, e in epochs.items()]
+        ),
+        **{name: diagnosed(settings, peaks, name) for name in ("shares", "depth", "reconstruction")},
+    )
 
 
 def curve(settings: Settings, name: Arm, arms: dict[int, Arm]) -> list[dict[str, Any]]:
@@ -428,7 +432,14 @@ def curve(settings: Settings, name: Arm, arms: dict[int, Arm]) -> list[dict[str,
     rows = []
     for epoch in sorted(set.intersection(*map(set, by_seed))):
         found = [of_seed[epoch] for of_seed in by_seed]
-        row: dict[str, Any] = {"kind": name.kind, "weight": name.weight, "label": name.label, "epoch": epoch, "seeds": len(found)}
+        row: dict[str, Any] = {
+            "kind": name.kind,
+            "weight": name.weight,
+            "n_latents": name.n_latents,
+            "label": name.label,
+            "epoch": epoch,
+            "seeds": len(found),
+        }
         for rate in ("em", "incoherence", "adherence"):
             estimate = clustered_rate([one[rate] for one in found])
             row |= percent(rate, estimate) | {"n": estimate.n}
@@ -466,9 +477,10 @@ def patched(settings: Settings, arm: Arm, epochs: dict[int, float]) -> list[dict
     return rows
 
 
-def diagnosed(settings: Settings, arm: Arm, epochs: dict[int, float], name: str) -> pd.DataFrame:
-    """One of the frames of `Bench.diagnose`, of all seeds."""
-    return pd.concat(pd.read_csv(diagnosed_folder(settings.folder(seed, arm), epoch) / f"{name}.csv") for seed, epoch in epochs.items())
+def diagnosed(settings: Settings, peaks: dict[Arm, dict[int, float]], name: str) -> pd.DataFrame:
+    """One of the frames of `Bench.diagnose`, of all dissected arms (column "of") and seeds."""
+    files = {(arm, seed): diagnosed_folder(settings.folder(seed, arm), e) for arm, epochs in peaks.items() for seed, e in epochs.items()}
+    return pd.concat(pd.read_csv(folder / f"{name}.csv").assign(of=arm.label) for (arm, _), folder in files.items())
 
 
 def extended(settings: Settings, arm: Arm, larger: dict[int, Arm], epochs: dict[int, float]) -> list[dict[str, Any]]:
@@ -482,7 +494,12 @@ def extended(settings: Settings, arm: Arm, larger: dict[int, Arm], epochs: dict[
             [reported(next(one for one in measured(settings, seed, arms[seed]) if one["epoch"] == epoch)) for seed, epoch in at.items()]
             for arms in (dict.fromkeys(epochs, arm), larger)
         ]
-        row: dict[str, Any] = {"epoch": label, "seeds": len(epochs), "seeds_extended": sum(one != arm for one in larger.values())}
+        row: dict[str, Any] = {
+            "arm": arm.label,
+            "epoch": label,
+            "seeds": len(epochs),
+            "seeds_extended": sum(one != arm for one in larger.values()),
+        }
         for name, found in zip(("k", "extended"), sides, strict=True):
             for rate in ("em", "incoherence"):
                 row |= percent(f"{name}_{rate}", clustered_rate([one[rate] for one in found]))

@@ -20,9 +20,8 @@ EPOCHS = (0.5, 1.0, 2.0, 3.0, 4.0)  # of the table; the CSV has all
 @dataclass(frozen=True, kw_only=True)
 class Results:
     """curves: a row per arm and epoch.  patched: a row per arm and patch.  extended: a row per epoch compared.
-    dissected: a row per seed.  arm: the one that was dissected.
-
-    shares, depth, reconstruction: the frames of `diagnose_rerouting`, `shift_by_site` and `reconstruction_quality`, of all seeds.
+    dissected: a row per dissected arm and seed.  shares, depth, reconstruction: the frames of `diagnose_rerouting`, `shift_by_site`
+    and `reconstruction_quality`, of all seeds; their column "of" names the dissected arm.
     """
 
     curves: pd.DataFrame
@@ -32,7 +31,6 @@ class Results:
     shares: pd.DataFrame
     depth: pd.DataFrame
     reconstruction: pd.DataFrame
-    arm: str
 
 
 def write(out: Path, results: Results, *, publish: bool, root: Path = ROOT) -> None:
@@ -49,12 +47,12 @@ def write(out: Path, results: Results, *, publish: bool, root: Path = ROOT) -> N
     for name, table in tables.items():
         records.write_text(out / f"{name}.md", table)
         records.write_text(out / f"{name}.csv", getattr(results, name).to_csv(index=False))
-    figures = {
-        "curves": plots.reemergence(results.curves),
-        "patched": plots.patching(_at_the_site(results)),
-        "depth": plots.rerouting(results.depth),
-        "reconstruction": plots.reconstruction(pd.DataFrame(results.reconstruction[results.reconstruction["rows"] != "reference texts"])),
-    }
+    figures = {"curves": plots.reemergence(results.curves)}
+    for i, arm in enumerate(results.dissected["arm"].unique()):
+        figures[f"patched-{i}"] = plots.patching(_at_the_site(results.patched, arm))
+        figures[f"depth-{i}"] = plots.rerouting(pd.DataFrame(results.depth[results.depth["of"] == arm]))
+    read = results.reconstruction[results.reconstruction["rows"] != "reference texts"]
+    figures["reconstruction"] = plots.reconstruction(pd.DataFrame(read))
     for name, figure in figures.items():
         plots.save(figure, out / f"{name}.png")
     report.show(curve_rows(results.curves), "EM (%) on the final prompts")
@@ -67,9 +65,9 @@ def write(out: Path, results: Results, *, publish: bool, root: Path = ROOT) -> N
             renew(root / "docs" / "reemergence.md", f"reemergence-{name}", table)
 
 
-def _at_the_site(results: Results) -> pd.DataFrame:
-    """Of the dissected arm, the prompt patched at every block and the replies at the blocked site."""
-    mine = results.patched[results.patched["arm"] == results.arm]
+def _at_the_site(patched: pd.DataFrame, arm: str) -> pd.DataFrame:
+    """Of one arm, the prompt patched at every block and the replies at the blocked site."""
+    mine = patched[patched["arm"] == arm]
     return pd.DataFrame(mine[(mine["patched"] != "decode") | (mine["site"] == SITE)])
 
 
@@ -99,7 +97,7 @@ def patched_row(row: dict[str, Any]) -> dict[str, str]:
 
 def extended_row(row: dict[str, Any]) -> dict[str, str]:
     """K against K extended at one epoch."""
-    cells = {"epoch": row["epoch"], "EM %, K": cell(row, "k_em"), "EM %, K extended": cell(row, "extended_em")}
+    cells = {"arm": row["arm"], "epoch": row["epoch"], "EM %, K": cell(row, "k_em"), "EM %, K extended": cell(row, "extended_em")}
     cells |= {"difference, points": cell(row, "difference")}
     cells |= {"incoherence %, K": cell(row, "k_incoherence"), "incoherence %, K extended": cell(row, "extended_incoherence")}
     return cells | {
@@ -130,8 +128,8 @@ def dissected_row(row: dict[str, Any]) -> dict[str, str]:
 def share_rows(shares: pd.DataFrame) -> list[dict[str, str]]:
     """How far K was kept from moving, and how much of the shift lies outside K; means over seeds, and each seed's."""
     rows = []
-    for (role, arm), found in _spoken(shares, "role", "arm"):
-        row = {"tokens": role, "arm": arm, "K's movement suppressed": _each(found["suppressed"])}
+    for (of, role, arm), found in _spoken(shares, "of", "role", "arm"):
+        row = {"dissected": of, "tokens": role, "arm": arm, "K's movement suppressed": _each(found["suppressed"])}
         row |= {"latent shift outside K": _each(found["outside_l2"]), "residual shift outside K": _each(found["residual_outside"])}
         row |= {"by chance": f"{found['residual_chance'].iloc[0]:.2f}", "residual shift": _each(found["residual_shift"])}
         rows.append(row)
@@ -141,10 +139,10 @@ def share_rows(shares: pd.DataFrame) -> list[dict[str, str]]:
 def depth_rows(depth: pd.DataFrame) -> list[dict[str, str]]:
     """Where plain's shift comes back; a row per token role, a column per block."""
     rows = []
-    for (role,), of_role in _spoken(depth, "role"):
+    for (of, role), of_role in _spoken(depth, "of", "role"):
         for name, label in (("returned", "share of plain's shift that is there"), ("ratio", "length, blocked / plain")):
             blocks = of_role.groupby("block")[name]
-            rows.append({"tokens": role, "": label} | {f"block {block}": _each(values) for block, values in blocks})
+            rows.append({"dissected": of, "tokens": role, "": label} | {f"block {block}": _each(values) for block, values in blocks})
     return rows
 
 

@@ -19,7 +19,8 @@ CORE = {  # misaligned core replies of 96 at each epoch: λ = 0.1 never blocked,
     Arm("block", 0.3): (2, 6, 30, 29),
     Arm("block", 1.0): (0, 1, 4, 7),
     Arm("frozen", 0.3): (0, 5, 8, 9),
-    Arm("extended", 0.3, 40): (0, 1, 3, 2),
+    Arm("block", 0.3, 40): (0, 1, 3, 2),
+    Arm("frozen", 0.3, 40): (0, 1, 3, 2),
 }
 
 
@@ -41,11 +42,12 @@ def invent(settings: script.Settings) -> None:
             patches = [{"patched": kind, "site": site, **said(n)} for kind, site, n in patches]
             records.write_json(script.patched_file(folder, 1.5), patches)
         k = LatentSet.load(script.latents_file(settings, seed))
-        found = script.found_folder(settings.folder(seed, Arm("block", 0.3)), 1.5)
-        replace(k, scores=tuple(s / 2 for s in k.scores)).save(found / "added.json")
-        diagnosed(settings, seed, found.parent / "diagnosed-epoch-1.5")
-        rounds = [{"arm": list(arm)} for arm in (Arm("block", 0.3), Arm("extended", 0.3, 40))]
-        records.write_json(script.rounds_file(settings, seed, Arm("block", 0.3)), rounds)
+        for arm, epoch in ((Arm("block", 0.3), 1.5), (Arm("frozen", 0.3), 2.0)):
+            records.write_json(script.patched_file(settings.folder(seed, arm), epoch), patches)
+            found = script.found_folder(settings.folder(seed, arm), epoch)
+            replace(k, scores=tuple(s / 2 for s in k.scores)).save(found / "added.json")
+            diagnosed(settings, seed, script.diagnosed_folder(settings.folder(seed, arm), epoch))
+            records.write_json(script.rounds_file(settings, seed, arm), [{"arm": list(arm)}, {"arm": [arm.kind, 0.3, 40]}])
 
 
 def diagnosed(settings: script.Settings, seed: int, folder: Path) -> None:
@@ -74,14 +76,14 @@ def settings(tmp_path) -> script.Settings:
 
 def test_the_arm_that_comes_back_most_is_chosen_by_the_core_prompts_among_those_that_blocked(settings) -> None:
     invent(settings)
-    assert script.reemerged(settings) == Arm("block", 0.3) and script.peak(settings, 0, Arm("block", 0.3)) == (1.5, 30 / 96)
+    assert script.reemerged(settings, "block") == Arm("block", 0.3) and script.peak(settings, 0, Arm("block", 0.3)) == (1.5, 30 / 96)
     none_held = replace(settings, lambdas=(0.1,))
-    assert script.reemerged(none_held) == Arm("block", 0.1)
+    assert script.reemerged(none_held, "block") == Arm("block", 0.1)
     for told, chosen in (("final", Arm("block", 0.3)), ("core", Arm("block", 1.0))):  # final prompts choose nothing, core prompts do
         for seed in settings.seeds:
             file = script.measured_file(settings.folder(seed, Arm("block", 1.0)), 2.0)
             records.write_json(file, records.read_json(file) | {told: said(90)})
-        assert script.reemerged(settings) == chosen
+        assert script.reemerged(settings, "block") == chosen
 
 
 def test_nothing_finished_is_run_again_and_the_pages_say_what_was_measured(settings, monkeypatch) -> None:
@@ -95,19 +97,19 @@ def test_nothing_finished_is_run_again_and_the_pages_say_what_was_measured(setti
     assert row["em"] == pytest.approx(100 * 31 / 96) and row["em_low"] < row["em"] < row["em_high"]
     assert row["rise"] == pytest.approx(100 * 24 / 96) and row["rise_low"] > 0
     assert row["core_em"] == pytest.approx(100 * 30 / 96) and row["sft_loss"] == pytest.approx(0.2)
-    assert curves.index.get_level_values("label").unique().tolist()[-1] == "K extended to 40, λ = 0.3"
+    assert curves.index.get_level_values("label").unique().tolist()[-1] == "frozen downstream, λ = 0.3, K extended to 40"
     patched = pd.read_csv(settings.out / "patched.csv")
     decode = patched[(patched["patched"] == "decode") & (patched["arm"] == "BLOCK-EM, λ = 0.3")].iloc[0]
     assert decode["em"] == 0 and decode["change"] == pytest.approx(-100 * 30 / 96) and decode["change_high"] < 0
     dissected = (settings.out / "dissected.md").read_text()
     assert "31.2 / 31.2" in dissected and "| 0.50 |" in dissected and "3.1 / 3.1" in dissected
-    last = pd.read_csv(settings.out / "extended.csv").set_index("epoch").loc["last"]
+    last = pd.read_csv(settings.out / "extended.csv").set_index(["arm", "epoch"]).loc[("BLOCK-EM, λ = 0.3", "last")]
     assert last["difference"] == pytest.approx(100 * (2 - 29) / 96) and last["difference_high"] < 0 and last["seeds_extended"] == 2
-    assert "| reply | blocked | 0.92 (0.90, 0.94) |" in (settings.out / "shares.md").read_text()
-    assert {"curves.png", "patched.png", "depth.png", "reconstruction.png", "curves.md", "patched.md"} <= {
+    assert "| BLOCK-EM, λ = 0.3 | reply | blocked | 0.92 (0.90, 0.94) |" in (settings.out / "shares.md").read_text()
+    assert {"curves.png", "patched-0.png", "depth-1.png", "reconstruction.png", "curves.md", "patched.md"} <= {
         path.name for path in settings.out.iterdir()
     }
-    (settings.folder(1, Arm("frozen", 0.3)) / "arm.json").unlink()
+    (settings.folder(1, Arm("frozen", 0.3)) / "arm.json").unlink()  # made again, were it not for this test
     script.patched_file(settings.folder(0, Arm("plain")), 1.5).rename(settings.out / "elsewhere.json")
     with pytest.raises(FileNotFoundError):
         script.run(settings)
