@@ -422,7 +422,9 @@ def results(settings: Settings, peaks: dict[Arm, dict[int, float]]) -> pages.Res
         dissected=pd.DataFrame(
             [dissected(settings, s, arm, e, larger[arm][s]) for arm, epochs in peaks.items() for s, e in epochs.items()]
         ),
-        **{name: diagnosed(settings, peaks, name) for name in ("shares", "depth", "reconstruction")},
+        shares=diagnosed(settings, peaks, "shares"),
+        depth=diagnosed(settings, peaks, "depth"),
+        reconstruction=diagnosed(settings, peaks, "reconstruction").drop(columns="of").drop_duplicates(),  # plain was read beside each
     )
 
 

@@ -21,7 +21,7 @@ EPOCHS = (0.5, 1.0, 2.0, 3.0, 4.0)  # of the table; the CSV has all
 class Results:
     """curves: a row per arm and epoch.  patched: a row per arm and patch.  extended: a row per epoch compared.
     dissected: a row per dissected arm and seed.  shares, depth, reconstruction: the frames of `diagnose_rerouting`, `shift_by_site`
-    and `reconstruction_quality`, of all seeds; their column "of" names the dissected arm.
+    and `reconstruction_quality`, of all seeds; the column "of" of the first two names the dissected arm.
     """
 
     curves: pd.DataFrame
