@@ -35,13 +35,14 @@ from blockem_tl import (
     finetune,
     median_norm,
     organism,
+    random_latents,
     reconstruction_quality,
     records,
     shift_by_site,
 )
 from blockem_tl.defence import Defence
 from blockem_tl.defences import blocking_loss
-from blockem_tl.extension import extend, extension_rounds
+from blockem_tl.extension import extend, extension_rounds, joined
 from blockem_tl.patching import decode_patching, patching_sweep
 from blockem_tl.prompts import encode_examples
 from blockem_tl.reading import block_of
@@ -57,17 +58,19 @@ class Arm(NamedTuple):
     """One way to train. kind: plain, block, or frozen (LoRA up to the blocked site only).
 
     n_latents: where K is extended by what a re-emerged model used, how many latents are blocked; 0: K alone.
+    control: the same number of latents, those besides K drawn at random.
     """
 
     kind: str
     weight: float = 0.0
     n_latents: int = 0
+    control: bool = False
 
     @property
     def label(self) -> str:
         """For tables and figures."""
         dial = f", λ = {self.weight:g}" if self.weight else ""
-        extended = f", K extended to {self.n_latents}" if self.n_latents else ""
+        extended = f", K extended to {self.n_latents}{' at random' if self.control else ''}" if self.n_latents else ""
         return {"plain": "plain", "block": "BLOCK-EM", "frozen": "frozen downstream"}[self.kind] + dial + extended
 
     @property
@@ -75,7 +78,7 @@ class Arm(NamedTuple):
         """What it is called on disk."""
         if self.kind == "plain":
             return "plain"
-        return f"{self.kind}-{self.weight:g}" + (f"-{self.n_latents}" if self.n_latents else "")
+        return f"{self.kind}-{self.weight:g}" + (f"-{self.n_latents}" if self.n_latents else "") + ("-random" if self.control else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +280,16 @@ class Bench(Lab):
             self.make(larger)
         return larger
 
+    def control(self, arm: Arm, larger: Arm) -> None:
+        """Block as many latents as ``larger`` does, from the start: K, and random ones of those that fire in base or the checkpoint."""
+        control, epoch = larger._replace(control=True), self._peak(arm)[0]
+        with self.wearing(self.checkpoint(arm, epoch)):
+            alive = quickstart.alive_latents(self)
+        found = self.blocked_by(larger).latents
+        drawn = random_latents(self.sae, larger.n_latents - len(self.latents), seed=self.seed, among=alive, exclude=found)
+        joined(self.latents, drawn).save(self.folder(control) / "latents.json")
+        self.make(control)
+
     def _peak(self, arm: Arm) -> tuple[float, float]:
         return peak(self.mine, self.seed, arm)
 
@@ -402,23 +415,39 @@ def run(settings: Settings) -> None:
         for title, where, wanted in (("patch", patched_file, [*chosen, *beside]), ("diagnose", diagnosed_folder, chosen)):
             workers.each(title, title, [(seed, (one, e), where(settings.folder(seed, one), e)) for seed, one, e in wanted])
         workers.each("extend", "extend", [(seed, (arm,), rounds_file(settings, seed, arm)) for arm in peaks for seed in settings.seeds])
-    pages.write(settings.out, results(settings, peaks), publish=settings.publish)
+        larger = {arm: {s: Arm(*records.read_json(rounds_file(settings, s, arm))[-1]["arm"]) for s in settings.seeds} for arm in peaks}
+        control = {arm: found for arm, found in larger.items() if arm.kind == kinds[-1]}  # of the arm in which most comes back
+        missing = [(s, arm, one) for arm, found in control.items() for s, one in found.items() if one.n_latents]
+        wanted = [(s, (arm, one), settings.folder(s, one._replace(control=True)) / "arm.json") for s, arm, one in missing]
+        workers.each("control", "control", wanted)
+    pages.write(settings.out, results(settings, peaks, larger, control), publish=settings.publish)
 
 
 # ---------------------------------------------------------------------------------------------- what it says
 
 
-def results(settings: Settings, peaks: dict[Arm, dict[int, float]]) -> pages.Results:
-    """All numbers. peaks: the dissected arms, the first of them with LoRA on all blocks, and of each the seeds' epochs."""
+BySeed = dict[Arm, dict[int, Arm]]
+
+
+def results(settings: Settings, peaks: dict[Arm, dict[int, float]], larger: BySeed, control: BySeed) -> pages.Results:
+    """All numbers.
+
+    Args:
+        peaks: the dissected arms, the first of them with LoRA on all blocks, and of each the seeds' epochs.
+        larger: of each seed by seed the arm with K extended, or itself where nothing was.
+        control: the same for arms that have a control with random latents.
+    """
     first = next(iter(peaks))
-    larger = {arm: {s: Arm(*records.read_json(rounds_file(settings, s, arm))[-1]["arm"]) for s in settings.seeds} for arm in peaks}
+    drawn = {arm: {s: one._replace(control=bool(one.n_latents)) for s, one in found.items()} for arm, found in control.items()}
     every = {arm: dict.fromkeys(settings.seeds, arm) for arm in settings.arms()}
-    every |= {max(arms.values(), key=lambda one: one.n_latents): arms for arms in larger.values()}
+    every |= {max(arms.values(), key=lambda one: one.n_latents): arms for arms in [*larger.values(), *drawn.values()]}
     shown = [*peaks.items(), (Arm("plain"), peaks[first])]
     return pages.Results(
         curves=pd.DataFrame([row for arm, by_seed in every.items() for row in curve(settings, arm, by_seed)]),
         patched=pd.DataFrame([row for arm, epochs in shown for row in patched(settings, arm, epochs)]),
-        extended=pd.DataFrame([row for arm, epochs in peaks.items() for row in extended(settings, arm, larger[arm], epochs)]),
+        extended=pd.DataFrame(
+            [row for found in (larger, drawn) for arm in found for row in extended(settings, arm, found[arm], peaks[arm])]
+        ),
         dissected=pd.DataFrame(
             [dissected(settings, s, arm, e, larger[arm][s]) for arm, epochs in peaks.items() for s, e in epochs.items()]
         ),
@@ -497,7 +526,7 @@ def extended(settings: Settings, arm: Arm, larger: dict[int, Arm], epochs: dict[
             for arms in (dict.fromkeys(epochs, arm), larger)
         ]
         row: dict[str, Any] = {
-            "arm": arm.label,
+            "arm": max(larger.values(), key=lambda one: one.n_latents).label,
             "epoch": label,
             "seeds": len(epochs),
             "seeds_extended": sum(one != arm for one in larger.values()),

@@ -21,6 +21,7 @@ CORE = {  # misaligned core replies of 96 at each epoch: λ = 0.1 never blocked,
     Arm("frozen", 0.3): (0, 5, 8, 9),
     Arm("block", 0.3, 40): (0, 1, 3, 2),
     Arm("frozen", 0.3, 40): (0, 1, 3, 2),
+    Arm("frozen", 0.3, 40, True): (0, 5, 9, 9),
 }
 
 
@@ -97,13 +98,13 @@ def test_nothing_finished_is_run_again_and_the_pages_say_what_was_measured(setti
     assert row["em"] == pytest.approx(100 * 31 / 96) and row["em_low"] < row["em"] < row["em_high"]
     assert row["rise"] == pytest.approx(100 * 24 / 96) and row["rise_low"] > 0
     assert row["core_em"] == pytest.approx(100 * 30 / 96) and row["sft_loss"] == pytest.approx(0.2)
-    assert curves.index.get_level_values("label").unique().tolist()[-1] == "frozen downstream, λ = 0.3, K extended to 40"
+    assert curves.index.get_level_values("label").unique().tolist()[-1] == "frozen downstream, λ = 0.3, K extended to 40 at random"
     patched = pd.read_csv(settings.out / "patched.csv")
     decode = patched[(patched["patched"] == "decode") & (patched["arm"] == "BLOCK-EM, λ = 0.3")].iloc[0]
     assert decode["em"] == 0 and decode["change"] == pytest.approx(-100 * 30 / 96) and decode["change_high"] < 0
     dissected = (settings.out / "dissected.md").read_text()
     assert "31.2 / 31.2" in dissected and "| 0.50 |" in dissected and "3.1 / 3.1" in dissected
-    last = pd.read_csv(settings.out / "extended.csv").set_index(["arm", "epoch"]).loc[("BLOCK-EM, λ = 0.3", "last")]
+    last = pd.read_csv(settings.out / "extended.csv").set_index(["arm", "epoch"]).loc[("BLOCK-EM, λ = 0.3, K extended to 40", "last")]
     assert last["difference"] == pytest.approx(100 * (2 - 29) / 96) and last["difference_high"] < 0 and last["seeds_extended"] == 2
     assert "| BLOCK-EM, λ = 0.3 | reply | blocked | 0.92 (0.90, 0.94) |" in (settings.out / "shares.md").read_text()
     assert {"curves.png", "patched-0.png", "depth-1.png", "reconstruction.png", "curves.md", "patched.md"} <= {
