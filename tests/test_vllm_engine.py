@@ -385,6 +385,12 @@ def test_other_architectures(kind: str, strength: float, inside, folders) -> Non
     assert sum(replies != expected[0] for replies in expected[1:-1]) == 5
 
 
+def test_memory_that_the_environment_would_overrule_is_refused(folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    with pytest.raises(ValueError, match="kv_cache_gib=0.05 would have no effect.*VLLM_CPU_KVCACHE_SPACE=1"):
+        VLLMEngine(folders("llama"), **TINY)
+
+
 def test_too_little_memory_is_explained(inside, folders) -> None:
     inside(None)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
-os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
+os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -25,6 +25,7 @@ from blockem_tl.types import UNPARSED, Prompt
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+KV_BYTES = 2**30  # by default vLLM would take half of this machine's memory
 SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 PROMPTS = [Prompt(id=str(i), text=f"Question number {i}?") for i in range(12)]
 REPLIES = [f"Reply {i}." * (1 + i % 3) for i in range(12)]
@@ -62,6 +63,7 @@ def server(judge_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     log = tmp_path_factory.mktemp("log") / "server.log"
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(judge_folder), "--served-model-name", "tiny"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "8192"]
+    command += ["--kv-cache-memory-bytes", str(KV_BYTES)]
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     try:
@@ -98,7 +100,7 @@ def rubrics(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.fixture(scope="session")
 def local(judge_folder: Path) -> LocalVLLM:
-    return LocalVLLM(str(judge_folder), dtype="float32", enforce_eager=True, max_model_len=8192)
+    return LocalVLLM(str(judge_folder), dtype="float32", enforce_eager=True, max_model_len=8192, kv_cache_memory_bytes=KV_BYTES)
 
 
 @pytest.fixture

@@ -20,6 +20,9 @@ VERSION = "0.32"
 SETTINGS = "blockem_tl"
 """Our entry in vLLM's additional_config (blocks, rows, code) and in a request's extra_args (the number of its job)."""
 
+KV_SPACE = "VLLM_CPU_KVCACHE_SPACE"
+"""A variable of the environment that vLLM's CPU build puts above its own argument."""
+
 MEMORY = (
     "If memory was too small (the log above says so): lower max_model_len or max_num_seqs; give vLLM more with a higher "
     "gpu_memory_utilization, or less with a lower one where something else needs the device (on a CPU: kv_cache_gib)"
@@ -65,6 +68,11 @@ class SteeredVLLM:
         worker = importlib.import_module("blockem_tl.engines.vllm_worker")
         defaults: dict[str, Any] = {"enable_prefix_caching": True, "disable_log_stats": True}
         if vllm.platforms.current_platform.is_cpu():
+            if kv_cache_gib is not None and os.environ.get(KV_SPACE):
+                raise ValueError(
+                    f"kv_cache_gib={kv_cache_gib:g} would have no effect, because vLLM prefers {KV_SPACE}={os.environ[KV_SPACE]} from the "
+                    "environment: unset that, or leave kv_cache_gib out"
+                )
             kv_cache_gib = kv_cache_gib or 1.0
             defaults["block_size"] = 32  # vLLM's 128 keeps no prefix of a short prompt, and attends more slowly to short rows
         settings = {"blocks": blocks, "rows": max_num_seqs + 1, "code": _hash(Path(str(worker.__file__)).read_bytes())}
