@@ -520,7 +520,8 @@ def extended(settings: Settings, arm: Arm, larger: dict[int, Arm], epochs: dict[
     A seed in which nothing came back, and so nothing was extended, counts with its one run on both sides.
     """
     rows = []
-    for label, at in (("re-emerged checkpoint", epochs), ("last", dict.fromkeys(epochs, settings.epochs))):
+    last = {seed: measured(settings, seed, arm)[-1]["epoch"] for seed in epochs}
+    for label, at in (("re-emerged checkpoint", epochs), ("last", last)):
         sides = [
             [reported(next(one for one in measured(settings, seed, arms[seed]) if one["epoch"] == epoch)) for seed, epoch in at.items()]
             for arms in (dict.fromkeys(epochs, arm), larger)
