@@ -270,6 +270,7 @@ def make_job(
     seed: int,
     parts: Sequence[Sequence[int]] | None = None,
 ) -> Job:
+    """A checked job of :func:`generate_stream`'s arguments. Raises ValueError as that does, before anything is generated."""
     encoded, limits = check_request(model.tokenizer, model.cfg.n_ctx, prompts, conditions, max_new_tokens, temperature, seed)
     return Job(
         model=model,
