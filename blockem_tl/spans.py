@@ -5,12 +5,13 @@ and the blocks that are left out hand on what they are told to.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers.cache_utils import Cache
 
 from blockem_tl.decoding import last_logits
 from blockem_tl.models import Model
@@ -45,25 +46,86 @@ def run_below(model: Model, stop: int, **inputs: Any) -> None:
 
 @contextmanager
 def short_top(model: Model, sites: Iterable[str] = ()) -> Iterator[None]:
-    """Inside the block the last block's MLP runs on the last position alone, and gives zeros elsewhere: a prefill reads nothing else there.
+    """Inside the block the last block's attention and MLP run for the last position alone, and give zeros elsewhere.
 
-    Not where one of ``sites``, which hooks act on, lies inside that MLP.
+    A prefill reads nothing else there, besides keys and values, which are written for all positions. A part inside which one of
+    ``sites`` lies, which hooks act on, runs as ever.
     """
-    mlp: Any = getattr(_blocks(model)[-1], "mlp", None)
-    within = f"blocks.{model.cfg.n_layers - 1}.mlp."
-    if mlp is None or any(str(model.hook_dict[site].name).startswith(within) for site in sites):
+    top = f"blocks.{model.cfg.n_layers - 1}"
+    acted_on = [str(model.hook_dict[site].name) for site in sites]
+    with ExitStack() as shortened:
+        for part, short in (("attn", _last_query), ("mlp", _last_output)):
+            module: Any = getattr(_blocks(model)[-1], part, None)
+            if module is not None and not any(name.startswith(f"{top}.{part}.") for name in acted_on):
+                shortened.enter_context(_forwards([module], short(module.forward)))
         yield
-        return
-    plain = mlp.forward
 
-    def last_only(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+
+def _last_output(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """An MLP's forward, on the last position."""
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         out = plain(hidden[:, -1:], *args, **kwargs)
         if not isinstance(out, Tensor):  # experts give their router's choices too
             return plain(hidden, *args, **kwargs)
-        return pad(out, (0, 0, hidden.shape[1] - 1, 0))
+        return _padded(out, hidden)
 
-    with _forwards([mlp], last_only):
-        yield
+    return forward
+
+
+_SLICED: dict[str, Callable[[Any], Any]] = {
+    "attention_mask": lambda mask: mask[..., -1:, :] if mask is not None and mask.ndim == 4 else mask,
+    "position_ids": lambda ids: None if ids is None else ids[..., -1:],
+    "position_embeddings": lambda pair: None if pair is None else tuple(part[..., -1:, :] for part in pair),
+}
+"""What attention is told of positions, for the last of them."""
+
+
+def _last_query(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """Attention's forward for the last position's query: keys and values of all positions first, then that position by itself.
+
+    As it was where no cache takes the keys and values, or where attention is told something that might have to be cut as well.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if "hidden_states" not in kwargs and args:
+            kwargs, args = {"hidden_states": args[0], **kwargs}, args[1:]
+        hidden = kwargs.pop("hidden_states")
+        caches = [name for name, value in kwargs.items() if isinstance(value, Cache)]
+        unknown = args or any(isinstance(value, (Tensor, tuple)) for name, value in kwargs.items() if name not in _SLICED)
+        if len(caches) != 1 or unknown:
+            return plain(hidden, *args, **kwargs)
+        kwargs[caches[0]] = _Keeping(kwargs[caches[0]])
+        with suppress(_Reached):
+            return plain(hidden, **kwargs)  # it keeps nothing, so this is its answer
+        found = plain(hidden[:, -1:], **{name: _SLICED.get(name, _as_it_is)(value) for name, value in kwargs.items()})
+        return (_padded(found[0], hidden), *found[1:]) if isinstance(found, tuple) else _padded(found, hidden)
+
+    return forward
+
+
+class _Keeping:
+    """In place of a cache: ends attention's forward once its keys and values are written, and then gives these back."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache, self.kept = cache, None
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        if self.kept is not None:
+            return self.kept
+        self.kept = self.cache.update(*args, **kwargs)
+        raise _Reached
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
+
+
+def _padded(last: Float[Tensor, "batch 1 d_model"], whole: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
+    return pad(last, (0, 0, whole.shape[1] - 1, 0))
 
 
 def _blocks(model: Model) -> list[nn.Module]:
