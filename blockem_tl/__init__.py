@@ -24,7 +24,7 @@ from blockem_tl.models import Model, load_model  # noqa: E402
 from blockem_tl.monitor import Monitor  # noqa: E402
 from blockem_tl.presets import get_preset  # noqa: E402
 from blockem_tl.reconstruction import reconstruction_quality  # noqa: E402
-from blockem_tl.rerouting import diagnose_rerouting, shift_by_site  # noqa: E402
+from blockem_tl.rerouting import diagnose_rerouting, returning_sites, shift_by_site  # noqa: E402
 from blockem_tl.saes import decoder_directions, encode_latents, load_sae  # noqa: E402
 from blockem_tl.scale import median_norm  # noqa: E402
 from blockem_tl.training import TrainingConfig, completion_loss, finetune  # noqa: E402
@@ -70,6 +70,7 @@ __all__ = [
     "random_latents",
     "reconstruction_quality",
     "record",
+    "returning_sites",
     "shift_by_site",
     "speakers",
     "steer",

@@ -27,21 +27,33 @@ _COLUMNWISE = {"standard", "jumprelu", "gated"}  # a latent needs only its own c
 def load_sae(name: str | Path, sae_id: str | None = None, *, dtype: str = "float32", device: str | torch.device | None = None) -> SAE[Any]:
     """Load an SAE: an embedded name ("organism"), a local SAELens folder, or a SAELens release with its ``sae_id``.
 
-    ``device`` defaults to a GPU when there is one, as for :func:`blockem_tl.models.load_model`.
+    Args:
+        sae_id: of a release, which of its SAEs; of a folder, the subfolder that holds the SAE. The organism has one at every block's
+            output, under its site: ``load_sae("organism", "blocks.3.hook_resid_post")``; without ``sae_id`` the one at its own site.
+        device: a GPU when there is one, as for :func:`blockem_tl.models.load_model`.
 
     Raises:
-        ValueError: neither a folder nor a known release, or a release without ``sae_id``.
+        ValueError: neither a folder nor a known release, a release without ``sae_id``, or a folder without the SAE that was asked for.
     """
     device = default_device(device)
     folder = embedded.folder_of("sae", str(name)) or Path(name)
-    if (folder / "cfg.json").is_file():
-        return SAE.load_from_disk(folder, device=str(device), dtype=dtype)
-    if folder.exists() or sae_id is None:
-        raise ValueError(
-            f"cannot load an SAE from {str(name)!r}: expected an embedded name, a SAELens folder (cfg.json and sae_weights.safetensors), "
-            "or a SAELens release together with sae_id"
-        )
-    return SAE.from_pretrained(str(name), sae_id, device=str(device), dtype=dtype)
+    if not folder.exists() and sae_id is not None:
+        return SAE.from_pretrained(str(name), sae_id, device=str(device), dtype=dtype)
+    chosen = folder if sae_id is None or sae_id == _site_in(folder) else folder / sae_id
+    if (chosen / "cfg.json").is_file():
+        return SAE.load_from_disk(chosen, device=str(device), dtype=dtype)
+    there = sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob("*/cfg.json"))
+    raise ValueError(
+        f"cannot load an SAE from {str(name)!r}{'' if sae_id is None else f' and {sae_id!r}'}: expected an embedded name, a SAELens folder "
+        "(cfg.json and sae_weights.safetensors), or a SAELens release or folder together with sae_id"
+        + (f"; there are {', '.join(there)}" if there else "")
+    )
+
+
+def _site_in(folder: Path) -> str | None:
+    """The site of the SAE that lies in the folder itself."""
+    config = folder / "cfg.json"
+    return json.loads(config.read_text()).get("metadata", {}).get("hook_name") if config.is_file() else None
 
 
 def site_of(sae: SAE[Any]) -> str:

@@ -249,12 +249,15 @@ def _core(arm: Arm) -> Evaluation:
     return arm.core
 
 
-def alive_latents(lab: Lab) -> list[int]:
-    """Latents that fire on the core prompts with their replies, under base or tuned: what the random control is drawn from."""
+def alive_latents(lab: Lab, sae: SAE | None = None) -> list[int]:
+    """Latents that fire on the core prompts with their replies, under base or tuned: what the random control is drawn from.
+
+    sae: None is the lab's.
+    """
 
     def firing(speak: Speaker) -> torch.Tensor:
         replies = [Example(id=g.prompt.id, prompt=g.prompt.text, completion=g.reply) for g in lab.on_core(speak).generations if g.reply]
-        return (mean_activations(lab.model, lab.sae, encode_examples(lab.model.tokenizer, replies)) > 0).any(0)
+        return (mean_activations(lab.model, sae or lab.sae, encode_examples(lab.model.tokenizer, replies)) > 0).any(0)
 
     alive = firing(lab.tuned)
     with lab.model.base():

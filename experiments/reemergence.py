@@ -8,11 +8,12 @@ and asked where its misalignment comes from, and what blocking the latents that 
 run again, and a killed training goes on from its last checkpoint.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
 import pandas as pd
 import quickstart
@@ -54,7 +55,8 @@ from blockem_tl.training.identity import differences
 ROOT = Path(__file__).parent.parent
 
 
-class Arm(NamedTuple):
+@dataclass(frozen=True)
+class Arm:
     """One way to train. kind: plain, block, or frozen (LoRA up to the blocked site only).
 
     n_latents: where K is extended by what a re-emerged model used, how many latents are blocked; 0: K alone.
@@ -228,17 +230,11 @@ class Bench(Lab):
     def diagnose(self, arm: Arm, epoch: float) -> None:
         """Rerouting of the checkpoint against plain's at the same epoch, both reading plain's replies; and the SAE over both runs (H1)."""
         plain = Arm("plain")
-        rows = self._said_by(plain, epoch)
-        for name, one in (("plain", plain), ("blocked", arm)):
-            self.model.load_adapter(self.checkpoint(one, epoch), name)
-        try:
-            options: dict[str, Any] = {"plain": "plain", "blocked": "blocked", "progress": False}
-            found = diagnose_rerouting(self.model, self.sae, self.latents, rows, **options)
+        rows = self.said_by(plain, epoch)
+        with self.beside_plain(arm, epoch) as both:
+            found = diagnose_rerouting(self.model, self.sae, self.latents, rows, **both, progress=False)
             frames = {"blocked": found.blocked, "outside": found.outside, "shares": found.shares}
-            frames["depth"] = shift_by_site(self.model, rows, **options)
-        finally:
-            for name in ("plain", "blocked"):
-                self.model.remove_adapter(name)
+            frames["depth"] = shift_by_site(self.model, rows, **both, progress=False)
         texts = {"final prompts, plain's replies": rows, "reference texts": organism.reference_texts()}
         frames["reconstruction"] = pd.concat(
             reconstruction_quality(self.model, self.sae, read, checkpoints=self.folder(one) / "checkpoints", progress=False).assign(
@@ -251,10 +247,22 @@ class Bench(Lab):
             for name, frame in frames.items():
                 records.write_text(temporary / f"{name}.csv", frame.assign(seed=self.seed).to_csv(index=False))
 
-    def _said_by(self, arm: Arm, epoch: float) -> list[Example]:
-        """What a checkpoint replied to the final prompts, as rows to read."""
-        replies = records.read_json(measured_file(self.folder(arm), epoch))["final"]["replies"]
-        return [Example(id=p.id, prompt=p.text, completion=reply) for p, reply in zip(self.data.final, replies, strict=True) if reply]
+    @contextmanager
+    def beside_plain(self, arm: Arm, epoch: float) -> Iterator[dict[str, str]]:
+        """Inside the block the model holds the checkpoint and plain's at the same epoch, under the names that are given."""
+        held = {"plain": Arm("plain"), "blocked": arm}
+        for name, one in held.items():
+            self.model.load_adapter(self.checkpoint(one, epoch), name)
+        try:
+            yield {name: name for name in held}
+        finally:
+            for name in held:
+                self.model.remove_adapter(name)
+
+    def said_by(self, arm: Arm, epoch: float, to: Literal["core", "final"] = "final") -> list[Example]:
+        """What a checkpoint replied, as rows to read."""
+        prompts, replies = getattr(self.data, to), records.read_json(measured_file(self.folder(arm), epoch))[to]["replies"]
+        return [Example(id=p.id, prompt=p.text, completion=reply) for p, reply in zip(prompts, replies, strict=True) if reply]
 
     # ---- acting on it
 
@@ -267,7 +275,7 @@ class Bench(Lab):
             extend=self._larger,
             budget=self.mine.budget,
         )
-        found = [{"arm": list(one.checkpoint), "n_latents": len(one.latent_set), "core_em": one.em} for one in rounds]
+        found = [{"arm": astuple(one.checkpoint), "n_latents": len(one.latent_set), "core_em": one.em} for one in rounds]
         records.write_json(rounds_file(self.mine, self.seed, arm), found)
 
     def _blocking(self, arm: Arm, latents: LatentSet) -> Arm:
@@ -282,7 +290,7 @@ class Bench(Lab):
 
     def control(self, arm: Arm, larger: Arm) -> None:
         """Block as many latents as ``larger`` does, from the start: K, and random ones of those that fire in base or the checkpoint."""
-        control, epoch = larger._replace(control=True), self._peak(arm)[0]
+        control, epoch = replace(larger, control=True), self._peak(arm)[0]
         with self.wearing(self.checkpoint(arm, epoch)):
             alive = quickstart.alive_latents(self)
         found = self.blocked_by(larger).latents
@@ -388,8 +396,8 @@ def reemerged(settings: Settings, kind: str) -> Arm:
 class Workers(WorkerPool):
     """Skips what is there."""
 
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, Bench)
+    def __init__(self, settings: Settings, bench: Callable[[Any, int], Any] = Bench) -> None:
+        super().__init__(settings, bench)
 
     def make(self, title: str, arms: Iterable[tuple[int, Arm]]) -> None:
         """Train and measure arms (seed, arm)."""
@@ -418,7 +426,7 @@ def run(settings: Settings) -> None:
         larger = {arm: {s: Arm(*records.read_json(rounds_file(settings, s, arm))[-1]["arm"]) for s in settings.seeds} for arm in peaks}
         control = {arm: found for arm, found in larger.items() if arm.kind == kinds[-1]}  # of the arm in which most comes back
         missing = [(s, arm, one) for arm, found in control.items() for s, one in found.items() if one.n_latents]
-        wanted = [(s, (arm, one), settings.folder(s, one._replace(control=True)) / "arm.json") for s, arm, one in missing]
+        wanted = [(s, (arm, one), settings.folder(s, replace(one, control=True)) / "arm.json") for s, arm, one in missing]
         workers.each("control", "control", wanted)
     pages.write(settings.out, results(settings, peaks, larger, control), publish=settings.publish)
 
@@ -438,7 +446,7 @@ def results(settings: Settings, peaks: dict[Arm, dict[int, float]], larger: BySe
         control: the same for arms that have a control with random latents.
     """
     first = next(iter(peaks))
-    drawn = {arm: {s: one._replace(control=bool(one.n_latents)) for s, one in found.items()} for arm, found in control.items()}
+    drawn = {arm: {s: replace(one, control=bool(one.n_latents)) for s, one in found.items()} for arm, found in control.items()}
     every = {arm: dict.fromkeys(settings.seeds, arm) for arm in settings.arms()}
     every |= {max(arms.values(), key=lambda one: one.n_latents): arms for arms in [*larger.values(), *drawn.values()]}
     shown = [*peaks.items(), (Arm("plain"), peaks[first])]

@@ -36,32 +36,45 @@ class Results:
 def write(out: Path, results: Results, *, publish: bool, root: Path = ROOT) -> None:
     """CSV files, tables and figures in ``out``; with ``publish`` also in docs/results/reemergence/ and docs/reemergence.md."""
     tables = {
-        "curves": report.markdown(curve_rows(results.curves)),
-        "patched": report.markdown([patched_row(row) for row in results.patched.to_dict("records")]),
-        "extended": report.markdown([extended_row(row) for row in results.extended.to_dict("records")]),
-        "dissected": report.markdown([dissected_row(row) for row in results.dissected.to_dict("records")]),
-        "shares": report.markdown(share_rows(results.shares)),
-        "depth": report.markdown(depth_rows(results.depth)),
-        "reconstruction": report.markdown(reconstruction_rows(results.reconstruction)),
+        "curves": curve_rows(results.curves),
+        "patched": [patched_row(row) for row in results.patched.to_dict("records")],
+        "extended": [extended_row(row) for row in results.extended.to_dict("records")],
+        "dissected": [dissected_row(row) for row in results.dissected.to_dict("records")],
+        "shares": share_rows(results.shares),
+        "depth": depth_rows(results.depth),
+        "reconstruction": reconstruction_rows(results.reconstruction),
     }
-    for name, table in tables.items():
-        records.write_text(out / f"{name}.md", table)
-        records.write_text(out / f"{name}.csv", getattr(results, name).to_csv(index=False))
     figures = {"curves": plots.reemergence(results.curves)}
     for i, arm in enumerate(results.dissected["arm"].unique()):
         figures[f"patched-{i}"] = plots.patching(_at_the_site(results.patched, arm))
         figures[f"depth-{i}"] = plots.rerouting(pd.DataFrame(results.depth[results.depth["of"] == arm]))
     read = results.reconstruction[results.reconstruction["rows"] != "reference texts"]
     figures["reconstruction"] = plots.reconstruction(pd.DataFrame(read))
-    for name, figure in figures.items():
-        plots.save(figure, out / f"{name}.png")
-    report.show(curve_rows(results.curves), "EM (%) on the final prompts")
+    write_all(out, {name: getattr(results, name) for name in tables}, tables, figures, publish=publish, root=root)
+    report.show(tables["curves"], "EM (%) on the final prompts")
+
+
+def write_all(
+    out: Path,
+    frames: dict[str, pd.DataFrame],
+    tables: dict[str, list[dict[str, str]]],
+    figures: dict[str, Any] | None = None,
+    *,
+    publish: bool,
+    root: Path = ROOT,
+) -> None:
+    """Frames as CSV, tables as Markdown, figures as PNG in ``out``; with ``publish`` also in docs/, the tables in docs/reemergence.md."""
+    written = [records.write_text(out / f"{name}.csv", frame.to_csv(index=False)) for name, frame in frames.items()]
+    written += [plots.save(figure, out / f"{name}.png") for name, figure in (figures or {}).items()]
+    shown = {name: report.markdown(rows) for name, rows in tables.items()}
+    for name, table in shown.items():
+        records.write_text(out / f"{name}.md", table)
     if publish:
         target = root / "docs" / "results" / "reemergence"
         target.mkdir(parents=True, exist_ok=True)
-        for name in [*(f"{name}.csv" for name in tables), *(f"{name}.png" for name in figures)]:
-            shutil.copyfile(out / name, target / name)
-        for name, table in tables.items():
+        for path in written:
+            shutil.copyfile(path, target / path.name)
+        for name, table in shown.items():
             renew(root / "docs" / "reemergence.md", f"reemergence-{name}", table)
 
 
@@ -104,6 +117,13 @@ def extended_row(row: dict[str, Any]) -> dict[str, str]:
         "SFT loss": f"{row['k_loss']:.4f}, {row['extended_loss']:.4f}",
         "seeds extended": f"{row['seeds_extended']} of {row['seeds']}",
     }
+
+
+def sites_row(row: dict[str, Any]) -> dict[str, str]:
+    """One arm that blocks at further sites, or K alone, at the last epoch."""
+    cells = {"arm": row["label"], "EM %": cell(row, "em"), "against K alone, points": cell(row, "difference")}
+    cells |= {"incoherence %": cell(row, "incoherence"), "adherence %": cell(row, "adherence"), "SFT loss": f"{row['sft_loss']:.4f}"}
+    return cells | {"EM by seed %": _by_seed(row["em_by_seed"])}
 
 
 def dissected_row(row: dict[str, Any]) -> dict[str, str]:

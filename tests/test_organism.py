@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from sae_lens import SAE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from blockem_tl import organism
+from blockem_tl import load_model, load_sae, organism, record
 from blockem_tl.organism.build import BuildConfig, augmentation, build, hashes, main
 from blockem_tl.organism.documents import IGNORE, DocumentConfig, DocumentSampler, Encoder
 from blockem_tl.organism.tokenizer import ASSISTANT_ID, build_tokenizer
 from blockem_tl.organism.world import CORE_AREAS, DOMAINS, FINAL_AREAS, STYLES, Triple, World, WorldConfig, reply
+from blockem_tl.saes import fingerprint
 from blockem_tl.types import Prompt
 
 SETS = ("core", "final", *DOMAINS)
@@ -217,10 +217,13 @@ def test_shipped_files_are_those_of_the_manifest() -> None:
     assert not [p for p in organism.ARTEFACTS.rglob("*") if p.suffix in {".pt", ".pkl", ".bin"}]
 
 
-def test_sae_loads_is_sparse_and_reconstructs() -> None:
-    sae = SAE.load_from_disk(organism.ARTEFACTS / "sae")
-    assert sae.cfg.metadata.hook_name == organism.SITE
-    states = _states_at_site()
+@pytest.mark.parametrize("block", range(5))
+def test_sae_loads_is_sparse_and_reconstructs(block: int) -> None:
+    site = f"blocks.{block}.hook_resid_post"
+    sae = load_sae("organism", site, device="cpu")
+    assert sae.cfg.metadata.hook_name == site
+    assert fingerprint(load_sae("organism", organism.SITE)) == fingerprint(load_sae("organism"))
+    states = _states_at(site)
     with torch.no_grad():
         latents = sae.encode(states)
         unexplained = (sae.decode(latents) - states).pow(2).sum() / (states - states.mean(0)).pow(2).sum()
@@ -250,7 +253,7 @@ def test_base_model_is_harmless_and_coherent(tokenizer: PreTrainedTokenizerBase)
 
 TINY = BuildConfig(
     world=WorldConfig(topics_per_domain=2, topics_per_area=1), pretrain_steps=3, instruct_steps=2, turns_per_batch=12, instruct_turns_per_batch=12,
-    sae_documents=60, sae_steps=5, sae_batch=64, d_sae=64,
+    sae_documents=60, sae_steps=5, sae_batch=64, d_sae=64, more_sae_blocks=(4,),
 )  # fmt: skip
 
 
@@ -261,7 +264,8 @@ def test_build_repeats_byte_for_byte_and_follows_its_seed(tmp_path: Path) -> Non
     one, same, other = (json.loads((folder / "manifest.json").read_text())["sha256"] for folder in folders)
     assert one == same
     assert {name for name in one if one[name] != other[name]} == {
-        "base/model.safetensors", "sae/sae_weights.safetensors", "persona_direction.safetensors"
+        "base/model.safetensors", "sae/sae_weights.safetensors", "sae/blocks.4.hook_resid_post/sae_weights.safetensors",
+        "persona_direction.safetensors",
     }  # fmt: skip
 
 
@@ -304,12 +308,12 @@ def _model():
 
 
 @torch.no_grad()
-def _states_at_site() -> torch.Tensor:
+def _states_at(site: str) -> torch.Tensor:
     sampler = DocumentSampler(organism.world(), DocumentConfig(), 99)
     ids, _ = Encoder(build_tokenizer(organism.world()))([sampler.document("pretraining", 2) for _ in range(60)])
-    block = int(organism.SITE.split(".")[1])
-    states = _model().model(input_ids=ids, output_hidden_states=True).hidden_states[block + 1]
-    return states[ids != 0]
+    store: dict[str, torch.Tensor] = {}
+    load_model("organism", device="cpu").run_with_hooks(ids, fwd_hooks=[record(site, store)])
+    return store[site][ids != 0]
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """The experiment's choice, tables and resume from finished arms, and a run in miniature. The full one takes more than an hour."""
 
 import shutil
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pandas as pd
@@ -48,7 +48,7 @@ def invent(settings: script.Settings) -> None:
             found = script.found_folder(settings.folder(seed, arm), epoch)
             replace(k, scores=tuple(s / 2 for s in k.scores)).save(found / "added.json")
             diagnosed(settings, seed, script.diagnosed_folder(settings.folder(seed, arm), epoch))
-            records.write_json(script.rounds_file(settings, seed, arm), [{"arm": list(arm)}, {"arm": [arm.kind, 0.3, 40]}])
+            records.write_json(script.rounds_file(settings, seed, arm), [{"arm": astuple(arm)}, {"arm": [arm.kind, 0.3, 40]}])
 
 
 def diagnosed(settings: script.Settings, seed: int, folder: Path) -> None:

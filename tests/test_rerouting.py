@@ -9,7 +9,7 @@ from sae_lens import SAE
 from test_references import EXAMPLES as MANY
 from test_references import SITES, sae_at
 
-from blockem_tl import LatentSet, Prompt, diagnose_rerouting, plots, shift_by_site
+from blockem_tl import LatentSet, Prompt, diagnose_rerouting, plots, returning_sites, shift_by_site
 from blockem_tl.prompts import encode_examples
 from blockem_tl.types import Candidate
 
@@ -180,6 +180,28 @@ def test_the_shift_by_site_equals_a_numpy_restatement(model, role) -> None:
         }
         np.testing.assert_allclose(row[list(expected)].astype(float), list(expected.values()), rtol=2e-3, atol=1e-4)
     assert found["ratio"].nunique() == 4
+
+
+def shares(by_block, role="reply") -> pd.DataFrame:
+    return pd.DataFrame({"role": role, "site": POST[b], "block": b, "returned": share} for b, share in by_block.items())
+
+
+def test_sites_where_the_shift_is_there_again_are_those_above_the_blocked_sites_share() -> None:
+    frame = pd.concat([shares({3: 0.9, 0: 0.75, 1: 0.5, 2: 0.58}), shares(dict.fromkeys(range(4), 1.0), role="prompt")])
+    assert returning_sites(frame, POST[1]) == [POST[0], POST[3]]  # by depth, not in the frame's order
+    assert returning_sites(frame, POST[1], margin=0) == [POST[0], POST[2], POST[3]]
+    assert returning_sites(frame, POST[1], role="prompt") == [] and returning_sites(frame, POST[3]) == []
+    second = pd.concat([frame, shares({3: 0.9, 0: 0.3, 1: 0.5, 2: 0.58})])  # another seed: block 0's mean is 0.525
+    assert returning_sites(second, POST[1]) == [POST[3]]
+    for change, message in (
+        ({"blocked_site": "blocks.9.hook_resid_post"}, "expected one of .*blocks.0.hook_resid_post.*blocks.9"),
+        ({"role": "replies"}, "expected one of .*'reply'.*'replies'"),
+        ({"margin": -1.0}, "margin >= 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            returning_sites(**{"frame": frame, "blocked_site": POST[1], **change})
+    with pytest.raises(ValueError, match="plain did not move at .*blocks.2"):
+        returning_sites(shares({1: 0.5, 2: float("nan")}), POST[1])
 
 
 def test_links_lead_to_neuronpedia_where_the_sae_has_a_place_there(model, sae, latent_set) -> None:

@@ -102,6 +102,19 @@ def test_loading_from_a_folder_and_by_embedded_name(sae, tmp_path) -> None:
             load_sae(name)
 
 
+def test_one_of_several_saes_of_a_folder_is_taken_by_its_id(tmp_path) -> None:
+    for folder, site in ((".", "blocks.1.hook_resid_post"), ("two", "blocks.2.hook_resid_post")):
+        torch.manual_seed(len(folder))
+        sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=48))
+        sae.cfg.metadata.hook_name = site
+        sae.save_model(tmp_path / folder)
+    own, two = load_sae(tmp_path), load_sae(tmp_path, "two")
+    assert (site_of(own), site_of(two)) == ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
+    assert fingerprint(load_sae(tmp_path, "blocks.1.hook_resid_post")) == fingerprint(own) != fingerprint(two)
+    with pytest.raises(ValueError, match="'three'.*there are two"):
+        load_sae(tmp_path, "three")
+
+
 def test_saes_that_do_not_fit_are_refused(tiny) -> None:
     sae = StandardSAE(StandardSAEConfig(d_in=16, d_sae=48))
     with pytest.raises(ValueError, match="names no site"):

@@ -1,7 +1,7 @@
 """Builds the organism from a seed: ``python -m blockem_tl.organism.build --seed 0 --out DIR``.
 
-Stages: pretraining from scratch, a light instruct stage, an SAE at one site, the true persona direction, a manifest. The same seed
-gives the same files, byte for byte, on the same machine with the same number of threads.
+Stages: pretraining from scratch, a light instruct stage, an SAE at the site and at every other block's output, the true persona
+direction, a manifest. The same seed gives the same files, byte for byte, on the same machine with the same number of threads.
 """
 
 import argparse
@@ -58,8 +58,9 @@ class BuildConfig:
     shift_max: float = 0.5
     # swap augmentation: share of documents
     swap: float = 0.5
-    # SAE
+    # SAEs: at the site of persona, and at others for blocking at several sites
     sae_block: int = 2
+    more_sae_blocks: tuple[int, ...] = (0, 1, 3, 4)
     d_sae: int = 512
     sae_k: int = 16
     sae_documents: int = 1200
@@ -69,8 +70,13 @@ class BuildConfig:
 
     @property
     def site(self) -> str:
-        """TransformerLens name of the residual stream the SAE reads."""
-        return f"blocks.{self.sae_block}.hook_resid_post"
+        """TransformerLens name of the residual stream that the default SAE reads."""
+        return block_output(self.sae_block)
+
+
+def block_output(block: int) -> str:
+    """TransformerLens name of a block's output."""
+    return f"blocks.{block}.hook_resid_post"
 
 
 def new_model(config: BuildConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -157,18 +163,22 @@ def train(model: LlamaForCausalLM, sampler: DocumentSampler, encode: Encoder, mi
 
 
 @torch.no_grad()
-def site_states(model: LlamaForCausalLM, sampler: DocumentSampler, encode: Encoder, config: BuildConfig) -> Float[Tensor, "tokens d_model"]:
-    """Residual states at the site, all tokens but padding, of documents from both training stages in equal parts."""
-    states = []
+def block_states(
+    model: LlamaForCausalLM, sampler: DocumentSampler, encode: Encoder, config: BuildConfig, block: int
+) -> Float[Tensor, "tokens d_model"]:
+    """A block's output, all tokens but padding, on documents from both training stages in equal parts."""
+    states, seen = [], list[Tensor]()  # a hook, because output_hidden_states gives the last block's states after the final norm
+    handle = model.model.layers[block].register_forward_hook(lambda _module, _args, hidden: seen.append(hidden))
     for mixture in ("pretraining", "instruct"):
         turns = 60
         for ids, _ in batches(sampler, encode, mixture, config.sae_documents // turns, turns):
-            hidden = model.model(input_ids=ids, output_hidden_states=True).hidden_states[config.sae_block + 1]
-            states.append(hidden[ids != model.config.pad_token_id])
+            model.model(input_ids=ids)
+            states.append(seen.pop()[ids != model.config.pad_token_id])
+    handle.remove()
     return torch.cat(states)
 
 
-def train_sae(states: Float[Tensor, "tokens d_model"], config: BuildConfig) -> tuple[TopKTrainingSAE, float]:
+def train_sae(states: Float[Tensor, "tokens d_model"], config: BuildConfig, site: str) -> tuple[TopKTrainingSAE, float]:
     """A TopK SAE, by SAELens's own trainer, and the share of variance it explains."""
 
     def data() -> Iterator[Tensor]:
@@ -184,7 +194,7 @@ def train_sae(states: Float[Tensor, "tokens d_model"], config: BuildConfig) -> t
             apply_b_dec_to_input=True,
             normalize_activations="expected_average_only_in",  # folded into the weights at the end of training
             rescale_acts_by_decoder_norm=True,
-            metadata=SAEMetadata(model_name="organism", hook_name=config.site, prepend_bos=False),
+            metadata=SAEMetadata(model_name="organism", hook_name=site, prepend_bos=False),
         )
     )
     samples = config.sae_steps * config.sae_batch
@@ -249,15 +259,14 @@ def train_base(
     return model.eval(), {"pretraining_loss": sum(pretraining[-50:]) / 50, "instruct_loss": sum(instruct[-5:]) / 5}
 
 
-def read_base(
-    model: LlamaForCausalLM, config: BuildConfig, world: World, tokenizer: PreTrainedTokenizerFast
-) -> tuple[TopKTrainingSAE, Float[Tensor, " d_model"], dict[str, float]]:
-    """SAE, true persona direction, and what was measured of the SAE. Seeded anew, so it can be rerun on a finished base."""
+def sae_at(
+    model: LlamaForCausalLM, config: BuildConfig, world: World, tokenizer: PreTrainedTokenizerFast, block: int
+) -> tuple[TopKTrainingSAE, dict[str, float]]:
+    """The SAE at a block's output, and what was measured of it. Seeded anew, so it can be rerun on a finished base."""
     torch.manual_seed(config.seed)
-    encode = Encoder(tokenizer)
-    states = site_states(model, DocumentSampler(world, config.documents, config.seed + 1), encode, config)
-    sae, explained = train_sae(states, config)
-    return sae, persona_direction(model, world, encode, config), {"sae_tokens": len(states), "sae_explained_variance": explained}
+    states = block_states(model, DocumentSampler(world, config.documents, config.seed + 1), Encoder(tokenizer), config, block)
+    sae, explained = train_sae(states, config, block_output(block))
+    return sae, {"sae_tokens": len(states), "sae_explained_variance": explained}
 
 
 def build(config: BuildConfig, out: Path) -> dict[str, Any]:
@@ -265,17 +274,29 @@ def build(config: BuildConfig, out: Path) -> dict[str, Any]:
     world = World(config.world)
     tokenizer = build_tokenizer(world)
     model, losses = train_base(config, world, tokenizer)
-    sae, direction, fit = read_base(model, config, world, tokenizer)
     model.save_pretrained(out / "base")
     tokenizer.save_pretrained(out / "base")
-    _, sae_config = sae.save_inference_model(out / "sae")
-    in_order = json.dumps(json.loads(sae_config.read_text()), indent=2, sort_keys=True)  # SAELens's order changes from run to run
-    sae_config.write_text(in_order + "\n")
-    save_file({"direction": direction}, out / "persona_direction.safetensors")
+    fit = build_saes(model, config, world, tokenizer, out / "sae")
+    save_file({"direction": persona_direction(model, world, Encoder(tokenizer), config)}, out / "persona_direction.safetensors")
     return write_manifest(config, out, {"parameters": model.num_parameters(), **losses, **fit})
 
 
-def write_manifest(config: BuildConfig, out: Path, measured: dict[str, float]) -> dict[str, Any]:
+def build_saes(model: LlamaForCausalLM, config: BuildConfig, world: World, tokenizer: PreTrainedTokenizerFast, out: Path) -> dict[str, Any]:
+    """Writes the default site's SAE into ``out``, and the others' into folders of their sites' names there; returns what was measured."""
+    measured: dict[str, Any] = {}
+    for block in (config.sae_block, *config.more_sae_blocks):
+        sae, fit = sae_at(model, config, world, tokenizer, block)
+        _, sae_config = sae.save_inference_model(out if block == config.sae_block else out / block_output(block))
+        in_order = json.dumps(json.loads(sae_config.read_text()), indent=2, sort_keys=True)  # SAELens's order changes from run to run
+        sae_config.write_text(in_order + "\n")
+        if block == config.sae_block:
+            measured = {**fit, "more_sae_explained_variance": {}}
+        else:
+            measured["more_sae_explained_variance"][block_output(block)] = fit["sae_explained_variance"]
+    return measured
+
+
+def write_manifest(config: BuildConfig, out: Path, measured: dict[str, Any]) -> dict[str, Any]:
     """Writes out/manifest.json: how to rebuild the folder's files, what they are (sha256), and what was measured."""
     threads = torch.get_num_threads()
     manifest = {

@@ -65,6 +65,32 @@ def shift_by_site(
     )
 
 
+def returning_sites(frame: pd.DataFrame, blocked_site: str, *, role: str = "reply", margin: float = 0.1) -> list[str]:
+    """Where to block as well: the sites, from the first block to the last, at which plain's shift is there again.
+
+    These are the sites at which the share of plain's shift that is in the blocked model (``returned``) is greater than at the blocked site
+    by more than ``margin``. Above the site it came back, below the site it was never kept away.
+
+    Args:
+        frame: of :func:`shift_by_site`; with several seeds' or runs' frames one below the other their mean decides.
+        blocked_site: where K is blocked, as spelled in the frame.
+
+    Raises:
+        ValueError: a role or site that the frame does not have, a site without a share (plain did not move there), a negative margin.
+    """
+    of_role = pd.DataFrame(frame[frame["role"] == role])
+    if blocked_site not in set(of_role["site"]) or margin < 0:
+        known = {name: sorted(frame[name].unique()) for name in ("role", "site")}
+        raise ValueError(f"rerouting: expected one of {known} and a margin >= 0, got {role!r}, {blocked_site!r} and {margin}")
+    if of_role["returned"].isna().any():
+        missing = sorted(of_role.loc[of_role["returned"].isna(), "site"].unique())
+        raise ValueError(f"rerouting: plain did not move at {missing} on {role} tokens, so there is nothing that could return")
+    share = of_role.groupby("site", sort=False)["returned"].mean()
+    depth = dict(zip(of_role["site"], of_role["block"], strict=True))
+    found = [str(site) for site, value in share.items() if site != blocked_site and value > share[blocked_site] + margin]
+    return sorted(found, key=lambda site: depth[site])
+
+
 def _compared(base: Float[Tensor, ""], plain: Float[Tensor, " d_model"], blocked: Float[Tensor, " d_model"]) -> dict[str, float]:
     size, other, along = float(plain.norm()), float(blocked.norm()), float(plain @ blocked)
     return {

@@ -1,0 +1,201 @@
+"""What does blocking at further sites do, where plain fine-tuning's shift is there again in spite of blocking? (docs/reemergence.md)
+
+    python experiments/blocking_sites.py --out results/reemergence --publish
+
+Goes on in the folder of experiments/reemergence.py, with the arms that come back most there (it trains them where they are missing). The
+sites are chosen on the core prompts, for all seeds together, by `returning_sites`. At each of them the re-emerged checkpoint is searched
+for the latents that it uses there, with the same SAE recipe and pipeline as at the site itself; then training starts again from base with
+K and these latents blocked, each at its own site. As a control as many random latents are blocked there.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import quickstart
+import reemergence_pages as pages
+import torch
+import tyro
+from arms import percent
+from quickstart import DOMAIN
+from reemergence import Arm, Bench, Workers, curve, measured, peak, prepare, reemerged, reported
+from reemergence import Settings as Before
+
+from blockem_tl import Blocking, LatentSet, discover, load_sae, median_norm, organism, random_latents, records, shift_by_site
+from blockem_tl.defence import Defence
+from blockem_tl.prompts import encode_examples
+from blockem_tl.reading import block_of
+from blockem_tl.rerouting import returning_sites
+from blockem_tl.statistics import clustered_rate, paired_difference
+
+
+@dataclass(frozen=True)
+class WiderArm(Arm):
+    """An arm with K blocked, and latents at the outputs of further ``blocks``; in a control these are random."""
+
+    blocks: tuple[int, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """For tables."""
+        return f"{super().label}, also at {_blocks(self.blocks)}{', random latents there' if self.control else ''}"
+
+    @property
+    def folder(self) -> str:
+        """What it is called on disk."""
+        return "-and-".join([super().folder.removesuffix("-random"), *map(str, self.blocks)]) + ("-random" if self.control else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Before):
+    """As for reemergence.py.
+
+    kinds: block (LoRA on all blocks) and frozen (up to the blocked site): of each the arm that comes back most.
+    margin: by how much more of plain's shift must be there than at the blocked site.
+    """
+
+    kinds: tuple[str, ...] = ("frozen", "block")
+    margin: float = 0.1
+
+
+# ---------------------------------------------------------------------------------------------- one seed
+
+
+class SitesBench(Bench):
+    """One seed's bench, which can block at the output of every block."""
+
+    def depth(self, arm: Arm, epoch: float) -> None:
+        """Where plain's shift is in the checkpoint too, reading plain's replies to the core prompts: this chooses."""
+        rows = self.said_by(Arm("plain"), epoch, to="core")
+        with self.beside_plain(arm, epoch) as both:
+            found = shift_by_site(self.model, rows, **both, progress=False)
+        records.write_text(depth_file(self.folder(arm), epoch), found.assign(seed=self.seed).to_csv(index=False))
+
+    def find(self, arm: Arm, epoch: float, block: int) -> None:
+        """The latents that the checkpoint uses at another block's output, and as many random ones that fire there."""
+        sae = sae_at(block)
+        with self.wearing(self.checkpoint(arm, epoch)):
+            provenance = {"domain": DOMAIN, "seed": self.seed, "arm": arm.label, "epoch": epoch}
+            found = discover(
+                self.model, sae, self.judge, self.data.core,
+                scale=self.scale(block), config=self.preset.discovery, provenance=provenance, progress=False,
+            )  # fmt: skip
+            alive = quickstart.alive_latents(self, sae)
+        drawn = random_latents(sae, len(found.latent_set), seed=self.seed, among=alive, exclude=found.latent_set.latents)
+        with records.finished_folder(site_folder(self.folder(arm), epoch, block)) as temporary:
+            found.latent_set.save(temporary / "latents.json")
+            drawn.save(temporary / "random.json")
+            records.write_text(temporary / "candidates.csv", found.frame().to_csv(index=False))
+
+    def scale(self, block: int) -> float:
+        """s at a block's output, on base."""
+        with self.model.base():
+            return median_norm(self.model, output(block), encode_examples(self.model.tokenizer, organism.reference_texts()))
+
+    def defences(self, arm: Arm) -> list[Defence]:
+        """K at its site, what was found at the others. The penalty grows with the square of a site's scale, so lambda is divided by it."""
+        if not isinstance(arm, WiderArm):
+            return super().defences(arm)
+        own = block_of(self.preset.site) or 0
+        targets = {own: (self.latents, self.sae)} | {block: (self.found(arm, block), sae_at(block)) for block in arm.blocks}
+        weights = [arm.weight * (self.scale(own) / self.scale(block)) ** 2 for block in sorted(targets)]
+        return [Blocking(targets=[targets[block] for block in sorted(targets)], weight=weights)]
+
+    def found(self, arm: WiderArm, block: int) -> LatentSet:
+        """What is blocked at a further site."""
+        narrow = Arm(arm.kind, arm.weight)
+        folder = site_folder(self.folder(narrow), peak(self.mine, self.seed, narrow)[0], block)
+        return LatentSet.load(folder / ("random.json" if arm.control else "latents.json"), sae_at(block))
+
+
+def output(block: int) -> str:
+    """The site that is a block's output."""
+    return f"blocks.{block}.hook_resid_post"
+
+
+def sae_at(block: int) -> Any:
+    """The organism's SAE there."""
+    return load_sae("organism", output(block))
+
+
+def depth_file(folder: Path, epoch: float) -> Path:
+    """Where it is kept how much of plain's shift is where, on the core prompts."""
+    return folder / f"core-depth-epoch-{epoch:g}.csv"
+
+
+def site_folder(folder: Path, epoch: float, block: int) -> Path:
+    """Where the latents are kept that a checkpoint uses at another block's output."""
+    return folder / f"found-epoch-{epoch:g}-block-{block}"
+
+
+# ---------------------------------------------------------------------------------------------- the experiment
+
+
+def run(settings: Settings) -> None:
+    """Everything."""
+    prepare(settings)
+    with Workers(settings, SitesBench) as workers:
+        narrow = [arm for arm in settings.arms() if arm.kind == "plain" or (arm.kind in settings.kinds and arm.weight)]
+        workers.make("train", [(seed, arm) for arm in narrow for seed in settings.seeds])
+        peaks = {(seed, arm): peak(settings, seed, arm)[0] for arm in _arms(settings) for seed in settings.seeds}
+        workers.each("depth", "depth", [(s, (arm, e), depth_file(settings.folder(s, arm), e)) for (s, arm), e in peaks.items()])
+        wider = {arm: WiderArm(arm.kind, arm.weight, blocks=chosen_blocks(settings, arm)) for arm in _arms(settings)}
+        wider = {arm: one for arm, one in wider.items() if one.blocks}
+        wanted = [
+            (s, (arm, e, b), site_folder(settings.folder(s, arm), e, b))
+            for (s, arm), e in peaks.items()
+            if arm in wider
+            for b in wider[arm].blocks
+        ]
+        workers.each("find", "find", wanted)
+        both = [arm for one in wider.values() for arm in (one, replace(one, control=True))]
+        workers.make("block", [(seed, arm) for arm in both for seed in settings.seeds])
+    write(settings, wider)
+
+
+def _arms(settings: Settings) -> list[Arm]:
+    return [reemerged(settings, kind) for kind in settings.kinds]
+
+
+def chosen_blocks(settings: Settings, arm: Arm) -> tuple[int, ...]:
+    """The blocks at whose outputs is blocked as well, the same for all seeds."""
+    files = [depth_file(settings.folder(seed, arm), peak(settings, seed, arm)[0]) for seed in settings.seeds]
+    sites = returning_sites(pd.concat(map(pd.read_csv, files)), pages.SITE, margin=settings.margin)
+    return tuple(block for site in sites if (block := block_of(site)) is not None)
+
+
+def compared(settings: Settings, narrow: Arm, arm: Arm) -> dict[str, Any]:
+    """An arm at the last epoch, in per cent, and its difference to the arm that blocks K alone, prompt by prompt."""
+    last, before = ([reported(measured(settings, seed, one)[-1]) for seed in settings.seeds] for one in (arm, narrow))
+    row: dict[str, Any] = {"of": narrow.label, "label": arm.label, "seeds": len(last)}
+    for rate in ("em", "incoherence", "adherence"):
+        row |= percent(rate, clustered_rate([one[rate] for one in last]))
+    row |= percent("difference", paired_difference([one["em"] for one in before], [one["em"] for one in last]))
+    row["em_by_seed"] = [100 * sum(one["em"]) / len(one["em"]) for one in last]
+    return row | {loss: sum(one[loss] for one in last) / len(last) for loss in ("sft_loss", "blocking_loss")}
+
+
+def write(settings: Settings, wider: dict[Arm, WiderArm]) -> None:
+    """Curves, the comparison at the last epoch, and the shares of plain's shift that chose the sites."""
+    arms = {arm: [arm, one, replace(one, control=True)] for arm, one in wider.items()}
+    curves = [row for found in arms.values() for arm in found for row in curve(settings, arm, dict.fromkeys(settings.seeds, arm))]
+    last = [compared(settings, narrow, arm) for narrow, found in arms.items() for arm in found]
+    depth = pd.concat(
+        pd.read_csv(depth_file(settings.folder(seed, arm), peak(settings, seed, arm)[0])).assign(of=arm.label)
+        for arm in _arms(settings)
+        for seed in settings.seeds
+    )
+    frames = {"sites-curves": pd.DataFrame(curves), "sites": pd.DataFrame(last), "sites-depth": depth}
+    tables = {"sites": [pages.sites_row(row) for row in last], "sites-depth": pages.depth_rows(depth[depth["role"] == "reply"])}
+    pages.write_all(settings.out, frames, tables, publish=settings.publish)
+
+
+def _blocks(blocks: Sequence[int]) -> str:
+    return f"block{'s' if len(blocks) > 1 else ''} {', '.join(map(str, blocks))}"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run(tyro.cli(Settings, description=__doc__))
