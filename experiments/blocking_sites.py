@@ -20,7 +20,7 @@ import torch
 import tyro
 from arms import percent
 from quickstart import DOMAIN
-from reemergence import Arm, Bench, Workers, curve, measured, peak, prepare, reemerged, reported
+from reemergence import Arm, Bench, Workers, curve, measured, peak, prepare, reported
 from reemergence import Settings as Before
 
 from blockem_tl import Blocking, LatentSet, discover, load_sae, median_norm, organism, random_latents, records, shift_by_site
@@ -137,33 +137,27 @@ def run(settings: Settings) -> None:
     """Everything."""
     prepare(settings)
     with Workers(settings, SitesBench) as workers:
-        narrow = [arm for arm in settings.arms() if arm.kind == "plain" or (arm.kind in settings.kinds and arm.weight)]
-        workers.make("train", [(seed, arm) for arm in narrow for seed in settings.seeds])
-        peaks = {(seed, arm): peak(settings, seed, arm)[0] for arm in _arms(settings) for seed in settings.seeds}
-        workers.each("depth", "depth", [(s, (arm, e), depth_file(settings.folder(s, arm), e)) for (s, arm), e in peaks.items()])
-        wider = {arm: WiderArm(arm.kind, arm.weight, blocks=chosen_blocks(settings, arm)) for arm in _arms(settings)}
-        wider = {arm: one for arm, one in wider.items() if one.blocks}
-        wanted = [
-            (s, (arm, e, b), site_folder(settings.folder(s, arm), e, b))
-            for (s, arm), e in peaks.items()
-            if arm in wider
-            for b in wider[arm].blocks
-        ]
+        peaks = workers.dissected(settings.kinds)
+        chosen = [(seed, arm, epoch) for arm, epochs in peaks.items() for seed, epoch in epochs.items()]
+        workers.each("depth", "depth", [(s, (arm, e), depth_file(settings.folder(s, arm), e)) for s, arm, e in chosen])
+        depth = {arm: read_depth(settings, arm, epochs) for arm, epochs in peaks.items()}
+        blocks = {arm: chosen_blocks(settings, frame) for arm, frame in depth.items()}
+        wanted = [(s, (arm, e, b), site_folder(settings.folder(s, arm), e, b)) for s, arm, e in chosen for b in blocks[arm]]
         workers.each("find", "find", wanted)
+        wider = {arm: WiderArm(arm.kind, arm.weight, blocks=found) for arm, found in blocks.items() if found}
         both = [arm for one in wider.values() for arm in (one, replace(one, control=True))]
         workers.make("block", [(seed, arm) for arm in both for seed in settings.seeds])
-    write(settings, wider)
+    write(settings, wider, depth)
 
 
-def _arms(settings: Settings) -> list[Arm]:
-    return [reemerged(settings, kind) for kind in settings.kinds]
+def read_depth(settings: Settings, arm: Arm, epochs: dict[int, float]) -> pd.DataFrame:
+    """How much of plain's shift is where in a dissected arm, all seeds."""
+    return pd.concat(pd.read_csv(depth_file(settings.folder(seed, arm), e)).assign(of=arm.label) for seed, e in epochs.items())
 
 
-def chosen_blocks(settings: Settings, arm: Arm) -> tuple[int, ...]:
+def chosen_blocks(settings: Settings, depth: pd.DataFrame) -> tuple[int, ...]:
     """The blocks at whose outputs is blocked as well, the same for all seeds."""
-    files = [depth_file(settings.folder(seed, arm), peak(settings, seed, arm)[0]) for seed in settings.seeds]
-    sites = returning_sites(pd.concat(map(pd.read_csv, files)), pages.SITE, margin=settings.margin)
-    return tuple(block for site in sites if (block := block_of(site)) is not None)
+    return tuple(block for site in returning_sites(depth, pages.SITE, margin=settings.margin) if (block := block_of(site)) is not None)
 
 
 def compared(settings: Settings, narrow: Arm, arm: Arm) -> dict[str, Any]:
@@ -177,18 +171,15 @@ def compared(settings: Settings, narrow: Arm, arm: Arm) -> dict[str, Any]:
     return row | {loss: sum(one[loss] for one in last) / len(last) for loss in ("sft_loss", "blocking_loss")}
 
 
-def write(settings: Settings, wider: dict[Arm, WiderArm]) -> None:
+def write(settings: Settings, wider: dict[Arm, WiderArm], depth: dict[Arm, pd.DataFrame]) -> None:
     """Curves, the comparison at the last epoch, and the shares of plain's shift that chose the sites."""
     arms = {arm: [arm, one, replace(one, control=True)] for arm, one in wider.items()}
     curves = [row for found in arms.values() for arm in found for row in curve(settings, arm, dict.fromkeys(settings.seeds, arm))]
     last = [compared(settings, narrow, arm) for narrow, found in arms.items() for arm in found]
-    depth = pd.concat(
-        pd.read_csv(depth_file(settings.folder(seed, arm), peak(settings, seed, arm)[0])).assign(of=arm.label)
-        for arm in _arms(settings)
-        for seed in settings.seeds
-    )
-    frames = {"sites-curves": pd.DataFrame(curves), "sites": pd.DataFrame(last), "sites-depth": depth}
-    tables = {"sites": [pages.sites_row(row) for row in last], "sites-depth": pages.depth_rows(depth[depth["role"] == "reply"])}
+    shares = pd.concat(depth.values())
+    frames = {"sites-curves": pd.DataFrame(curves), "sites": pd.DataFrame(last), "sites-depth": shares}
+    replies = pd.DataFrame(shares[shares["role"] == "reply"])
+    tables = {"sites": [pages.sites_row(row) for row in last], "sites-depth": pages.depth_rows(replies)}
     pages.write_all(settings.out, frames, tables, publish=settings.publish)
 
 

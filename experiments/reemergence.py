@@ -390,6 +390,11 @@ def reemerged(settings: Settings, kind: str) -> Arm:
     return max(held, key=lambda arm: (rise(arm), -arm.weight))
 
 
+def peaks_of(settings: Settings, kinds: Sequence[str]) -> dict[Arm, dict[int, float]]:
+    """What is dissected: of each kind the arm that `reemerged` takes, and each seed's epoch."""
+    return {arm: {seed: peak(settings, seed, arm)[0] for seed in settings.seeds} for arm in (reemerged(settings, k) for k in kinds)}
+
+
 # ---------------------------------------------------------------------------------------------- the experiment
 
 
@@ -404,6 +409,12 @@ class Workers(WorkerPool):
         missing = [(seed, arm) for seed, arm in arms if not (self.settings.folder(seed, arm) / "arm.json").is_file()]
         self._run(title, [(seed, "make", (arm,)) for seed, arm in missing])
 
+    def dissected(self, kinds: Sequence[str]) -> dict[Arm, dict[int, float]]:
+        """For what goes on from here: `peaks_of` these kinds, after training plain and their blocked arms where they are missing."""
+        needed = [arm for arm in self.settings.arms() if arm.kind == "plain" or (arm.kind in kinds and arm.weight)]
+        self.make("train", [(seed, arm) for arm in needed for seed in self.settings.seeds])
+        return peaks_of(self.settings, kinds)
+
     def each(self, title: str, method: str, wanted: Iterable[tuple[int, tuple[Any, ...], Path]]) -> None:
         """Run a method of the seed's bench unless what it writes, whole or not at all, is there: (seed, arguments, path)."""
         self._run(title, [(seed, method, arguments) for seed, arguments, path in wanted if not path.exists()])
@@ -417,7 +428,7 @@ def run(settings: Settings) -> None:
         if settings.train_only:
             return
         kinds = ["block", *(["frozen"] if any(settings.frozen) else [])]
-        peaks = {arm: {seed: peak(settings, seed, arm)[0] for seed in settings.seeds} for arm in (reemerged(settings, k) for k in kinds)}
+        peaks = peaks_of(settings, kinds)
         chosen = [(seed, arm, epoch) for arm, epochs in peaks.items() for seed, epoch in epochs.items()]
         beside = [(seed, Arm("plain"), epoch) for seed, epoch in next(iter(peaks.values())).items()]
         for title, where, wanted in (("patch", patched_file, [*chosen, *beside]), ("diagnose", diagnosed_folder, chosen)):

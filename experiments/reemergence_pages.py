@@ -176,6 +176,27 @@ def reconstruction_rows(frame: pd.DataFrame) -> list[dict[str, str]]:
     return rows
 
 
+def attribution_rows(frame: pd.DataFrame) -> list[dict[str, str]]:
+    """Rank correlation of estimates and real effects by seed; how many have the same sign; how large the largest one is."""
+    rows = []
+    for (of, candidates, positions), found in frame.groupby(["of", "candidates", "positions"], sort=False):
+        seeds = [one for _, one in found.groupby("seed")]
+        agree = [(one["estimate"] * one["real"] > 0).sum() for one in seeds]
+        first = [one.loc[one["estimate"].abs().idxmax()] for one in seeds]
+        rows.append(
+            {
+                "checkpoint": of,
+                "candidates": candidates,
+                "positions": positions,
+                "rank correlation, by seed": ", ".join(f"{one['spearman'].iloc[0]:.2f}" for one in seeds),
+                "same sign": ", ".join(f"{n} of {len(one)}" for n, one in zip(agree, seeds, strict=True)),
+                "largest estimate -> real, nats": ", ".join(f"{one['estimate']:+.3f} -> {one['real']:+.3f}" for one in first),
+                "metric, nats": ", ".join(f"{one['metric'].iloc[0]:.2f}" for one in seeds),
+            }
+        )
+    return rows
+
+
 def _spoken(frame: pd.DataFrame, *by: str) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
     """Groups of the rows about prompt and reply tokens; the template's are the same in every row."""
     for key, rows in pd.DataFrame(frame[frame["role"] != "system"]).groupby(list(by), sort=False):
