@@ -174,7 +174,7 @@ def compared(settings: Settings, narrow: Arm, arm: Arm) -> dict[str, Any]:
 def write(settings: Settings, wider: dict[Arm, WiderArm], depth: dict[Arm, pd.DataFrame]) -> None:
     """Curves, the comparison at the last epoch, and the shares of plain's shift that chose the sites."""
     arms = {arm: [arm, one, replace(one, control=True)] for arm, one in wider.items()}
-    curves = [row for found in arms.values() for arm in found for row in curve(settings, arm, dict.fromkeys(settings.seeds, arm))]
+    curves = [row for found in arms.values() for arm in found for row in curve(settings, arm, {s: arm for s in settings.seeds})]
     last = [compared(settings, narrow, arm) for narrow, found in arms.items() for arm in found]
     shares = pd.concat(depth.values())
     frames = {"sites-curves": pd.DataFrame(curves), "sites": pd.DataFrame(last), "sites-depth": shares}

@@ -248,7 +248,7 @@ class Bench(Lab):
                 records.write_text(temporary / f"{name}.csv", frame.assign(seed=self.seed).to_csv(index=False))
 
     @contextmanager
-    def beside_plain(self, arm: Arm, epoch: float) -> Iterator[dict[str, str]]:
+    def beside_plain(self, arm: Arm, epoch: float) -> Iterator[dict[str, Any]]:
         """Inside the block the model holds the checkpoint and plain's at the same epoch, under the names that are given."""
         held = {"plain": Arm("plain"), "blocked": arm}
         for name, one in held.items():

@@ -179,7 +179,7 @@ def reconstruction_rows(frame: pd.DataFrame) -> list[dict[str, str]]:
 def attribution_rows(frame: pd.DataFrame) -> list[dict[str, str]]:
     """Rank correlation of estimates and real effects by seed; how many have the same sign; how large the largest one is."""
     rows = []
-    for (of, candidates, positions), found in frame.groupby(["of", "candidates", "positions"], sort=False):
+    for (of, candidates, positions), found in _groups(frame, "of", "candidates", "positions"):
         seeds = [one for _, one in found.groupby("seed")]
         agree = [(one["estimate"] * one["real"] > 0).sum() for one in seeds]
         first = [one.loc[one["estimate"].abs().idxmax()] for one in seeds]
@@ -199,7 +199,11 @@ def attribution_rows(frame: pd.DataFrame) -> list[dict[str, str]]:
 
 def _spoken(frame: pd.DataFrame, *by: str) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
     """Groups of the rows about prompt and reply tokens; the template's are the same in every row."""
-    for key, rows in pd.DataFrame(frame[frame["role"] != "system"]).groupby(list(by), sort=False):
+    return _groups(pd.DataFrame(frame[frame["role"] != "system"]), *by)
+
+
+def _groups(frame: pd.DataFrame, *by: str) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
+    for key, rows in frame.groupby(list(by), sort=False):
         yield cast(tuple[str, ...], key), pd.DataFrame(rows)
 
 
