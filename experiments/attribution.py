@@ -14,7 +14,7 @@ import pandas as pd
 import reemergence_pages as pages
 import torch
 import tyro
-from reemergence import Arm, Bench, Workers, peaks_of, prepare
+from reemergence import Arm, Bench, Workers, prepare
 from reemergence import Settings as Before
 
 from blockem_tl import Generation, records

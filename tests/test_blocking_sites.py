@@ -8,7 +8,7 @@ import blocking_sites as script
 import pandas as pd
 import pytest
 from blocking_sites import WiderArm
-from reemergence import Arm, measured, measured_file
+from reemergence import Arm, measured, measured_file, peaks_of
 from test_reemergence import CORE, EPOCHS, invent, said
 
 from blockem_tl import load_sae, random_latents, records
@@ -107,7 +107,7 @@ def test_attribution_reports_estimates_beside_real_patches(tmp_path, monkeypatch
     bench.data = replace(bench.data, final=bench.data.final[:4], domain=bench.data.domain[:3])
     for arm in (Arm("plain"), Arm("block", 1.0)):
         bench.make(arm)
-    peak = attribution.peaks_of(settings, settings.kinds)[Arm("block", 1.0)][0]
+    peak = peaks_of(settings, settings.kinds)[Arm("block", 1.0)][0]
     bench.attribute(Arm("block", 1.0), peak, 4)
     frame = pd.read_csv(attribution.attribution_file(bench.folder(Arm("block", 1.0)), peak))
     assert frame.groupby(["candidates", "positions"]).size().to_dict() == {
