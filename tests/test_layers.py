@@ -14,6 +14,7 @@ TOOLKIT = [
     "databases",
     "statistics",
     "hooks",
+    "lora",
     "models",
     "saes",
     "prompts",

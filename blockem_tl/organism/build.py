@@ -167,8 +167,12 @@ def block_states(
     model: LlamaForCausalLM, sampler: DocumentSampler, encode: Encoder, config: BuildConfig, block: int
 ) -> Float[Tensor, "tokens d_model"]:
     """A block's output, all tokens but padding, on documents from both training stages in equal parts."""
-    states, seen = [], list[Tensor]()  # a hook, because output_hidden_states gives the last block's states after the final norm
-    handle = model.model.layers[block].register_forward_hook(lambda _module, _args, hidden: seen.append(hidden))
+    states, seen = [], list[Tensor]()
+
+    def keep(_module: torch.nn.Module, _args: Any, hidden: Any) -> None:
+        seen.append(hidden)
+
+    handle = model.model.layers[block].register_forward_hook(keep)  # output_hidden_states gives the last block's after the final norm
     for mixture in ("pretraining", "instruct"):
         turns = 60
         for ids, _ in batches(sampler, encode, mixture, config.sae_documents // turns, turns):

@@ -85,10 +85,10 @@ def returning_sites(frame: pd.DataFrame, blocked_site: str, *, role: str = "repl
     if of_role["returned"].isna().any():
         missing = sorted(of_role.loc[of_role["returned"].isna(), "site"].unique())
         raise ValueError(f"rerouting: plain did not move at {missing} on {role} tokens, so there is nothing that could return")
-    share = of_role.groupby("site", sort=False)["returned"].mean()
-    depth = dict(zip(of_role["site"], of_role["block"], strict=True))
-    found = [str(site) for site, value in share.items() if site != blocked_site and value > share[blocked_site] + margin]
-    return sorted(found, key=lambda site: depth[site])
+    share = {str(site): float(rows["returned"].mean()) for site, rows in of_role.groupby("site")}
+    block = {str(site): float(rows["block"].fillna(-1).iloc[0]) for site, rows in of_role.groupby("site")}  # the embedding has none
+    found = [site for site, value in share.items() if site != blocked_site and value > share[blocked_site] + margin]
+    return sorted(found, key=block.__getitem__)
 
 
 def _compared(base: Float[Tensor, ""], plain: Float[Tensor, " d_model"], blocked: Float[Tensor, " d_model"]) -> dict[str, float]:

@@ -6,7 +6,8 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
-from blockem_tl.models import LLAMA_PROJECTIONS, Model
+from blockem_tl.lora import LLAMA_PROJECTIONS
+from blockem_tl.models import Model
 
 
 @dataclass(frozen=True, kw_only=True)
