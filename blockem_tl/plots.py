@@ -193,6 +193,7 @@ def reconstruction(frame: pd.DataFrame) -> Figure:
     """How well an SAE reconstructs over training (Figure 28): one row of panels per token role, base as a dashed line.
 
     frame: of `reconstruction_quality`, several of them joined; its ``run`` column, if there is one, names whose line a row belongs to.
+    Lines are means over what shares a run and an epoch, bands their range.
     """
     named = frame if "run" in frame else frame.assign(run="checkpoints")
     base, runs = named[named["arm"] == "base"], named[(named["arm"] != "base") & named["epoch"].notna()]
@@ -216,7 +217,7 @@ def reconstruction(frame: pd.DataFrame) -> Figure:
 def rerouting(frame: pd.DataFrame) -> Figure:
     """Where along the depth a blocked model's mean shift from base comes back, beside plain's.
 
-    frame: of `shift_by_site` over one kind of site; where several (of seeds) are joined, lines are their means.
+    frame: of `shift_by_site` over one kind of site; where several (of seeds) are joined, lines are their means and bands their range.
     """
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     panels = figure.subplots(1, 3, sharex=True)
@@ -232,8 +233,10 @@ def rerouting(frame: pd.DataFrame) -> Figure:
 
 
 def _means(axes: Axes, rows: pd.DataFrame, along: str, value: str, label: str) -> None:
-    line = pd.DataFrame(rows.groupby(along)[[value]].mean())
-    axes.plot(line.index, line[value], marker="o", label=label)
+    """The mean of rows that share a place (of seeds, say), and a band from the least to the greatest."""
+    line = pd.DataFrame(rows.groupby(along)[value].agg(["mean", "min", "max"]))
+    axes.plot(line.index, line["mean"], marker="o", label=label)
+    axes.fill_between(line.index, line["min"], line["max"], alpha=0.15, linewidth=0)
 
 
 def save(figure: Figure, path: Path) -> Path:

@@ -23,7 +23,7 @@ from quickstart import DOMAIN
 from reemergence import Arm, Bench, Workers, curve, measured, peak, prepare, reported
 from reemergence import Settings as Before
 
-from blockem_tl import Blocking, LatentSet, discover, load_sae, median_norm, organism, random_latents, records, shift_by_site
+from blockem_tl import Blocking, LatentSet, discover, load_sae, median_norm, organism, plots, random_latents, records, shift_by_site
 from blockem_tl.defence import Defence
 from blockem_tl.prompts import encode_examples
 from blockem_tl.reading import block_of
@@ -180,7 +180,8 @@ def write(settings: Settings, wider: dict[Arm, WiderArm], depth: dict[Arm, pd.Da
     frames = {"sites-curves": pd.DataFrame(curves), "sites": pd.DataFrame(last), "sites-depth": shares}
     replies = pd.DataFrame(shares[shares["role"] == "reply"])
     tables = {"sites": [pages.sites_row(row) for row in last], "sites-depth": pages.depth_rows(replies)}
-    pages.write_all(settings.out, frames, tables, publish=settings.publish)
+    figures = {"sites": plots.reemergence(frames["sites-curves"])}
+    pages.write_all(settings.out, frames, tables, figures, publish=settings.publish)
 
 
 def _blocks(blocks: Sequence[int]) -> str:

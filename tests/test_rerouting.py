@@ -228,6 +228,11 @@ def test_figures_hold_a_line_for_every_role(model, sae, latent_set) -> None:
     assert [len(panel.lines) for panel in axes] == [3 + 2] * 3 and len(plots.rerouting(of(frame, role="reply")).axes[0].lines) == 1 + 2
     line = axes[2].lines[2].get_ydata()
     np.testing.assert_allclose(line, of(frame, role="reply")["returned"])
+    one, other = (of(frame, role="reply").assign(returned=share) for share in (0.2, 0.6))
+    panel = plots.rerouting(pd.concat([one, other])).axes[2]
+    np.testing.assert_allclose(panel.lines[0].get_ydata(), 0.4)  # the seeds' mean, and their range
+    band = panel.collections[0].get_paths()[0].vertices[:, 1]
+    assert (band.min(), band.max()) == pytest.approx((0.2, 0.6))
 
 
 def test_mistakes_are_refused(model, sae, latent_set) -> None:
