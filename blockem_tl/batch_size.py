@@ -12,8 +12,6 @@ from blockem_tl.models import Model
 SHARE = 0.8
 """Of the free memory, what the rows may take: the rest is for the consumer of the replies, and for fragments."""
 MOST_ON_CPU, MOST_ON_GPU = 256, 1024
-MOST_TOKENS_ON_CPU = 16384
-"""Tokens of all rows together. Larger caches are handed out anew by the system each time, and its page faults cost more than is gained."""
 
 
 def row_bytes(model: Model, longest: int) -> int:
@@ -37,8 +35,7 @@ def fitting(model: Model, longest: int) -> int:
     """
     on_gpu = model.device.type == "cuda"
     free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available
-    most = MOST_ON_GPU if on_gpu else min(MOST_ON_CPU, MOST_TOKENS_ON_CPU // longest)
-    return max(1, min(int(SHARE * free) // row_bytes(model, longest), most))
+    return max(1, min(int(SHARE * free) // row_bytes(model, longest), MOST_ON_GPU if on_gpu else MOST_ON_CPU))
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -51,8 +51,8 @@ class _SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         window, states = self.window, (key_states, value_states)
-        self.memory = tuple(s.new_empty(window.size * s.shape[1] * window.width * s.shape[3]) for s in states)
-        self.keys, self.values = (self._shaped(m, s.shape[1], s.shape[3]).zero_() for m, s in zip(self.memory, states, strict=True))
+        self.memory = tuple(s.new_zeros(window.size * s.shape[1] * window.width * s.shape[3]) for s in states)
+        self.keys, self.values = (self._shaped(m, s.shape[1], s.shape[3]) for m, s in zip(self.memory, states, strict=True))
         self.is_initialized = True
 
     def _shaped(self, memory: Tensor, n_heads: int, d_head: int) -> Tensor:
@@ -117,8 +117,9 @@ class SlotCache(Cache):
         """
         if self.end < n_tokens or n == 0:
             self._move(n, longest, n_tokens)
-        for stored in self._stored():
-            stored[n : n + count] = 0  # masked, but NaN that an earlier row left there would pass any mask
+        for stored in self._stored():  # what is not written: masked, but NaN that an earlier row left there would pass any mask
+            stored[n : n + count, :, : self.end - n_tokens] = 0
+            stored[n : n + count, :, self.end :] = 0
         self.window.rows, self.window.written, self.window.reading = slice(n, n + count), slice(self.end - n_tokens, self.end), False
 
     def expect_step(self, n: int, longest: int) -> None:

@@ -67,18 +67,19 @@ def prefill(model: Model, batch: Batch, sites: Sequence[str], stop: int, *, keep
         short: after the last block's MLP only the last position's states are wanted.
     """
     (n_rows, width), found = batch.ids.shape, list[dict[str, Tensor]]()
-    cache = SlotCache(n_rows, width) if keep else None
     at_once = max(1, prefill_tokens(model) // width)
+    cut = short and stop == model.cfg.n_layers  # the last block runs short, and attention can where a cache takes its keys
+    cache = SlotCache(n_rows if keep else at_once, width) if keep or cut else None
     for start in range(0, n_rows, at_once):
         some, store = slice(start, min(start + at_once, n_rows)), dict[str, Tensor]()
         if cache is not None:
-            cache.expect_newcomers(start, some.stop - start, width, width)
+            cache.expect_newcomers(start if keep else 0, some.stop - start, width, width)
         inputs: dict[str, Any] = {"input_ids": batch.ids[some], "attention_mask": batch.mask[some], "position_ids": batch.positions[some]}
-        with model.hooks(fwd_hooks=[record(site, store) for site in sites]), short_top(model, sites) if short else nullcontext():
-            run_below(model, stop, **inputs, past_key_values=cache, use_cache=keep)
+        with model.hooks(fwd_hooks=[record(site, store) for site in sites]), short_top(model, sites) if cut else nullcontext():
+            run_below(model, stop, **inputs, past_key_values=cache, use_cache=cache is not None)
         found.append(store)
     states = {site: torch.cat([store[site] for store in found]) for site in sites}
-    if cache is None or stop == 0:
+    if cache is None or not keep or stop == 0:
         return Prefilled(states=states)
     layers: list[Any] = cache.layers[:stop]
     keys, values = (

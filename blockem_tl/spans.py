@@ -57,12 +57,13 @@ def short_top(model: Model, sites: Iterable[str] = ()) -> Iterator[None]:
         for part, short in (("attn", _last_query), ("mlp", _last_output)):
             module: Any = getattr(_blocks(model)[-1], part, None)
             if module is not None and not any(name.startswith(f"{top}.{part}.") for name in acted_on):
-                shortened.enter_context(_forwards([module], short(module.forward)))
+                shortened.enter_context(_forwards([module], short(module)))
         yield
 
 
-def _last_output(plain: Callable[..., Any]) -> Callable[..., Any]:
+def _last_output(mlp: Any) -> Callable[..., Any]:
     """An MLP's forward, on the last position."""
+    plain = mlp.forward
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         out = plain(hidden[:, -1:], *args, **kwargs)
@@ -81,11 +82,13 @@ _SLICED: dict[str, Callable[[Any], Any]] = {
 """What attention is told of positions, for the last of them."""
 
 
-def _last_query(plain: Callable[..., Any]) -> Callable[..., Any]:
+def _last_query(attention: Any) -> Callable[..., Any]:
     """Attention's forward for the last position's query: keys and values of all positions first, then that position by itself.
 
     As it was where no cache takes the keys and values, or where attention is told something that might have to be cut as well.
     """
+    plain, queries = attention.forward, getattr(attention, "q", None)
+    unread = [] if queries is None else [(queries, _repeating(queries.forward))]  # while keys and values are made
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if "hidden_states" not in kwargs and args:
@@ -95,13 +98,23 @@ def _last_query(plain: Callable[..., Any]) -> Callable[..., Any]:
         unknown = args or any(isinstance(value, (Tensor, tuple)) for name, value in kwargs.items() if name not in _SLICED)
         if len(caches) != 1 or unknown:
             return plain(hidden, *args, **kwargs)
-        kwargs[caches[0]] = _Keeping(kwargs[caches[0]])
-        with suppress(_Reached):
-            return plain(hidden, **kwargs)  # it keeps nothing, so this is its answer
-        found = plain(hidden[:, -1:], **{name: _SLICED.get(name, _as_it_is)(value) for name, value in kwargs.items()})
+        keeping = _Keeping(kwargs[caches[0]])
+        with ExitStack() as briefly, suppress(_Reached):
+            for module, instead in unread:
+                briefly.enter_context(_forwards([module], instead))
+            plain(hidden, **{**kwargs, caches[0]: keeping})
+        if keeping.kept is None:  # it wrote nothing
+            return plain(hidden, **kwargs)
+        last = {name: _SLICED[name](value) if name in _SLICED else value for name, value in kwargs.items()}
+        found = plain(hidden[:, -1:], **{**last, caches[0]: keeping})
         return (_padded(found[0], hidden), *found[1:]) if isinstance(found, tuple) else _padded(found, hidden)
 
     return forward
+
+
+def _repeating(plain: Callable[..., Any]) -> Callable[..., Any]:
+    """The last position's output at all positions."""
+    return lambda hidden, *args, **kwargs: plain(hidden[:, -1:], *args, **kwargs).expand(-1, hidden.shape[1], -1)
 
 
 class _Keeping:
@@ -118,10 +131,6 @@ class _Keeping:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cache, name)
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
 
 
 def _padded(last: Float[Tensor, "batch 1 d_model"], whole: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
