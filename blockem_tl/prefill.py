@@ -35,6 +35,13 @@ def prefill_tokens(model: Model) -> int:
     return PREFILL_TOKENS_ON_CPU if model.device.type == "cpu" else PREFILL_TOKENS
 
 
+def row_index(rows: Sequence[int], device: torch.device) -> Int[Tensor, " rows"] | slice:
+    """Indices to take rows by: a slice where they follow each other, which takes them without a copy."""
+    if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+        return slice(rows[0], rows[0] + len(rows))
+    return torch.tensor(rows, device=device)
+
+
 def stream_into(block: int) -> str:
     """The name, in every model, of the residual stream that enters ``block`` (from 1 on)."""
     return f"blocks.{block - 1}.hook_out"
@@ -51,7 +58,7 @@ class Prefilled:
     keys: Sequence[Tensor] = ()
     values: Sequence[Tensor] = ()
 
-    def fill(self, cache: SlotCache, first: int, chosen: Int[Tensor, " rows"], width: int) -> None:
+    def fill(self, cache: SlotCache, first: int, chosen: Int[Tensor, " rows"] | slice, width: int) -> None:
         """Write keys and values below block ``first`` into the rows that ``cache`` expects: these prompts', ``width`` wide."""
         for layer in range(first):
             cache.update(self.keys[layer][chosen, :, -width:], self.values[layer][chosen, :, -width:], layer)
@@ -112,7 +119,7 @@ class SharedDecoder(Decoder):
         if not is_prompt:
             return super()._forward(ids, mask, positions, is_prompt=False)
         below, width = self.below, ids.shape[1]
-        chosen = torch.tensor([self.index[row.place % self.n_prompts] for row in self.rows[self.running]], device=self.model.device)
+        chosen = row_index([self.index[row.place % self.n_prompts] for row in self.rows[self.running]], self.model.device)
         below.fill(self.cache, self.first, chosen, width)
         state = below.states[stream_into(self.first)][chosen, -width:]
         with entering(self.model, self.first, state), short_top(self.model, self.added):

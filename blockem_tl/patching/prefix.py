@@ -30,7 +30,7 @@ from blockem_tl.generation import Job, make_job, run_job
 from blockem_tl.hooks import patch
 from blockem_tl.models import Model
 from blockem_tl.patching.arms import BASE, Arm, Plan, Sites, check_groups, choose_arms, plan_prompt
-from blockem_tl.prefill import SHARED_TOKENS, Prefilled, prefill, stream_into
+from blockem_tl.prefill import SHARED_TOKENS, Prefilled, prefill, row_index, stream_into
 from blockem_tl.prompts import Encoded, pad
 from blockem_tl.reading import stop_layer
 from blockem_tl.spans import entering, short_top
@@ -163,11 +163,13 @@ class PrefixDecoder(Decoder):
             members = list(group)
             part = slice(members[0], members[-1] + 1)
             self.cache.window.rows = slice(self.running.start + part.start, self.running.start + part.stop)
-            chosen = torch.tensor([newcomers[i].place % n_prompts for i in members])
+            chosen = row_index([newcomers[i].place % n_prompts for i in members], self.model.device)
             logits.append(self._prefill(self.plans[c], chosen, ids[part], mask[part], positions[part]))
         return torch.cat(logits)
 
-    def _prefill(self, plan: Plan | None, chosen: Tensor, ids: Tensor, mask: Tensor, positions: Tensor) -> Float[Tensor, "batch d_vocab"]:
+    def _prefill(
+        self, plan: Plan | None, chosen: Tensor | slice, ids: Tensor, mask: Tensor, positions: Tensor
+    ) -> Float[Tensor, "batch d_vocab"]:
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "past_key_values": self.cache, "use_cache": True}
         if plan is None:
             return self.forward(**inputs)
