@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from blockem_tl.decoding import Decoder
 from blockem_tl.hooks import record
@@ -86,6 +87,7 @@ def prefill(model: Model, batch: Batch, sites: Sequence[str], stop: int, *, keep
             run_below(model, stop, **inputs, past_key_values=cache, use_cache=cache is not None)
         found.append(store)
     states = {site: torch.cat([store[site] for store in found]) for site in sites}
+    states = {site: functional.pad(state, (0, 0, width - state.shape[1], 0)) for site, state in states.items()}  # after a short block
     if cache is None or not keep or stop == 0:
         return Prefilled(states=states)
     layers: list[Any] = cache.layers[:stop]

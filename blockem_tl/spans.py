@@ -46,70 +46,68 @@ def run_below(model: Model, stop: int, **inputs: Any) -> None:
 
 @contextmanager
 def short_top(model: Model, sites: Iterable[str] = ()) -> Iterator[None]:
-    """Inside the block the last block's attention and MLP run for the last position alone, and give zeros elsewhere.
+    """Inside the block the last block runs for the last position alone (hooks at its output see only that), and gives zeros elsewhere.
 
-    A prefill reads nothing else there, besides keys and values, which are written for all positions. A part inside which one of
-    ``sites`` lies, which hooks act on, runs as ever.
+    A prefill reads nothing else there, besides keys and values, which are written for all positions. It runs whole where one of ``sites``,
+    which hooks act on, lies inside it, where no cache takes its keys and values, or where it is told something that might need cutting.
     """
-    top = f"blocks.{model.cfg.n_layers - 1}"
-    acted_on = [str(model.hook_dict[site].name) for site in sites]
-    with ExitStack() as shortened:
-        for part, short in (("attn", _last_query), ("mlp", _last_output)):
-            module: Any = getattr(_blocks(model)[-1], part, None)
-            if module is not None and not any(name.startswith(f"{top}.{part}.") for name in acted_on):
-                shortened.enter_context(_forwards([module], short(module)))
+    top, inside = _blocks(model)[-1], f"blocks.{model.cfg.n_layers - 1}."
+    acted_on = {str(model.hook_dict[site].name) for site in sites} - {f"{inside}hook_out"}
+    if any(name.startswith(inside) for name in acted_on):
+        yield
+        return
+    with _forwards([top], _last_position(top)):
         yield
 
 
-def _last_output(mlp: Any) -> Callable[..., Any]:
-    """An MLP's forward, on the last position."""
-    plain = mlp.forward
-
-    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        out = plain(hidden[:, -1:], *args, **kwargs)
-        if not isinstance(out, Tensor):  # experts give their router's choices too
-            return plain(hidden, *args, **kwargs)
-        return _padded(out, hidden)
-
-    return forward
-
-
-_SLICED: dict[str, Callable[[Any], Any]] = {
-    "attention_mask": lambda mask: mask[..., -1:, :] if mask is not None and mask.ndim == 4 else mask,
-    "position_ids": lambda ids: None if ids is None else ids[..., -1:],
-    "position_embeddings": lambda pair: None if pair is None else tuple(part[..., -1:, :] for part in pair),
-}
-"""What attention is told of positions, for the last of them."""
-
-
-def _last_query(attention: Any) -> Callable[..., Any]:
-    """Attention's forward for the last position's query: keys and values of all positions first, then that position by itself.
-
-    As it was where no cache takes the keys and values, or where attention is told something that might have to be cut as well.
-    """
-    plain, queries = attention.forward, getattr(attention, "q", None)
+def _last_position(block: Any) -> Callable[..., Any]:
+    """A block's forward for the last position: keys and values of all positions first, then that position by itself."""
+    plain, queries = block.forward, getattr(getattr(block, "attn", None), "q", None)
     unread = [] if queries is None else [(queries, _repeating(queries.forward))]  # while keys and values are made
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if "hidden_states" not in kwargs and args:
-            kwargs, args = {"hidden_states": args[0], **kwargs}, args[1:]
-        hidden = kwargs.pop("hidden_states")
-        caches = [name for name, value in kwargs.items() if isinstance(value, Cache)]
-        unknown = args or any(isinstance(value, (Tensor, tuple)) for name, value in kwargs.items() if name not in _SLICED)
-        if len(caches) != 1 or unknown:
-            return plain(hidden, *args, **kwargs)
-        keeping = _Keeping(kwargs[caches[0]])
+        given = [*enumerate(args), *kwargs.items()]
+        caches = [value for _, value in given if isinstance(value, Cache)]
+        if len(caches) != 1 or any(isinstance(value, (Tensor, tuple)) and not _can_cut(name, value) for name, value in given):
+            return plain(*args, **kwargs)
+        keeping = _Keeping(caches[0])
+
+        def told(change: Callable[[int | str, Any], Any]) -> tuple[list[Any], dict[str, Any]]:
+            put = [keeping if value is caches[0] else change(name, value) for name, value in given]
+            return put[: len(args)], dict(zip(kwargs, put[len(args) :], strict=True))
+
+        whole_args, whole_kwargs = told(lambda _, value: value)
         with ExitStack() as briefly, suppress(_Reached):
             for module, instead in unread:
                 briefly.enter_context(_forwards([module], instead))
-            plain(hidden, **{**kwargs, caches[0]: keeping})
+            plain(*whole_args, **whole_kwargs)
         if keeping.kept is None:  # it wrote nothing
-            return plain(hidden, **kwargs)
-        last = {name: _SLICED[name](value) if name in _SLICED else value for name, value in kwargs.items()}
-        found = plain(hidden[:, -1:], **{**last, caches[0]: keeping})
-        return (_padded(found[0], hidden), *found[1:]) if isinstance(found, tuple) else _padded(found, hidden)
+            return plain(*args, **kwargs)
+        last_args, last_kwargs = told(_cut)
+        found, before = plain(*last_args, **last_kwargs), given[0][1].shape[1] - 1
+        first, *rest = found if isinstance(found, tuple) else (found,)
+        padded = pad(first, (0, 0, before, 0))  # some models insist on the width they began with
+        return (padded, *rest) if isinstance(found, tuple) else padded
 
     return forward
+
+
+_ALONG = {0: -2, "hidden_states": -2, "position_ids": -1, "position_embeddings": -2}
+"""Which axis of what a block is told runs along positions; 0 is its first argument, the residual stream."""
+
+
+def _can_cut(name: int | str, value: Any) -> bool:
+    return name in _ALONG or name == "attention_mask" or (isinstance(value, Tensor) and value.ndim == 4)
+
+
+def _cut(name: int | str, value: Any) -> Any:
+    """What is told of the last position."""
+    if isinstance(value, tuple):
+        return tuple(_cut(name, part) for part in value)
+    if not isinstance(value, Tensor) or not (name in _ALONG or value.ndim == 4):
+        return value  # no tensor, or a mask over keys alone
+    axis = _ALONG.get(name, -2)  # a mask's [batch 1 query key]
+    return value.narrow(axis, value.shape[axis] - 1, 1)
 
 
 def _repeating(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,7 +116,7 @@ def _repeating(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Keeping:
-    """In place of a cache: ends attention's forward once its keys and values are written, and then gives these back."""
+    """In place of a cache: ends the forward once keys and values are written, and then gives these back."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache, self.kept = cache, None
@@ -131,10 +129,6 @@ class _Keeping:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cache, name)
-
-
-def _padded(last: Float[Tensor, "batch 1 d_model"], whole: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-    return pad(last, (0, 0, whole.shape[1] - 1, 0))
 
 
 def _blocks(model: Model) -> list[nn.Module]:

@@ -53,13 +53,13 @@ def test_only_the_last_position_runs_and_what_is_read_is_the_same(model) -> None
         torch.testing.assert_close(ours.transpose(1, 2)[real], theirs.transpose(1, 2)[real])
 
 
-@pytest.mark.parametrize(("acted_on", "queries", "rows"), [("attn.hook_pattern", WIDTH, 1), ("mlp.hook_in", 1, WIDTH), ("hook_out", 1, 1)])
-def test_what_hooks_act_on_runs_whole(model, acted_on, queries, rows) -> None:
+@pytest.mark.parametrize(("acted_on", "rows"), [("attn.hook_pattern", WIDTH), ("mlp.hook_in", WIDTH), ("hook_in", WIDTH), ("hook_out", 1)])
+def test_a_block_inside_which_hooks_act_runs_whole(model, acted_on, rows) -> None:
     _, _, shapes = prefill(model, sites=[f"{TOP}.{acted_on}"])
-    assert shapes[f"{TOP}.attn.hook_pattern"][-2] == queries and shapes[f"{TOP}.mlp.hook_in"][1] == rows
+    assert shapes[f"{TOP}.attn.hook_pattern"][-2] == rows and shapes[f"{TOP}.mlp.hook_in"][1] == rows
 
 
-def test_without_a_cache_attention_runs_whole(model) -> None:
+def test_without_a_cache_it_runs_whole(model) -> None:
     store = {}
     with torch.no_grad(), model.hooks(fwd_hooks=[record(f"{TOP}.attn.hook_pattern", store)]), short_top(model):
         model.hf(input_ids=torch.full((1, WIDTH), 5), use_cache=False)

@@ -22,12 +22,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformer_lens.hook_points import HookPoint
 
 from blockem_tl.batch_size import fitting
 from blockem_tl.conditions import Condition
 from blockem_tl.decoding import Decoder
 from blockem_tl.generation import Job, make_job, run_job
-from blockem_tl.hooks import patch
+from blockem_tl.hooks import Hook, patch
 from blockem_tl.models import Model
 from blockem_tl.patching.arms import BASE, Arm, Plan, Sites, check_groups, choose_arms, plan_prompt
 from blockem_tl.prefill import SHARED_TOKENS, Prefilled, prefill, row_index, stream_into
@@ -179,8 +180,17 @@ class PrefixDecoder(Decoder):
         with ExitStack() as running:
             running.enter_context(short_top(self.model, plan.hooked))
             if plan.hooked:
-                running.enter_context(self.model.hooks(fwd_hooks=[patch(site, state) for site, state in states.items()]))
+                running.enter_context(self.model.hooks(fwd_hooks=[_patch(site, state) for site, state in states.items()]))
             if plan.first > 0:
                 enters = shared.source.states[plan.enter] if plan.enter is not None else shared.target.states[stream_into(plan.first)]
                 running.enter_context(entering(self.model, plan.first, enters[chosen, -width:].to(self.model.device, self.model.cfg.dtype)))
             return self.forward(**inputs)
+
+
+def _patch(site: str, state: Float[Tensor, "batch pos d_model"]) -> Hook:
+    """`patch` with the source's state; after a block that ran for the last position alone, with that position's."""
+
+    def fn(activation: Tensor, hook: HookPoint) -> Tensor | None:
+        return patch(site, state[:, -activation.shape[1] :])[1](activation, hook=hook)
+
+    return site, fn
