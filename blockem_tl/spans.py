@@ -68,7 +68,7 @@ def _last_position(block: Any) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         given = [*enumerate(args), *kwargs.items()]
         caches = [value for _, value in given if isinstance(value, Cache)]
-        if len(caches) != 1 or any(isinstance(value, (Tensor, tuple)) and not _can_cut(name, value) for name, value in given):
+        if len(caches) != 1 or not all(value is caches[0] or _can_cut(name, value) for name, value in given):
             return plain(*args, **kwargs)
         keeping = _Keeping(caches[0])
 
@@ -84,7 +84,7 @@ def _last_position(block: Any) -> Callable[..., Any]:
         if keeping.kept is None:  # it wrote nothing
             return plain(*args, **kwargs)
         last_args, last_kwargs = told(_cut)
-        found, before = plain(*last_args, **last_kwargs), given[0][1].shape[1] - 1
+        found, before = plain(*last_args, **last_kwargs), (args[0] if args else kwargs["hidden_states"]).shape[1] - 1
         first, *rest = found if isinstance(found, tuple) else (found,)
         padded = pad(first, (0, 0, before, 0))  # some models insist on the width they began with
         return (padded, *rest) if isinstance(found, tuple) else padded
@@ -97,7 +97,12 @@ _ALONG = {0: -2, "hidden_states": -2, "position_ids": -1, "position_embeddings":
 
 
 def _can_cut(name: int | str, value: Any) -> bool:
-    return name in _ALONG or name == "attention_mask" or (isinstance(value, Tensor) and value.ndim == 4)
+    """Whether the value is known to be right for the last position, as it is or cut."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return True
+    if isinstance(value, tuple):
+        return name in _ALONG
+    return isinstance(value, Tensor) and (name in _ALONG or name == "attention_mask" or value.ndim == 4)
 
 
 def _cut(name: int | str, value: Any) -> Any:
