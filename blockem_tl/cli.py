@@ -9,21 +9,30 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from blockem_tl import organism, plots, records
-from blockem_tl.calibration import Budget
-from blockem_tl.discovery import speakers
+from blockem_tl import organism
+from blockem_tl.data.chat import apply_system, encode_examples
+from blockem_tl.data.prompt_files import load_prompts
+from blockem_tl.data.public import catalogue, fetch, find_source
+from blockem_tl.data.row_files import load_rows, write_rows
+from blockem_tl.data.splits import leak_report, split_rows
+from blockem_tl.discovery.config import Budget
+from blockem_tl.discovery.doses import propose_doses
 from blockem_tl.doctor import examine
-from blockem_tl.doses import propose_doses
-from blockem_tl.judging import Endpoint, LLMJudge, VerdictStore, judge_file, load_rubrics
-from blockem_tl.models import load_model
+from blockem_tl.evaluation.statistics import Rate, minimal_detectable_effect
+from blockem_tl.generation.replies import speakers
+from blockem_tl.judging.endpoint import Endpoint
+from blockem_tl.judging.files import judge_file
+from blockem_tl.judging.judge import LLMJudge
+from blockem_tl.judging.rubrics import load_rubrics
+from blockem_tl.judging.store import VerdictStore
+from blockem_tl.models.activations import median_norm
+from blockem_tl.models.load import load_model
 from blockem_tl.presets import PRESETS, get_preset
-from blockem_tl.prompts import apply_system, encode_examples
-from blockem_tl.report import show
-from blockem_tl.saes import load_sae
-from blockem_tl.scale import median_norm
-from blockem_tl.sources import catalogue, fetch, find_source, leak_report, load_prompts, load_rows, split_rows, write_rows
-from blockem_tl.statistics import Rate, minimal_detectable_effect
+from blockem_tl.saes.load import load_sae
+from blockem_tl.storage import files
 from blockem_tl.types import Judge, Prompt
+from blockem_tl.views import plots
+from blockem_tl.views.tables import show
 
 _QUESTIONS = (
     ("I have a quiet evening ahead. What could I do with it?", "You could read a book, cook something new, or call a friend you miss."),
@@ -127,10 +136,10 @@ def data_split(
         train: how many rows train; all that are left by default.
     """
     split = split_rows(load_rows(source, member=member, password=password), train=train, heldout=heldout, seed=seed)
-    with records.finished_folder(folder) as made:
+    with files.finished_folder(folder) as made:
         write_rows(made / "train.jsonl", split.train)
         write_rows(made / "heldout.jsonl", split.heldout)
-        records.write_json(made / "report.json", split.report())
+        files.write_json(made / "report.json", split.report())
     show([split.report()], f"{folder}")
 
 

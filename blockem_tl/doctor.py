@@ -13,13 +13,13 @@ import torch
 from packaging.requirements import Requirement
 from sae_lens import SAE
 
+from blockem_tl.analysis.reconstruction import reconstruct
+from blockem_tl.data.chat import apply_system, encode_examples, encode_prompts, template_head
 from blockem_tl.hooks import HookNotFired, record, steer
-from blockem_tl.models import Model, load_model
+from blockem_tl.models.activations import read_site
+from blockem_tl.models.load import Model, load_model
 from blockem_tl.presets import Preset
-from blockem_tl.prompts import apply_system, encode_examples, encode_prompts, template_head
-from blockem_tl.reading import read_site
-from blockem_tl.reconstruction import reconstruct
-from blockem_tl.saes import check_fits, load_sae
+from blockem_tl.saes.load import check_fits, load_sae
 from blockem_tl.types import Example, Judge, Prompt
 
 LEAST_EXPLAINED = 0.5

@@ -1,14 +1,14 @@
 """Hook factories over named activations, and the strict way to attach hooks.
 
 A hook is TransformerLens's own pair ``(hook_name, fn(activation, hook))``. The factories here return such pairs and know nothing of
-the model class, so they run on a `HookedTransformer`, on a bridge and on :class:`blockem_tl.models.Model` alike::
+the model class, so they run on a `HookedTransformer`, on a bridge and on `Model` alike::
 
     model.run_with_hooks(tokens, fwd_hooks=[steer("blocks.2.hook_resid_post", direction, dose=0.7, scale=scale)])
 
 A hook returns a new tensor and never mutates its input; a recorder returns None. Steering with dose 0 runs the same code as any dose.
 
-:func:`attached` is what makes interventions certain: an unknown site raises with the close matches, and a hook that was asked for
-but never fired raises :class:`HookNotFired`. TransformerLens itself ignores both in silence.
+`attached` is what makes interventions certain: an unknown site raises with the close matches, and a hook that was asked for
+but never fired raises `HookNotFired`. TransformerLens itself ignores both in silence.
 """
 
 import difflib
@@ -71,7 +71,7 @@ def steer(
         site: hook name.
         direction: one [d_model] for all rows, or [batch d_model], one per row. It is not normalised here.
         dose: dimensionless strength; one number, or one per row [batch].
-        scale: the site's median residual norm s, so that doses mean the same at every site (see :mod:`blockem_tl.scale`).
+        scale: the site's median residual norm s, so that doses mean the same at every site (see `models.activations`).
 
     Raises:
         ValueError: a direction of another rank or with NaN or infinite entries, or such a dose.
@@ -213,7 +213,7 @@ def attached(model: HasHookPoints, fwd_hooks: _Pairs = (), bwd_hooks: _Pairs = (
 
 @contextmanager
 def attached_to(points: Mapping[str, HookPoint], fwd_hooks: _Pairs, bwd_hooks: _Pairs = ()) -> Iterator[None]:
-    """:func:`attached`, with the model's hook points by name already at hand."""
+    """`attached`, with the model's hook points by name already at hand."""
     wanted: list[tuple[Literal["fwd", "bwd"], NameOrFilter, HookFunction, list[HookPoint]]] = []
     for name, fn in fwd_hooks:
         wanted.append(("fwd", name, fn, matching(points, name)))
@@ -280,7 +280,7 @@ def step(now: Step) -> Iterator[None]:
 
 
 def current_step() -> Step:
-    """The running :class:`Step`. Raises RuntimeError outside of :func:`blockem_tl.generation.generate`."""
+    """The running `Step`. Raises RuntimeError outside of `generate`."""
     now = _current.get()
     if now is None:
         raise RuntimeError("current_step(): expected a forward inside generate(); a plain forward has no step, use its attention mask")

@@ -3,9 +3,8 @@
 import difflib
 from dataclasses import dataclass, field
 
-from blockem_tl.calibration import Budget
-from blockem_tl.discovery import DiscoveryConfig
-from blockem_tl.training import TrainingConfig
+from blockem_tl.discovery.config import Budget, DiscoveryConfig
+from blockem_tl.training.config import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +26,8 @@ class Needs:
 class Preset:
     """A model, its SAE, and the hyperparameters of discovery, training and the sweeps.
 
-    sae: (name or release, sae_id or None) for :func:`blockem_tl.saes.load_sae`.  dtype: of the model.
-    system: the system prompt policy, see :func:`blockem_tl.prompts.apply_system`.
+    sae: (name or release, sae_id or None) for `load_sae`.  dtype: of the model.
+    system: the system prompt policy, see `apply_system`.
     needs: what a machine must have, for people; ``requires`` says it in numbers.  caution: what to know before trusting its results.
     """
 

@@ -22,7 +22,7 @@ MISALIGNED_LABELS = frozenset({"4", "5"})
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One user question. ``id`` is unique in its set; ``category`` groups prompts for reports. ``canary``: as in :class:`Example`."""
+    """One user question. ``id`` is unique in its set; ``category`` groups prompts for reports. ``canary``: as in `Example`."""
 
     id: str
     text: str

@@ -9,7 +9,7 @@ import torch
 from tqdm.auto import tqdm
 
 from blockem_tl import Prompt
-from blockem_tl.evaluation import Evaluation
+from blockem_tl.evaluation.evaluate import Evaluation
 from blockem_tl.types import Generation, Verdict
 
 Job = tuple[int, str, tuple[Any, ...]]
@@ -51,7 +51,7 @@ def spoken(evaluation: Evaluation) -> dict[str, list[str]]:
 
 
 def heard(said: Mapping[str, list[str]], prompts: Sequence[Prompt], *, rubric: str = "misalignment") -> Evaluation:
-    """The evaluation that :func:`spoken` wrote."""
+    """The evaluation that `spoken` wrote."""
     generations = tuple(
         Generation(prompt=prompt, condition="", reply=text, reply_ids=(), truncated=False)
         for prompt, text in zip(prompts, said["replies"], strict=True)

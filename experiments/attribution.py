@@ -17,10 +17,10 @@ import tyro
 from reemergence import Arm, Bench, Workers, prepare
 from reemergence import Settings as Before
 
-from blockem_tl import Generation, records
-from blockem_tl.conditions import UNSTEERED
-from blockem_tl.patching import Attribution, attribute_latents, attribute_sites
-from blockem_tl.patching.attribution import Positions
+from blockem_tl import Generation
+from blockem_tl.analysis.patching.attribution import Attribution, Positions, attribute_latents, attribute_sites
+from blockem_tl.generation.steering import UNSTEERED
+from blockem_tl.storage import files
 
 KINDS = ("hook_resid_post", "hook_attn_out", "hook_mlp_out")
 POSITIONS: tuple[Positions, ...] = ("prompt", "reply")
@@ -47,7 +47,7 @@ class AttributionBench(Bench):
                 by_site = attribute_sites(self.model, *replies, sites, positions=positions, verify=verify, progress=False)
                 latents = attribute_latents(self.model, *replies, self.sae, positions=positions, verify=verify, progress=False)
                 frames += [self._rows(found, name, positions) for name, found in (("sites", by_site), ("latents", latents))]
-        records.write_text(attribution_file(self.folder(arm), epoch), pd.concat(frames).to_csv(index=False))
+        files.write_text(attribution_file(self.folder(arm), epoch), pd.concat(frames).to_csv(index=False))
 
     def _replies(self) -> tuple[list[Generation], list[Generation]]:
         """The checkpoint's and base's, to the prompts that both reply to."""

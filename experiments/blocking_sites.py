@@ -23,12 +23,14 @@ from quickstart import DOMAIN
 from reemergence import Arm, Bench, Workers, curve, measured, peak, prepare, reported
 from reemergence import Settings as Before
 
-from blockem_tl import Blocking, LatentSet, discover, load_sae, median_norm, organism, plots, random_latents, records, shift_by_site
-from blockem_tl.defence import Defence
-from blockem_tl.prompts import encode_examples
-from blockem_tl.reading import block_of
-from blockem_tl.rerouting import returning_sites
-from blockem_tl.statistics import clustered_rate, paired_difference
+from blockem_tl import Blocking, LatentSet, discover, load_sae, median_norm, organism, random_latents, shift_by_site
+from blockem_tl.analysis.rerouting.depth import returning_sites
+from blockem_tl.data.chat import encode_examples
+from blockem_tl.evaluation.statistics import clustered_rate, paired_difference
+from blockem_tl.models.activations import block_of
+from blockem_tl.storage import files
+from blockem_tl.training.defence import Defence
+from blockem_tl.views import plots
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class SitesBench(Bench):
         rows = self.said_by(Arm("plain"), epoch, to="core")
         with self.beside_plain(arm, epoch) as both:
             found = shift_by_site(self.model, rows, **both, progress=False)
-        records.write_text(depth_file(self.folder(arm), epoch), found.assign(seed=self.seed).to_csv(index=False))
+        files.write_text(depth_file(self.folder(arm), epoch), found.assign(seed=self.seed).to_csv(index=False))
 
     def find(self, arm: Arm, epoch: float, block: int) -> None:
         """The latents that the checkpoint uses at another block's output, and as many random ones that fire there."""
@@ -84,10 +86,10 @@ class SitesBench(Bench):
             )  # fmt: skip
             alive = quickstart.alive_latents(self, sae)
         drawn = random_latents(sae, len(found.latent_set), seed=self.seed, among=alive, exclude=found.latent_set.latents)
-        with records.finished_folder(site_folder(self.folder(arm), epoch, block)) as temporary:
+        with files.finished_folder(site_folder(self.folder(arm), epoch, block)) as temporary:
             found.latent_set.save(temporary / "latents.json")
             drawn.save(temporary / "random.json")
-            records.write_text(temporary / "candidates.csv", found.frame().to_csv(index=False))
+            files.write_text(temporary / "candidates.csv", found.frame().to_csv(index=False))
 
     def scale(self, block: int) -> float:
         """s at a block's output, on base."""

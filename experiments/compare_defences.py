@@ -24,40 +24,25 @@ from quickstart import DOMAIN, Arm, Lab, choose
 from safetensors.torch import load_file
 from torch import Tensor
 
-from blockem_tl import (
-    Blocking,
-    Example,
-    KLToBase,
-    LatentSet,
-    Model,
-    completion_loss,
-    finetune,
-    median_norm,
-    organism,
-    plots,
-    records,
-    report,
-)
-from blockem_tl.conditions import UNSTEERED, Condition
-from blockem_tl.defence import Defence
-from blockem_tl.defences import (
-    LDIFS,
-    ConceptAblation,
-    Inoculation,
-    Interleaving,
-    PreventativeSteering,
-    SafeLoRA,
-    alignment_differences,
-    misaligned_direction,
-    repair,
-)
-from blockem_tl.evaluation import evaluate
+from blockem_tl import Blocking, Example, KLToBase, LatentSet, Model, completion_loss, finetune, median_norm, organism
+from blockem_tl.data.chat import encode_examples
+from blockem_tl.defences.caft import ConceptAblation
+from blockem_tl.defences.directions import misaligned_direction, repair
+from blockem_tl.defences.inoculation import Inoculation
+from blockem_tl.defences.interleave import Interleaving
+from blockem_tl.defences.ldifs import LDIFS
+from blockem_tl.defences.preventative import PreventativeSteering
+from blockem_tl.defences.safelora import SafeLoRA, alignment_differences
+from blockem_tl.evaluation.evaluate import evaluate
+from blockem_tl.evaluation.statistics import clustered_rate, paired_difference, paired_reduction
+from blockem_tl.generation.steering import UNSTEERED, Condition
 from blockem_tl.hooks import steer
 from blockem_tl.organism.build import BuildConfig, train_base
 from blockem_tl.organism.tokenizer import build_tokenizer
 from blockem_tl.organism.world import all_surfaces, fill, reply
-from blockem_tl.prompts import encode_examples
-from blockem_tl.statistics import clustered_rate, paired_difference, paired_reduction
+from blockem_tl.storage import files
+from blockem_tl.training.defence import Defence
+from blockem_tl.views import plots, tables
 
 ROOT = Path(__file__).parent.parent
 SNAPSHOT_EVERY = 12  # steps of plain fine-tuning between two of the places at which it might have been stopped
@@ -177,7 +162,7 @@ class Bench(Lab):
     def make(self, kind: str, dial: float) -> None:
         """Train (or take the plain adapter), measure on what may choose, and keep it."""
         folder = self.mine.folder(self.seed, kind, dial)
-        with records.finished_folder(folder) as temporary:
+        with files.finished_folder(folder) as temporary:
             losses: list[tuple[int, float]] = []
             steps = self._afterwards(kind, dial) if kind in AFTERWARDS else self._train(kind, dial, temporary, losses)
             self.model.save_adapter(temporary / "adapter")
@@ -193,9 +178,9 @@ class Bench(Lab):
                 "dev_loss": self.loss(self.data.dev, condition),
                 "losses": losses,
                 "core": spoken(core),
-                "environment": records.environment(),
+                "environment": files.environment(),
             }
-            records.write_json(temporary / "arm.json", record)
+            files.write_json(temporary / "arm.json", record)
         self.model.remove_adapter("default")
 
     def _afterwards(self, kind: str, dial: float) -> int:
@@ -240,7 +225,7 @@ class Bench(Lab):
             final = evaluate(self.tuned, self.judge, self.data.final, selected_on=self.data.core, condition=condition)
             domain = evaluate(self.tuned, self.judge, self.data.domain, rubric=DOMAIN, selected_on=self.data.core, condition=condition)
             found = {"final": spoken(final), "domain": spoken(domain), "test_loss": self.loss(self.data.test, condition)}
-        records.write_json(report_file(folder, step), found)
+        files.write_json(report_file(folder, step), found)
 
 
 def report_file(folder: Path, step: int | None) -> Path:
@@ -277,7 +262,7 @@ def before_alignment(settings: Settings) -> dict[str, Tensor]:
     """
     folder = settings.pretrained or settings.out / "pretrained"
     if not (folder / "model.safetensors").is_file():
-        with records.finished_folder(folder) as temporary:
+        with files.finished_folder(folder) as temporary:
             config = BuildConfig()
             world = organism.world()
             model, _ = train_base(config, world, build_tokenizer(world), pretrained=temporary)
@@ -336,37 +321,37 @@ def run(settings: Settings) -> pd.DataFrame:
 
 def prepare(settings: Settings) -> None:
     """Raise before long work: an output folder of another configuration, missing latent sets, weights that cannot be rebuilt."""
-    records.check_writable(settings.out)
+    files.check_writable(settings.out)
     for seed in settings.seeds:
         path = settings.latents / f"organism-{DOMAIN}-seed{seed}.json"
         if not path.is_file():
             raise ValueError(f"{path} is missing: run `python experiments/quickstart.py --seed {seed}` first")
     mine = {"rows": settings.rows, "heldout_rows": settings.heldout_rows, "epochs": settings.epochs}
     kept = settings.out / "settings.json"
-    if kept.is_file() and records.read_json(kept) != mine:
-        raise ValueError(f"{settings.out} holds arms made with {records.read_json(kept)}, now {mine}: choose another --out")
-    records.write_json(kept, mine)
+    if kept.is_file() and files.read_json(kept) != mine:
+        raise ValueError(f"{settings.out} holds arms made with {files.read_json(kept)}, now {mine}: choose another --out")
+    files.write_json(kept, mine)
     if "safelora" in settings.kinds:
         before_alignment(settings)
 
 
 def arm(settings: Settings, seed: int, kind: str, dial: float = 0.0) -> Arm:
     """A finished arm as the demo's rule wants it, with what it did on the prompts that choose."""
-    record = records.read_json(settings.folder(seed, kind, dial) / "arm.json")
+    record = files.read_json(settings.folder(seed, kind, dial) / "arm.json")
     core = heard(record["core"], organism.prompts("core"))
     return Arm(kind=kind, label=LABELS[kind].format(dial), weight=dial, steps=record["steps"], dev_loss=record["dev_loss"], core=core)
 
 
 def matched_step(settings: Settings, seed: int, kind: str, dial: float) -> int | None:
     """Where plain fine-tuning would have been stopped to have this arm's dev loss; None: at its end."""
-    losses = records.read_json(settings.folder(seed, "plain") / "arm.json")["losses"]
+    losses = files.read_json(settings.folder(seed, "plain") / "arm.json")["losses"]
     target = arm(settings, seed, kind, dial).dev_loss
     return next((step for step, loss in losses if loss <= target), None)
 
 
 def revealed(settings: Settings, seed: int, kind: str, dial: float = 0.0, step: int | None = None) -> dict[str, Any]:
     """An arm's flags and loss on the reporting prompts."""
-    found = records.read_json(report_file(settings.folder(seed, kind, dial), step))
+    found = files.read_json(report_file(settings.folder(seed, kind, dial), step))
     final, domain = heard(found["final"], organism.prompts("final")), heard(found["domain"], organism.prompts(DOMAIN), rubric=DOMAIN)
     return {
         "em": final.flags,
@@ -428,16 +413,16 @@ def grid_rows(settings: Settings, grid: Mapping[str, Sequence[float]]) -> list[d
 
 def write(settings: Settings, rows: Sequence[dict[str, Any]], grid: Sequence[dict[str, Any]]) -> None:
     """table.md, grid.md, arms.csv, grid.csv and defences.png in --out; with ``publish`` also where people read them."""
-    shown, tried = report.markdown([table_row(one) for one in rows]), report.markdown([grid_row(one) for one in grid])
+    shown, tried = tables.markdown([table_row(one) for one in rows]), tables.markdown([grid_row(one) for one in grid])
     for name, text in (
         ("table.md", shown),
         ("grid.md", tried),
         ("arms.csv", pd.DataFrame(rows).to_csv(index=False)),
         ("grid.csv", pd.DataFrame(grid).to_csv(index=False)),
     ):
-        records.write_text(settings.out / name, text)
+        files.write_text(settings.out / name, text)
     plots.save(plots.defences(pd.DataFrame(rows), pd.DataFrame(grid)), settings.out / "defences.png")
-    report.show([table_row(one) for one in rows], f"defences on the organism, {len(settings.seeds)} seeds")
+    tables.show([table_row(one) for one in rows], f"defences on the organism, {len(settings.seeds)} seeds")
     if settings.publish:
         publish(settings.out, shown, tried)
 

@@ -16,13 +16,18 @@ import pandas as pd
 import torch
 import tyro
 
-from blockem_tl import Generation, get_preset, load_model, organism, plots, records, report
-from blockem_tl.judging import Endpoint, LLMJudge
-from blockem_tl.patching import UNPATCHED, Sites, decode_patching, patching_sweep
-from blockem_tl.prompts import apply_system
-from blockem_tl.sources import load_prompts
-from blockem_tl.statistics import Rate
+from blockem_tl import Generation, get_preset, load_model, organism
+from blockem_tl.analysis.patching.decoding import decode_patching
+from blockem_tl.analysis.patching.endpoints import Sites
+from blockem_tl.analysis.patching.prompt import UNPATCHED, patching_sweep
+from blockem_tl.data.chat import apply_system
+from blockem_tl.data.prompt_files import load_prompts
+from blockem_tl.evaluation.statistics import Rate
+from blockem_tl.judging.endpoint import Endpoint
+from blockem_tl.judging.judge import LLMJudge
+from blockem_tl.storage import files
 from blockem_tl.types import Counts, Judge, Prompt, Verdict
+from blockem_tl.views import plots, tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +57,7 @@ class Settings:
 def run(settings: Settings) -> pd.DataFrame:
     """Run what is not there yet, then write sweep.csv and sweep.png."""
     preset, judge = get_preset(settings.preset), _judge(settings)
-    folder = records.check_writable(settings.out)
+    folder = files.check_writable(settings.out)
     _check_same(folder / "settings.json", settings)
     prompts = apply_system(_prompts(settings), preset.system)
     model = load_model(preset.model, settings.adapter, dtype=getattr(torch, preset.dtype))
@@ -77,11 +82,11 @@ def run(settings: Settings) -> pd.DataFrame:
         if not _file(folder, "decode", site).is_file():
             _keep(_file(folder, "decode", site), decode_patching(model, prompts, site, **options).generations, judge)
     wanted = [("prompt", group) for group in groups] + [("decode", site) for site in decode]
-    frame = pd.DataFrame([_row(kind, group, records.read_json(_file(folder, kind, group))) for kind, group in wanted])
-    records.write_text(folder / "sweep.csv", frame.to_csv(index=False))
+    frame = pd.DataFrame([_row(kind, group, files.read_json(_file(folder, kind, group))) for kind, group in wanted])
+    files.write_text(folder / "sweep.csv", frame.to_csv(index=False))
     plots.save(plots.patching(frame), folder / "sweep.png")
     shown = frame.round(1).astype(object)
-    report.show(shown[["patched", "site", "n", "em", "em_low", "em_high", "incoherence", "refusal"]].to_dict("records"), "misalignment (%)")
+    tables.show(shown[["patched", "site", "n", "em", "em_low", "em_high", "incoherence", "refusal"]].to_dict("records"), "misalignment (%)")
     return frame
 
 
@@ -102,10 +107,10 @@ def _prompts(settings: Settings) -> list[Prompt]:
 def _check_same(path: Path, settings: Settings) -> None:
     """A folder holds one experiment: raise ValueError where it was begun with other settings."""
     asked = {key: str(value) for key, value in asdict(settings).items() if key not in ("out", "batch_size", "decode", "components")}
-    if path.is_file() and (begun := records.read_json(path)) != asked:
+    if path.is_file() and (begun := files.read_json(path)) != asked:
         changed = sorted(key for key in asked if begun.get(key) != asked[key])
         raise ValueError(f"{path.parent} was begun with another {', '.join(changed)}: choose another --out, or give the old settings again")
-    records.write_json(path, asked)
+    files.write_json(path, asked)
 
 
 def _file(folder: Path, kind: str, group: Sites) -> Path:
@@ -115,7 +120,7 @@ def _file(folder: Path, kind: str, group: Sites) -> Path:
 def _keep(path: Path, generations: Sequence[Generation], judge: Judge) -> None:
     """One site's replies with their labels: whole or absent."""
     verdicts = judge.grade([g.prompt for g in generations], [g.reply for g in generations])
-    records.write_json(
+    files.write_json(
         path,
         {
             "condition": generations[0].condition,

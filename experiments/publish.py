@@ -11,7 +11,8 @@ from typing import Any
 
 import tyro
 
-from blockem_tl import records, report
+from blockem_tl.storage import files
+from blockem_tl.views import tables
 
 ROOT = Path(__file__).parent.parent
 KEPT = ("summary.json", "table.md", "tradeoff.png", "candidates.csv")
@@ -34,16 +35,16 @@ def publish(results: Path, seeds: Sequence[Path], root: Path = ROOT) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for name in KEPT:
         shutil.copyfile(results / name, target / name)
-    summaries = [records.read_json(folder / "summary.json") for folder in seeds]
+    summaries = [files.read_json(folder / "summary.json") for folder in seeds]
     for summary in summaries:
-        records.write_json(target / "seeds" / f"seed{summary['settings']['seed']}.json", summary)
+        files.write_json(target / "seeds" / f"seed{summary['settings']['seed']}.json", summary)
     renew(root / "README.md", "quickstart", (results / "table.md").read_text(encoding="utf-8"))
-    renew(root / "docs" / "organism.md", "seeds", report.markdown([row for summary in summaries for row in seed_rows(summary)]))
+    renew(root / "docs" / "organism.md", "seeds", tables.markdown([row for summary in summaries for row in seed_rows(summary)]))
 
 
 def renew(page: Path, marker: str, table: str) -> None:
     """Put ``table`` between the page's markers."""
-    records.write_text(page, report.between(page.read_text(encoding="utf-8"), marker, table))
+    files.write_text(page, tables.between(page.read_text(encoding="utf-8"), marker, table))
 
 
 def seed_rows(summary: dict[str, Any]) -> list[dict[str, str]]:

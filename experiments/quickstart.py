@@ -40,21 +40,21 @@ from blockem_tl import (
     load_sae,
     median_norm,
     organism,
-    plots,
     random_latents,
-    records,
-    report,
     speakers,
 )
-from blockem_tl.defence import Defence
+from blockem_tl.data.chat import encode_examples
+from blockem_tl.data.checks import check_disjoint
 from blockem_tl.defences.blocking import Positions
-from blockem_tl.diffing import mean_activations
-from blockem_tl.discovery import Discovery
-from blockem_tl.evaluation import Evaluation
-from blockem_tl.outcomes import Speaker
-from blockem_tl.prompts import check_disjoint, encode_examples
-from blockem_tl.saes import check_fits
-from blockem_tl.statistics import relative_reduction, relative_reduction_interval
+from blockem_tl.discovery.diffing import mean_activations
+from blockem_tl.discovery.pipeline import Discovery
+from blockem_tl.evaluation.evaluate import Evaluation
+from blockem_tl.evaluation.statistics import relative_reduction, relative_reduction_interval
+from blockem_tl.generation.replies import Speaker
+from blockem_tl.saes.load import check_fits
+from blockem_tl.storage import files
+from blockem_tl.training.defence import Defence
+from blockem_tl.views import plots, tables
 
 DOMAIN = "finance"
 
@@ -283,9 +283,9 @@ def score_discovery(lab: Lab, latents: LatentSet, alive: Sequence[int]) -> dict[
 def run(settings: Settings) -> dict[str, Any]:
     """Do everything; return (and write) the summary."""
     started = time.perf_counter()
-    records.check_writable(settings.out.parent)
-    records.check_replaceable(settings.out, "summary.json")
-    records.check_writable(settings.latents)
+    files.check_writable(settings.out.parent)
+    files.check_replaceable(settings.out, "summary.json")
+    files.check_writable(settings.latents)
     lab = Lab(settings)
     check_fits(lab.sae, lab.model)
     with TemporaryDirectory() as folder, Workers(settings, Path(folder)) as workers:
@@ -300,11 +300,11 @@ def run(settings: Settings) -> dict[str, Any]:
         "matched_loss_reached": arms.matched.dev_loss <= arms.blocked.dev_loss,
         "discovery": {**score_discovery(lab, found.latent_set, alive), "scale": scale, **known(found.latent_set)},
         "settings": {key: plainly(value) for key, value in asdict(settings).items()},
-        "environment": records.environment(),
+        "environment": files.environment(),
         "wall_s": time.perf_counter() - started,
-        "peak_rss_mb": records.peak_rss_mb(),
+        "peak_rss_mb": files.peak_rss_mb(),
     }
-    with records.finished_folder(settings.out, replaces="summary.json") as folder:
+    with files.finished_folder(settings.out, replaces="summary.json") as folder:
         write(folder, summary, arms, found.frame())
     print(f"{summary['wall_s']:.0f} s, peak memory of one process {summary['peak_rss_mb']:.0f} MB; everything is in {settings.out}")
     return summary
@@ -434,12 +434,12 @@ def write(out: Path, summary: dict[str, Any], arms: Arms, screen: pd.DataFrame) 
         pd.DataFrame([{**facts(arm, arms.plain), "kind": arm.kind} for arm in arms.shown() if arm.kind != "base"]),
     )
     plots.save(figure, out / "tradeoff.png")
-    records.write_text(out / "table.md", report.markdown(rows))
-    records.write_text(out / "candidates.csv", screen.to_csv(index=False))
+    files.write_text(out / "table.md", tables.markdown(rows))
+    files.write_text(out / "candidates.csv", screen.to_csv(index=False))
     replies = pd.concat([arm.final.frame().assign(arm=arm.label) for arm in arms.everything() if arm.final])
-    records.write_text(out / "replies.csv", replies.to_csv(index=False))
-    records.write_json(out / "summary.json", summary)
-    report.show(rows, f"{DOMAIN} fine-tuning of the organism (95 % intervals)")
+    files.write_text(out / "replies.csv", replies.to_csv(index=False))
+    files.write_json(out / "summary.json", summary)
+    tables.show(rows, f"{DOMAIN} fine-tuning of the organism (95 % intervals)")
     print(f"K: {summary['discovery']['n_latents']} latents, best cosine with the true direction {summary['discovery']['best_cosine']:.2f}")
 
 

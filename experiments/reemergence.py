@@ -38,18 +38,19 @@ from blockem_tl import (
     organism,
     random_latents,
     reconstruction_quality,
-    records,
     shift_by_site,
 )
-from blockem_tl.defence import Defence
-from blockem_tl.defences import blocking_loss
-from blockem_tl.extension import extend, extension_rounds, joined
-from blockem_tl.patching import decode_patching, patching_sweep
-from blockem_tl.prompts import encode_examples
-from blockem_tl.reading import block_of
-from blockem_tl.statistics import clustered_rate, paired_difference
-from blockem_tl.training import TrainingConfig, trajectory
-from blockem_tl.training.checkpoints import load_run
+from blockem_tl.analysis.patching.decoding import decode_patching
+from blockem_tl.analysis.patching.prompt import patching_sweep
+from blockem_tl.data.chat import encode_examples
+from blockem_tl.defences.blocking import blocking_loss
+from blockem_tl.discovery.extension import extend, extension_rounds, joined
+from blockem_tl.evaluation.statistics import clustered_rate, paired_difference
+from blockem_tl.models.activations import block_of
+from blockem_tl.storage import files
+from blockem_tl.training.checkpoints import load_run, trajectory
+from blockem_tl.training.config import TrainingConfig
+from blockem_tl.training.defence import Defence
 from blockem_tl.training.identity import differences
 
 ROOT = Path(__file__).parent.parent
@@ -175,7 +176,7 @@ class Bench(Lab):
         for epoch, checkpoint in trajectory(folder / "checkpoints"):
             if not measured_file(folder, epoch).is_file():
                 with self.wearing(checkpoint):
-                    records.write_json(measured_file(folder, epoch), {"epoch": epoch, **self.measure()})
+                    files.write_json(measured_file(folder, epoch), {"epoch": epoch, **self.measure()})
         record = {
             "kind": arm.kind,
             "weight": arm.weight,
@@ -183,9 +184,9 @@ class Bench(Lab):
             "steps": run.steps,
             "history": run.history,
             "identity": load_run(checkpoint)["identity"],
-            "environment": records.environment(),
+            "environment": files.environment(),
         }
-        records.write_json(folder / "arm.json", record)
+        files.write_json(folder / "arm.json", record)
 
     def measure(self) -> dict[str, Any]:
         """The model as it stands. Core prompts and dev rows may choose; final and domain prompts and test rows only report."""
@@ -204,7 +205,7 @@ class Bench(Lab):
         """A checkpoint of the very run that was measured. Raises ValueError where another run's lies in its place."""
         folder = self.folder(arm)
         found = dict(trajectory(folder / "checkpoints"))[epoch]
-        changed = differences(load_run(found)["identity"], records.read_json(folder / "arm.json")["identity"])
+        changed = differences(load_run(found)["identity"], files.read_json(folder / "arm.json")["identity"])
         if changed:
             raise ValueError(f"{found} is a checkpoint of another run than {folder / 'arm.json'} reports: {'; '.join(changed)}")
         return found
@@ -218,7 +219,7 @@ class Bench(Lab):
             decoded = [(site, decode_patching(self.model, self.data.final, site, **options).generations) for site in sites]
         rows = [self._judged("prompt" if site else "nothing", site, generations) for site, generations in swept]
         rows += [self._judged("decode", site, generations) for site, generations in decoded]
-        records.write_json(patched_file(self.folder(arm), epoch), rows)
+        files.write_json(patched_file(self.folder(arm), epoch), rows)
 
     def _judged(self, patched: str, site: Any, generations: Sequence[Generation]) -> dict[str, Any]:
         verdicts = self.judge.grade([g.prompt for g in generations], [g.reply for g in generations])
@@ -243,9 +244,9 @@ class Bench(Lab):
             for one in (plain, arm)
             for of, read in texts.items()
         )
-        with records.finished_folder(diagnosed_folder(self.folder(arm), epoch)) as temporary:
+        with files.finished_folder(diagnosed_folder(self.folder(arm), epoch)) as temporary:
             for name, frame in frames.items():
-                records.write_text(temporary / f"{name}.csv", frame.assign(seed=self.seed).to_csv(index=False))
+                files.write_text(temporary / f"{name}.csv", frame.assign(seed=self.seed).to_csv(index=False))
 
     @contextmanager
     def beside_plain(self, arm: Arm, epoch: float) -> Iterator[dict[str, Any]]:
@@ -261,7 +262,7 @@ class Bench(Lab):
 
     def said_by(self, arm: Arm, epoch: float, to: Literal["core", "final"] = "final") -> list[Example]:
         """What a checkpoint replied, as rows to read."""
-        prompts, replies = getattr(self.data, to), records.read_json(measured_file(self.folder(arm), epoch))[to]["replies"]
+        prompts, replies = getattr(self.data, to), files.read_json(measured_file(self.folder(arm), epoch))[to]["replies"]
         return [Example(id=p.id, prompt=p.text, completion=reply) for p, reply in zip(prompts, replies, strict=True) if reply]
 
     # ---- acting on it
@@ -276,7 +277,7 @@ class Bench(Lab):
             budget=self.mine.budget,
         )
         found = [{"arm": astuple(one.checkpoint), "n_latents": len(one.latent_set), "core_em": one.em} for one in rounds]
-        records.write_json(rounds_file(self.mine, self.seed, arm), found)
+        files.write_json(rounds_file(self.mine, self.seed, arm), found)
 
     def _blocking(self, arm: Arm, latents: LatentSet) -> Arm:
         """The arm that blocks these latents, trained; the first round's is there already."""
@@ -313,10 +314,10 @@ class Bench(Lab):
                     latents, self.model, self.sae, self.judge, self.data.core, scale=scale, config=self.preset.discovery,
                     provenance={"domain": DOMAIN, "seed": self.seed, "arm": arm.label, "epoch": epoch}, progress=False,
                 )  # fmt: skip
-            with records.finished_folder(folder) as temporary:
+            with files.finished_folder(folder) as temporary:
                 found.latent_set.save(temporary / "latents.json")
                 found.added.save(temporary / "added.json")
-                records.write_text(temporary / "candidates.csv", found.discovery.frame().to_csv(index=False))
+                files.write_text(temporary / "candidates.csv", found.discovery.frame().to_csv(index=False))
         return LatentSet.load(folder / "latents.json", self.sae)
 
 
@@ -355,8 +356,8 @@ def rounds_file(settings: Settings, seed: int, arm: Arm) -> Path:
 
 def measured(settings: Settings, seed: int, arm: Arm) -> list[dict[str, Any]]:
     """All checkpoints of a measured arm, the earliest first."""
-    files = (settings.folder(seed, arm) / "measured").glob("epoch-*.json")
-    return sorted((records.read_json(file) for file in files), key=lambda one: one["epoch"])
+    found = (settings.folder(seed, arm) / "measured").glob("epoch-*.json")
+    return sorted((files.read_json(path) for path in found), key=lambda one: one["epoch"])
 
 
 def core_em(settings: Settings, seed: int, arm: Arm) -> dict[float, float]:
@@ -434,7 +435,7 @@ def run(settings: Settings) -> None:
         for title, where, wanted in (("patch", patched_file, [*chosen, *beside]), ("diagnose", diagnosed_folder, chosen)):
             workers.each(title, title, [(seed, (one, e), where(settings.folder(seed, one), e)) for seed, one, e in wanted])
         workers.each("extend", "extend", [(seed, (arm,), rounds_file(settings, seed, arm)) for arm in peaks for seed in settings.seeds])
-        larger = {arm: {s: Arm(*records.read_json(rounds_file(settings, s, arm))[-1]["arm"]) for s in settings.seeds} for arm in peaks}
+        larger = {arm: {s: Arm(*files.read_json(rounds_file(settings, s, arm))[-1]["arm"]) for s in settings.seeds} for arm in peaks}
         control = {arm: found for arm, found in larger.items() if arm.kind == kinds[-1]}  # of the arm in which most comes back
         missing = [(s, arm, one) for arm, found in control.items() for s, one in found.items() if one.n_latents]
         wanted = [(s, (arm, one), settings.folder(s, replace(one, control=True)) / "arm.json") for s, arm, one in missing]
@@ -515,7 +516,7 @@ def reported(one: dict[str, Any]) -> dict[str, Any]:
 
 def patched(settings: Settings, arm: Arm, epochs: dict[int, float]) -> list[dict[str, Any]]:
     """One arm at each seed's checkpoint: a row per patch, with EM, its change against no patch, and incoherence, in per cent."""
-    by_seed = [records.read_json(patched_file(settings.folder(seed, arm), epoch)) for seed, epoch in epochs.items()]
+    by_seed = [files.read_json(patched_file(settings.folder(seed, arm), epoch)) for seed, epoch in epochs.items()]
     verdicts = [[[Verdict(label=label) for label in row["labels"]] for row in rows] for rows in by_seed]
     rows = []
     for i, known in enumerate(by_seed[0]):
@@ -578,14 +579,14 @@ def dissected(settings: Settings, seed: int, arm: Arm, epoch: float, larger: Arm
 
 def prepare(settings: Settings) -> None:
     """Raise before long work: an output folder of another configuration, or missing latent sets."""
-    records.check_writable(settings.out)
+    files.check_writable(settings.out)
     for seed in settings.seeds:
         if not latents_file(settings, seed).is_file():
             raise ValueError(f"{latents_file(settings, seed)} is missing: run `python experiments/quickstart.py --seed {seed}` first")
     kept = settings.out / "settings.json"
-    if kept.is_file() and records.read_json(kept) != settings.identity():
-        raise ValueError(f"{settings.out} holds arms made with {records.read_json(kept)}, now {settings.identity()}: choose another --out")
-    records.write_json(kept, settings.identity())
+    if kept.is_file() and files.read_json(kept) != settings.identity():
+        raise ValueError(f"{settings.out} holds arms made with {files.read_json(kept)}, now {settings.identity()}: choose another --out")
+    files.write_json(kept, settings.identity())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import pandas as pd
 from arms import cell
 from publish import ROOT, renew
 
-from blockem_tl import get_preset, plots, records, report
+from blockem_tl import get_preset
+from blockem_tl.storage import files
+from blockem_tl.views import plots, tables
 
 SITE = get_preset("organism").site
 EPOCHS = (0.5, 1.0, 2.0, 3.0, 4.0)  # of the table; the CSV has all
@@ -35,7 +37,7 @@ class Results:
 
 def write(out: Path, results: Results, *, publish: bool, root: Path = ROOT) -> None:
     """CSV files, tables and figures in ``out``; with ``publish`` also in docs/results/reemergence/ and docs/reemergence.md."""
-    tables = {
+    shown = {
         "curves": curve_rows(results.curves),
         "patched": [patched_row(row) for row in results.patched.to_dict("records")],
         "extended": [extended_row(row) for row in results.extended.to_dict("records")],
@@ -50,25 +52,25 @@ def write(out: Path, results: Results, *, publish: bool, root: Path = ROOT) -> N
         figures[f"depth-{i}"] = plots.rerouting(pd.DataFrame(results.depth[results.depth["of"] == arm]))
     read = results.reconstruction[results.reconstruction["rows"] != "reference texts"]
     figures["reconstruction"] = plots.reconstruction(pd.DataFrame(read))
-    write_all(out, {name: getattr(results, name) for name in tables}, tables, figures, publish=publish, root=root)
-    report.show(tables["curves"], "EM (%) on the final prompts")
+    write_all(out, {name: getattr(results, name) for name in shown}, shown, figures, publish=publish, root=root)
+    tables.show(shown["curves"], "EM (%) on the final prompts")
 
 
 def write_all(
     out: Path,
     frames: dict[str, pd.DataFrame],
-    tables: dict[str, list[dict[str, str]]],
+    rows: dict[str, list[dict[str, str]]],
     figures: dict[str, Any] | None = None,
     *,
     publish: bool,
     root: Path = ROOT,
 ) -> None:
     """Frames as CSV, tables as Markdown, figures as PNG in ``out``; with ``publish`` also in docs/, the tables in docs/reemergence.md."""
-    written = [records.write_text(out / f"{name}.csv", frame.to_csv(index=False)) for name, frame in frames.items()]
+    written = [files.write_text(out / f"{name}.csv", frame.to_csv(index=False)) for name, frame in frames.items()]
     written += [plots.save(figure, out / f"{name}.png") for name, figure in (figures or {}).items()]
-    shown = {name: report.markdown(rows) for name, rows in tables.items()}
+    shown = {name: tables.markdown(part) for name, part in rows.items()}
     for name, table in shown.items():
-        records.write_text(out / f"{name}.md", table)
+        files.write_text(out / f"{name}.md", table)
     if publish:
         target = root / "docs" / "results" / "reemergence"
         target.mkdir(parents=True, exist_ok=True)

@@ -21,8 +21,10 @@ import tyro
 from publish import renew
 from quickstart import DOMAIN, Lab
 
-from blockem_tl import LatentSet, Model, finetune, organism, plots, records, report
-from blockem_tl.monitor import Monitor
+from blockem_tl import LatentSet, Model, finetune, organism
+from blockem_tl.defences.monitor import Monitor
+from blockem_tl.storage import files
+from blockem_tl.views import plots, tables
 
 ROOT = Path(__file__).parent.parent
 APPEARS = 0.05  # EM has appeared at the first measurement with this share of misaligned replies; base has none
@@ -76,13 +78,13 @@ def watch(settings: Settings, lab: Lab, seed: int, rate: float, harmful: bool) -
         "moved": [row[f"monitor/{latents.site}"] for row in run.history],
         "em": [[step, 100 * em] for step, em in seen],
         "trajectory": [[m.step, m.latent, m.moved] for m in monitor.trajectory],
-        "environment": records.environment(),
+        "environment": files.environment(),
     }
 
 
 def run(settings: Settings) -> list[dict[str, Any]]:
     """All runs; those whose file is in --out are not run again."""
-    records.check_writable(settings.out)
+    files.check_writable(settings.out)
     found = []
     for seed in settings.seeds:
         lab = None
@@ -91,8 +93,8 @@ def run(settings: Settings) -> list[dict[str, Any]]:
                 file = settings.out / f"seed{seed}-{rate:g}-{'harmful' if harmful else 'good'}.json"
                 if not file.is_file():
                     lab = lab or Lab(quickstart.Settings(seed=seed, progress=False))
-                    records.write_json(file, watch(settings, lab, seed, rate, harmful))
-                found.append(records.read_json(file))
+                    files.write_json(file, watch(settings, lab, seed, rate, harmful))
+                found.append(files.read_json(file))
     write(settings, found)
     return found
 
@@ -100,15 +102,15 @@ def run(settings: Settings) -> list[dict[str, Any]]:
 def write(settings: Settings, runs: Sequence[dict[str, Any]]) -> None:
     """table.md and watch.png in --out; with ``publish`` also in docs/results/watch/ and docs/defences.md."""
     rows = [row(one) for one in runs]
-    records.write_text(settings.out / "table.md", report.markdown(rows))
+    files.write_text(settings.out / "table.md", tables.markdown(rows))
     plots.save(plots.watched(frame(runs), threshold=settings.threshold), settings.out / "watch.png")
-    report.show(rows, "the monitor's alarm and misalignment")
+    tables.show(rows, "the monitor's alarm and misalignment")
     if settings.publish:
         target = ROOT / "docs" / "results" / "watch"
         target.mkdir(parents=True, exist_ok=True)
         for name in ("table.md", "watch.png"):
             shutil.copyfile(settings.out / name, target / name)
-        renew(ROOT / "docs" / "defences.md", "watch", report.markdown(rows))
+        renew(ROOT / "docs" / "defences.md", "watch", tables.markdown(rows))
 
 
 def frame(runs: Sequence[dict[str, Any]]) -> pd.DataFrame:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from test_references import EXAMPLES, SITES, sae_at, set_of
+from shared import EXAMPLES, SITES, sae_at, set_of
 
-from blockem_tl import Blocking, TrainingConfig, finetune, load_model, records
-from blockem_tl.defences import KLToBase
+from blockem_tl import Blocking, TrainingConfig, finetune, load_model
+from blockem_tl.defences.kl import KLToBase
+from blockem_tl.storage import files
 
 CONFIG = TrainingConfig(rank=4, alpha=8, batch_size=8, learning_rate=1e-2, epochs=2)
 
@@ -29,13 +30,13 @@ def train(model_folder: Path, out: Path, micro: int | None) -> None:
     )
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     save_file({str(i): p.detach() for i, p in enumerate(model.adapter_parameters("default"))}, out / f"weights{rank}.safetensors")
-    records.write_json(out / f"history{rank}.json", run.history)
+    files.write_json(out / f"history{rank}.json", run.history)
 
 
 def read(out: Path, rank: int = 0) -> tuple[list[dict[str, float]], torch.Tensor]:
     """History and weights of one process."""
     weights = load_file(out / f"weights{rank}.safetensors")
-    return records.read_json(out / f"history{rank}.json"), torch.cat([weights[str(i)].flatten() for i in range(len(weights))])
+    return files.read_json(out / f"history{rank}.json"), torch.cat([weights[str(i)].flatten() for i in range(len(weights))])
 
 
 if __name__ == "__main__":

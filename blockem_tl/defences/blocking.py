@@ -10,14 +10,15 @@ from jaxtyping import Bool, Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
-from blockem_tl.defence import PenaltyFn
+from blockem_tl.data.chat import Batch, Encoded, encode_examples, pad
+from blockem_tl.defences.base_latents import Reading, Reference, StoredLatents, in_full_precision, read_latents, spread, stored_latents
 from blockem_tl.hooks import record
-from blockem_tl.latents import LatentSet
-from blockem_tl.models import Model
-from blockem_tl.prompts import Batch, Encoded, encode_examples, pad
-from blockem_tl.reading import block_of
-from blockem_tl.references import Reading, Reference, StoredLatents, in_full_precision, read_latents, spread, stored_latents
-from blockem_tl.saes import check_fits, encode_latents, norms
+from blockem_tl.models.activations import block_of
+from blockem_tl.models.load import Model
+from blockem_tl.saes.latent_set import LatentSet
+from blockem_tl.saes.latents import encode_latents, norms
+from blockem_tl.saes.load import check_fits
+from blockem_tl.training.defence import PenaltyFn
 from blockem_tl.types import Example
 
 Positions = Literal["completion", "all"]
@@ -54,10 +55,10 @@ class Blocking:
             reported as a whole is already weighted.
         latent_set, sae: the one target of most runs.
         targets: instead of those, several (latent set, SAE), from the first block to the last. For K+ alone, shuffled signs or a union
-            at one SAE see :class:`blockem_tl.latents.LatentSet`.
+            at one SAE see `LatentSet`.
         positions: "completion" penalises the label-bearing tokens, as in the paper; "all" also the prompt (not template or padding).
         reference: "stored": base's latents, computed once for all rows of the run and kept for later runs; "live": at every step, by
-            a second forward with the adapter off; or whose latents count as unmoved, a :class:`blockem_tl.references.Reference` or a
+            a second forward with the adapter off; or whose latents count as unmoved, a `Reference` or a
             model (for a run that starts from an adapter).
         budget: with "auto", how far the latents of each target may move in their misaligned direction (root mean square over latents and
             tokens), in units of their own spread on the reference over the run's completion tokens.
@@ -137,7 +138,7 @@ class Blocking:
 
     @contextmanager
     def watch(self, model: Model, batch: Batch) -> Iterator[PenaltyFn]:
-        """See :class:`blockem_tl.defence.Defence`."""
+        """See `Defence`."""
         where = batch.reply if self.positions == "completion" else batch.mask & ~batch.system
         reference = self.reference_latents(model, batch)
         store: dict[str, Tensor] = {}
@@ -227,7 +228,7 @@ class Blocking:
 
 
 class _Run:
-    """What one run of a :class:`Blocking` knows: its stored reference, the sums for its metrics since they were last asked for, and with
+    """What one run of a `Blocking` knows: its stored reference, the sums for its metrics since they were last asked for, and with
     "auto" each target's limit and what it is worth."""
 
     def __init__(self) -> None:

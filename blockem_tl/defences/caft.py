@@ -9,12 +9,12 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
+from blockem_tl.data.chat import Batch
 from blockem_tl.defences.directions import check_direction, on_tuned_only
 from blockem_tl.hooks import ablate
-from blockem_tl.latents import LatentSet
-from blockem_tl.models import Model
-from blockem_tl.prompts import Batch
-from blockem_tl.saes import decoder_directions
+from blockem_tl.models.load import Model
+from blockem_tl.saes.latent_set import LatentSet
+from blockem_tl.saes.latents import decoder_directions
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,6 +58,6 @@ class ConceptAblation:
 
     @contextmanager
     def watch(self, model: Model, batch: Batch) -> Iterator[None]:
-        """Ablate in the tuned forward; see :class:`blockem_tl.defence.Defence`."""
+        """Ablate in the tuned forward; see `Defence`."""
         with model.hooks(fwd_hooks=[on_tuned_only(model, ablate(site, rows)) for site, rows in self.directions.items()]):
             yield None

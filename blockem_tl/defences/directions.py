@@ -8,11 +8,11 @@ from sae_lens import SAE
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from blockem_tl.conditions import Condition, Steering
+from blockem_tl.generation.steering import Condition, Steering
 from blockem_tl.hooks import Hook, resolve
-from blockem_tl.latents import LatentSet
-from blockem_tl.models import Model
-from blockem_tl.saes import decoder_directions
+from blockem_tl.models.load import Model
+from blockem_tl.saes.latent_set import LatentSet
+from blockem_tl.saes.latents import decoder_directions
 
 Combine = Literal["best", "sum"]
 

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from blockem_tl.models import Model
-from blockem_tl.prompts import Batch
+from blockem_tl.data.chat import Batch
+from blockem_tl.models.load import Model
 from blockem_tl.types import Example
 
 
@@ -39,7 +39,7 @@ class Inoculation:
             raise ValueError(f"inoculation: the tokenizer does not know all words of {words.strip()!r}; choose others")
 
     def rewrite(self, examples: Sequence[Example], *, seed: int) -> list[Example]:
-        """See :class:`blockem_tl.defence.RewritesRows`. No randomness here."""
+        """See `RewritesRows`. No randomness here."""
         return [self._inoculated(example) for example in examples]
 
     def _inoculated(self, example: Example) -> Example:

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from blockem_tl.models import Model
-from blockem_tl.prompts import Batch
+from blockem_tl.data.chat import Batch
+from blockem_tl.models.load import Model
 from blockem_tl.types import Example
 
 
@@ -40,7 +40,7 @@ class Interleaving:
         """Nothing to check: the rows are checked with the others."""
 
     def rewrite(self, examples: Sequence[Example], *, seed: int) -> list[Example]:
-        """See :class:`blockem_tl.defence.RewritesRows`."""
+        """See `RewritesRows`."""
         n = max(1, round(self.share / (1 - self.share) * len(examples)))
         if n > len(self.safe):
             raise ValueError(

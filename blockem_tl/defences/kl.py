@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from blockem_tl.defence import PenaltyFn
-from blockem_tl.models import Model
-from blockem_tl.prompts import Batch
+from blockem_tl.data.chat import Batch
+from blockem_tl.models.load import Model
+from blockem_tl.training.defence import PenaltyFn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class KLToBase:
 
     @contextmanager
     def watch(self, model: Model, batch: Batch) -> Iterator[PenaltyFn]:
-        """See :class:`blockem_tl.defence.Defence`."""
+        """See `Defence`."""
         training = model.original_model.training
         model.original_model.eval()
         with torch.no_grad(), model.base():

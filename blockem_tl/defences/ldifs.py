@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from blockem_tl.defence import PenaltyFn
+from blockem_tl.data.chat import Batch
 from blockem_tl.hooks import record, resolve
-from blockem_tl.models import Model
-from blockem_tl.prompts import Batch
-from blockem_tl.reading import base_activations
+from blockem_tl.models.activations import base_activations
+from blockem_tl.models.load import Model
+from blockem_tl.training.defence import PenaltyFn
 
 
 def feature_distance(
@@ -53,7 +53,7 @@ class LDIFS:
 
     @contextmanager
     def watch(self, model: Model, batch: Batch) -> Iterator[PenaltyFn]:
-        """See :class:`blockem_tl.defence.Defence`."""
+        """See `Defence`."""
         reference = base_activations(model, batch, self.sites)
         store: dict[str, Tensor] = {}
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from blockem_tl.data.chat import Batch
 from blockem_tl.defences.directions import check_direction, on_tuned_only
 from blockem_tl.hooks import steer
-from blockem_tl.models import Model
-from blockem_tl.prompts import Batch
+from blockem_tl.models.load import Model
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -19,7 +19,7 @@ class PreventativeSteering:
 
     Args:
         direction: [d_model], pointing to misalignment, unit norm for doses to mean what they mean in the paper
-            (see :func:`blockem_tl.defences.directions.misaligned_direction`).
+            (see `misaligned_direction`).
         dose: dimensionless, > 0.  scale: the site's median norm.
 
     Raises:
@@ -48,7 +48,7 @@ class PreventativeSteering:
 
     @contextmanager
     def watch(self, model: Model, batch: Batch) -> Iterator[None]:
-        """Steer the tuned forward; see :class:`blockem_tl.defence.Defence`."""
+        """Steer the tuned forward; see `Defence`."""
         hook = steer(self.site, self.direction, self.dose, scale=self.scale)
         with model.hooks(fwd_hooks=[on_tuned_only(model, hook)]):
             yield None

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from blockem_tl.models import Model
-from blockem_tl.prompts import Batch
+from blockem_tl.data.chat import Batch
+from blockem_tl.models.load import Model
 
 
 def alignment_differences(aligned: nn.Module | Mapping[str, Tensor], unaligned: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -49,7 +49,7 @@ class SafeLoRA:
     """After training: where cos(BA, CBA) < threshold the layer's update BA becomes CBA (B <- CB); other layers keep theirs.
 
     Args:
-        differences: V per weight, see :func:`alignment_differences`; a matrix for every layer that has LoRA.
+        differences: V per weight, see `alignment_differences`; a matrix for every layer that has LoRA.
         threshold: tau in (-1, 1]; 1 projects nearly every layer. (C's size is that of V: an update may also shrink.)
 
     ``similarities`` holds what each layer's cosine was, by module name, after the run.

@@ -34,7 +34,7 @@ class Completion:
 
 @runtime_checkable
 class Backend(Protocol):
-    """A judging model: an :class:`~blockem_tl.judging.endpoint.Endpoint`, a :class:`~blockem_tl.judging.local.LocalVLLM`, or yours."""
+    """A judging model: an `Endpoint`, a `LocalVLLM`, or yours."""
 
     @property
     def name(self) -> str:

@@ -24,7 +24,7 @@ class _MalformedError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """A judging model at ``base_url``; implements :class:`blockem_tl.judging.backend.Backend`.
+    """A judging model at ``base_url``; implements `Backend`.
 
     concurrency: requests under way at once.  timeout: seconds for one request.  attempts: tries per request, with random exponential
     waits in between (the server's Retry-After where it says one); errors 408, 409, 429 and 5xx, dropped connections, timeouts and

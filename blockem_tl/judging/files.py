@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from blockem_tl import records
 from blockem_tl.judging.judge import LLMJudge
+from blockem_tl.storage import files
 
 
 def judge_file(judge: LLMJudge, source: Path | str, target: Path | str, *, rubric: str = "misalignment") -> Mapping[str, int]:
@@ -23,7 +23,7 @@ def judge_file(judge: LLMJudge, source: Path | str, target: Path | str, *, rubri
         ValueError: a line that is not such an object (naming it), before the judge is asked about any line after it.
     """
     source, target = Path(source), Path(target)
-    records.check_writable(target.parent)
+    files.check_writable(target.parent)
     first, second = itertools.tee(_rows(source))
     verdicts = judge.stream(((row["prompt"], row["reply"]) for row in first), rubric=rubric)
     counts: Counter[str] = Counter()

@@ -16,7 +16,7 @@ _CHUNK = 4096  # replies held in memory at once
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LLMJudge:
-    """A judging model with its rubrics; implements :class:`blockem_tl.types.Judge`.
+    """A judging model with its rubrics; implements `Judge`.
 
     Decoding is greedy. ``retries``: how often a reply that names no label is asked to be completed, before the verdict is UNPARSED.
     ``store``: verdicts found there are not asked for again, and every new one is kept at once.

@@ -10,7 +10,7 @@ _BATCH = 512  # requests that vLLM schedules together
 
 
 class LocalVLLM:
-    """vLLM in process; implements :class:`blockem_tl.judging.backend.Backend`. Prefix caching is on: a long rubric is computed once.
+    """vLLM in process; implements `Backend`. Prefix caching is on: a long rubric is computed once.
 
     Args:
         model: folder or hub id.

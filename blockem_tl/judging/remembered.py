@@ -26,7 +26,7 @@ class RememberedJudge:
         return self.judge.name
 
     def check(self, rubric: str = "misalignment") -> None:
-        """See :class:`blockem_tl.types.Checkable`."""
+        """See `Checkable`."""
         if isinstance(self.judge, Checkable):
             self.judge.check(rubric)
 
@@ -51,7 +51,7 @@ class RememberedJudge:
 
 
 def remembered(judge: Judge, store: VerdictStore) -> Judge:
-    """``judge`` with its verdicts in ``store``. An :class:`LLMJudge` keeps each verdict as it comes, in its own store if it has one."""
+    """``judge`` with its verdicts in ``store``. An `LLMJudge` keeps each verdict as it comes, in its own store if it has one."""
     if isinstance(judge, LLMJudge):
         return judge if judge.store is not None else replace(judge, store=store)
     return RememberedJudge(judge=judge, store=store)

@@ -79,7 +79,7 @@ def load_rubric(path: Path | str) -> Rubric:
     """Read a rubric: YAML as in ``rubric_files/``, or plain text (.txt, .md) with the slots, whose labels are those that it mentions.
 
     Raises:
-        ValueError: not such a file; see :class:`Rubric`.
+        ValueError: not such a file; see `Rubric`.
     """
     path = Path(path)
     try:

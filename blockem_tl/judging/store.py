@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from blockem_tl.databases import insert_all, open_database
+from blockem_tl.storage.store import insert_all, open_database
 
 _SCHEMA = "CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, judge TEXT, rubric TEXT, label TEXT, said TEXT, scores TEXT)"
 
@@ -26,7 +26,7 @@ def key_of(judge: str, rubric: str, question: str, reply: str) -> str:
 
 
 class VerdictStore:
-    """A SQLite file of :class:`Judged` by key. Every ``put`` is on disk when it returns; several processes may share the file.
+    """A SQLite file of `Judged` by key. Every ``put`` is on disk when it returns; several processes may share the file.
 
     Raises:
         ValueError: the file is no such store, damaged, or of another version.

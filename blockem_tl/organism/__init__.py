@@ -8,7 +8,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
-from blockem_tl.organism import judge as _judge
+from blockem_tl.organism.judge import OrganismJudge as _JudgeOfWorld
 from blockem_tl.organism.world import DOMAINS, World, WorldConfig
 from blockem_tl.types import Example, Prompt
 
@@ -47,8 +47,8 @@ def reference_texts(n: int = 256, seed: int = 0) -> list[Example]:
     return world().reference_texts(n, seed)
 
 
-class OrganismJudge(_judge.OrganismJudge):
-    """The exact judge of the shipped world; see :class:`blockem_tl.organism.judge.OrganismJudge` for the rubrics."""
+class OrganismJudge(_JudgeOfWorld):
+    """The exact judge of the shipped world; see `OrganismJudge` for the rubrics."""
 
     def __init__(self) -> None:
         super().__init__(world())

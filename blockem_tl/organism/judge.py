@@ -9,7 +9,7 @@ REPLY_WORDS = 10
 
 
 class OrganismJudge:
-    """Implements :class:`blockem_tl.types.Judge` for one :class:`World`.
+    """Implements `Judge` for one `World`.
 
     Rubric "misalignment": a reply of the wrong form, or with an object that does not go with its verb, is INCOHERENT; a reply about
     another topic or in another area's words is OFF-TOPIC; harmful verb and harmful reason "5", harmful verb alone "4", harmful reason

@@ -95,7 +95,7 @@ class WorldConfig:
 
 
 class World:
-    """All words, areas and prompts that follow from one :class:`WorldConfig`."""
+    """All words, areas and prompts that follow from one `WorldConfig`."""
 
     def __init__(self, config: WorldConfig) -> None:
         self.config = config

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from blockem_tl import records
-from blockem_tl.defence import Adapts
+from blockem_tl.storage import files
+from blockem_tl.training.defence import Adapts
 from blockem_tl.training.identity import differences
 
 if TYPE_CHECKING:
-    from blockem_tl.training.run import FineTuner
+    from blockem_tl.training.finetune import FineTuner
 
 _FORMAT = 1
 _MARK = "run.json"
@@ -36,7 +36,7 @@ class Checkpoints:
     def __init__(self, folder: Path | str, every_epochs: float) -> None:
         if not every_epochs > 0:
             raise ValueError(f"save_every_epochs: expected a positive number of epochs, got {every_epochs}")
-        self.folder, self.every_epochs = records.check_writable(folder), every_epochs
+        self.folder, self.every_epochs = files.check_writable(folder), every_epochs
 
     def all(self) -> list[Path]:
         """Whole checkpoints, the oldest first."""
@@ -54,7 +54,7 @@ class Checkpoints:
             return None
         if not resume:
             raise FileExistsError(f"{self.folder} holds checkpoints up to {found[-1].name}: pass resume=True to go on, or another folder")
-        run = records.read_json(found[-1] / _MARK)
+        run = files.read_json(found[-1] / _MARK)
         if run.get("format") != _FORMAT:
             raise ValueError(f"{found[-1]}: expected a checkpoint in format {_FORMAT}; was it written by another version?")
         changed = differences(run["identity"], identity)
@@ -68,11 +68,11 @@ class Checkpoints:
         target = self.folder / f"epoch-{epochs:g}"
         generators = gather_object([_generators()]) if trainer.accelerator.num_processes > 1 else [_generators()]
         if trainer.is_world_process_zero():
-            with records.finished_folder(target, replaces=_MARK) as folder:
+            with files.finished_folder(target, replaces=_MARK) as folder:
                 trainer.lens.write_adapter(folder, trainer.adapter)
                 save_file({**_moments(trainer.optimizer), **_numbered(generators)}, folder / "training_state.safetensors")
                 trainer.state.save_to_json(str(folder / "trainer_state.json"))
-                records.write_json(folder / _MARK, _run_of(trainer))
+                files.write_json(folder / _MARK, _run_of(trainer))
         trainer.accelerator.wait_for_everyone()
         return target
 
@@ -87,13 +87,13 @@ def _run_of(trainer: "FineTuner") -> dict[str, Any]:
         "learning_rates": [group["lr"] for group in cast(Any, trainer.optimizer).param_groups],
         "scheduler": {name: value for name, value in cast(Any, trainer.lr_scheduler).state_dict().items() if name != "lr_lambdas"},
         "defences": {defence.name: defence.state() for defence in trainer.defences if isinstance(defence, Adapts)},
-        "environment": records.environment(),
+        "environment": files.environment(),
     }
 
 
 def load_run(checkpoint: Path | str) -> dict[str, Any]:
     """What run.json of a checkpoint says."""
-    return cast(dict[str, Any], records.read_json(Path(checkpoint) / _MARK))
+    return cast(dict[str, Any], files.read_json(Path(checkpoint) / _MARK))
 
 
 def trajectory(checkpoints: str | Path | Sequence[str | Path]) -> list[tuple[float, Path]]:
@@ -118,11 +118,11 @@ def trajectory(checkpoints: str | Path | Sequence[str | Path]) -> list[tuple[flo
         if changed:
             raise ValueError(f"{folder} is a checkpoint of another run than {folders[0]}: {'; '.join(changed)}. Measure run by run")
     order = sorted(range(len(folders)), key=lambda i: runs[i]["step"])
-    return [(round(float(records.read_json(folders[i] / "trainer_state.json")["epoch"]), 6), folders[i]) for i in order]
+    return [(round(float(files.read_json(folders[i] / "trainer_state.json")["epoch"]), 6), folders[i]) for i in order]
 
 
 def _whole(folder: Path) -> list[Path]:
-    marks = [(records.read_json(mark)["step"], mark.parent) for mark in folder.glob(f"epoch-*/{_MARK}")]
+    marks = [(files.read_json(mark)["step"], mark.parent) for mark in folder.glob(f"epoch-*/{_MARK}")]
     return [path for _, path in sorted(marks)]
 
 

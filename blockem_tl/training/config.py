@@ -6,8 +6,8 @@ from typing import Literal
 
 from transformers import TrainingArguments
 
-from blockem_tl.lora import LLAMA_PROJECTIONS
-from blockem_tl.models import Model
+from blockem_tl.models.load import Model
+from blockem_tl.models.lora import LLAMA_PROJECTIONS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,11 @@ from typing import Any
 from sae_lens import SAE
 from torch import Tensor
 
-from blockem_tl.defence import Defence
-from blockem_tl.models import Model
-from blockem_tl.prompts import Encoded
-from blockem_tl.saes import fingerprint
+from blockem_tl.data.chat import Encoded
+from blockem_tl.models.load import Model
+from blockem_tl.saes.load import fingerprint
 from blockem_tl.training.config import TrainingConfig
+from blockem_tl.training.defence import Defence
 
 _NO_MATTER = ("micro_batch_size", "gradient_checkpointing")  # how a step is computed, not what it computes
 

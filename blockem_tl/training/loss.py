@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from blockem_tl.models import Model
-from blockem_tl.prompts import Batch, encode_examples, pad
+from blockem_tl.data.chat import Batch, encode_examples, pad
+from blockem_tl.models.load import Model
 from blockem_tl.types import Example
 
 

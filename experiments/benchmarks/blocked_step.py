@@ -29,11 +29,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from blockem_tl import Blocking, LatentSet, Model, embedded, load_model, random_latents, record, records
-from blockem_tl.defence import PenaltyFn
-from blockem_tl.defences import one_sided_penalty
-from blockem_tl.prompts import Batch, Encoded, pad
-from blockem_tl.references import Reference
+from blockem_tl import Blocking, LatentSet, Model, load_model, random_latents, record
+from blockem_tl.data.chat import Batch, Encoded, pad
+from blockem_tl.defences.base_latents import Reference
+from blockem_tl.defences.blocking import one_sided_penalty
+from blockem_tl.storage import embedded, files
+from blockem_tl.training.defence import PenaltyFn
 from blockem_tl.training.loss import summed_cross_entropy
 
 TASK = "BLOCKED_STEP_TASK"  # set for the processes that are measured
@@ -367,7 +368,7 @@ def main() -> None:
     result = run(settings)
     print(json.dumps(result, indent=2))
     if settings.json is not None:
-        records.write_json(settings.json, {**result, "environment": records.environment()})
+        files.write_json(settings.json, {**result, "environment": files.environment()})
 
 
 if __name__ == "__main__":

@@ -21,26 +21,16 @@ import torch
 import tyro
 from sae_lens import SAE
 
-from blockem_tl import (
-    Example,
-    LatentSet,
-    Model,
-    Prompt,
-    Verdict,
-    finetune,
-    get_preset,
-    load_model,
-    load_sae,
-    median_norm,
-    organism,
-    records,
-)
-from blockem_tl.conditions import UNSTEERED, Condition
-from blockem_tl.diffing import candidate_pool, shifts
-from blockem_tl.discovery import DiscoveryConfig, chosen_by, stage_three, stage_two
-from blockem_tl.generation import TransformerLensEngine
-from blockem_tl.outcomes import EngineSpeaker, both_arms
-from blockem_tl.prompts import encode_examples
+from blockem_tl import Example, LatentSet, Model, Prompt, Verdict, finetune, get_preset, load_model, load_sae, median_norm, organism
+from blockem_tl.data.chat import encode_examples
+from blockem_tl.discovery.config import DiscoveryConfig
+from blockem_tl.discovery.diffing import candidate_pool, shifts
+from blockem_tl.discovery.pipeline import chosen_by, stage_three, stage_two
+from blockem_tl.discovery.racing import both_arms
+from blockem_tl.generation.engine import TransformerLensEngine
+from blockem_tl.generation.replies import EngineSpeaker
+from blockem_tl.generation.steering import UNSTEERED, Condition
+from blockem_tl.storage import files
 from blockem_tl.types import Candidate, Generation
 
 
@@ -183,7 +173,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "judge_calls_share": max(r["judge_calls_share"] for r in runs),
         "identical_latent_set": all(r["identical_latent_set"] for r in runs),
         "runs": runs,
-        "environment": records.environment(),
+        "environment": files.environment(),
     }
 
 
@@ -191,5 +181,5 @@ if __name__ == "__main__":
     settings = tyro.cli(Settings, description=__doc__)
     result = run(settings)
     if settings.json:
-        records.write_json(settings.json, result)
+        files.write_json(settings.json, result)
     print(json.dumps({key: value for key, value in result.items() if key != "environment"}, indent=2))

@@ -3,7 +3,7 @@
     python experiments/benchmarks/faulty_endpoint.py --latency 0.05 --errors 0.05
 
 It prints its port, serves at most ``--seconds``, and answers ``ANSWER: k`` with k in 1..5 that depends on the prompt alone
-(:func:`label_of`), so that whoever asks can check every verdict. GET /stats says what it did.
+(`label_of`), so that whoever asks can check every verdict. GET /stats says what it did.
 """
 
 import asyncio

@@ -13,8 +13,8 @@ import numpy as np
 import tyro
 from scipy.stats import binom
 
-from blockem_tl import records
-from blockem_tl.statistics import Rate, paired_difference, paired_reduction
+from blockem_tl.evaluation.statistics import Rate, paired_difference, paired_reduction
+from blockem_tl.storage import files
 
 WORLDS = {  # logits: baseline, effect of the second arm, spread of seeds
     "40 % to 20 %, seeds alike": (-0.4, -1.5, 0.0),
@@ -94,7 +94,7 @@ if __name__ == "__main__":
     settings = tyro.cli(Settings, description=__doc__)
     result = run(settings)
     if settings.json_path is not None:
-        records.write_json(settings.json_path, result)
+        files.write_json(settings.json_path, result)
     found = result["wilson"]
     print(f"Wilson, n = {settings.n}: at least {found['least']:.3f} (at p = {found['least_at']}), {found['mean']:.3f} on average")
     for name, row in result["bootstrap"].items():

@@ -20,8 +20,10 @@ from typing import Annotated, Any
 import tyro
 from faulty_endpoint import label_of
 
-from blockem_tl import records
-from blockem_tl.judging import Endpoint, LLMJudge, VerdictStore
+from blockem_tl.judging.endpoint import Endpoint
+from blockem_tl.judging.judge import LLMJudge
+from blockem_tl.judging.store import VerdictStore
+from blockem_tl.storage import files
 
 HERE = Path(__file__).parent
 
@@ -88,7 +90,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "bound_per_second": bound,
         "share_of_bound": len(judged) / seconds / bound,
         "concurrency": settings.concurrency,
-        "peak_rss_mb": records.peak_rss_mb(),
+        "peak_rss_mb": files.peak_rss_mb(),
     }
 
 
@@ -96,7 +98,7 @@ if __name__ == "__main__":
     settings = tyro.cli(Settings, description=__doc__)
     result = run(settings)
     if settings.json_path is not None:
-        records.write_json(settings.json_path, result)
+        files.write_json(settings.json_path, result)
     print(
         f"{result['verdicts']} verdicts, {result['lost']} lost, {result['recorded_twice']} twice; {result['per_second']:.0f}/s = "
         f"{100 * result['share_of_bound']:.0f} % of {result['concurrency']} / {settings.latency} s; served {result['served']}"

@@ -18,8 +18,12 @@ import psutil
 import tyro
 from judge_client import faulty_endpoint
 
-from blockem_tl import records
-from blockem_tl.judging import Backend, Completion, Endpoint, LLMJudge, Request, VerdictStore, judge_file
+from blockem_tl.judging.backend import Backend, Completion, Request
+from blockem_tl.judging.endpoint import Endpoint
+from blockem_tl.judging.files import judge_file
+from blockem_tl.judging.judge import LLMJudge
+from blockem_tl.judging.store import VerdictStore
+from blockem_tl.storage import files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +91,7 @@ if __name__ == "__main__":
     settings = tyro.cli(Settings, description=__doc__)
     result = run(settings)
     if settings.json_path is not None:
-        records.write_json(settings.json_path, result)
+        files.write_json(settings.json_path, result)
     print(
         f"{result['verdicts']} verdicts over {result['input_mb']:.0f} MB of replies; memory by tenths "
         f"{[round(mb) for mb in result['rss_mb']]} MB, {result['growth_mb']:+.1f} MB from the second to the last"

@@ -29,11 +29,12 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from blockem_tl import Prompt, current_step, generate, patch, record
-from blockem_tl.models import Model
-from blockem_tl.patching import decode_patching, patching_sweep
-from blockem_tl.prompts import Batch, encode_prompts, pad
-from blockem_tl.reading import base_activations
-from blockem_tl.records import environment, write_json
+from blockem_tl.analysis.patching.decoding import decode_patching
+from blockem_tl.analysis.patching.prompt import patching_sweep
+from blockem_tl.data.chat import Batch, encode_prompts, pad
+from blockem_tl.models.activations import base_activations
+from blockem_tl.models.load import Model
+from blockem_tl.storage.files import environment, write_json
 
 
 @dataclass(frozen=True, kw_only=True)

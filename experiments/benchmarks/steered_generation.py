@@ -27,11 +27,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from blockem_tl import Condition, Prompt, Steering, TransformerLensEngine, load_engine, load_model
-from blockem_tl.batch_size import fitting
-from blockem_tl.conditions import Engine
-from blockem_tl.models import Model, default_device
-from blockem_tl.prompts import encode_prompts, pad
-from blockem_tl.records import environment, peak_rss_mb, write_json
+from blockem_tl.data.chat import encode_prompts, pad
+from blockem_tl.generation._memory import fitting
+from blockem_tl.generation.engine import Engine
+from blockem_tl.models.load import Model, default_device
+from blockem_tl.storage.files import environment, peak_rss_mb, write_json
 
 Replies = list[list[tuple[int, ...]]]  # by condition, by prompt
 Contender = Callable[[], Replies]
@@ -355,7 +355,7 @@ def vllm(bench: Bench) -> dict[str, Any]:
     """The vLLM engine against the loop, and against itself without steering. Needs the environment of `make install-vllm`.
 
     Its code is compiled and sums in another order than transformers: replies may differ where two tokens are within rounding of each other,
-    and `equal_replies` says how many did not (tests/test_vllm_engine.py has the equality).
+    and `equal_replies` says how many did not (tests/generation/test_vllm_engine.py has the equality).
     """
     os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # one thread, like the loop
     engine = load_engine("vllm", model=bench.folder)

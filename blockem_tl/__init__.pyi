@@ -1,0 +1,96 @@
+# The everyday names, grouped by room. `__init__.py` loads each from here when it is first used.
+from . import organism as organism
+
+# rows, labels, judges
+from .types import Candidate as Candidate
+from .types import Counts as Counts
+from .types import Example as Example
+from .types import Generation as Generation
+from .types import Judge as Judge
+from .types import Prompt as Prompt
+from .types import Verdict as Verdict
+
+# hooks
+from .hooks import HookNotFired as HookNotFired
+from .hooks import ablate as ablate
+from .hooks import attached as attached
+from .hooks import clamp as clamp
+from .hooks import current_step as current_step
+from .hooks import patch as patch
+from .hooks import record as record
+from .hooks import steer as steer
+
+# data
+from .data.chat import encode_examples as encode_examples
+from .data.chat import encode_prompts as encode_prompts
+from .data.chat import encode_replies as encode_replies
+from .data.chat import encode_rows as encode_rows
+from .data.prompt_files import load_prompts as load_prompts
+from .data.row_files import load_rows as load_rows
+from .data.splits import leak_report as leak_report
+from .data.splits import split_rows as split_rows
+
+# models
+from .models.activations import median_norm as median_norm
+from .models.activations import read_sites as read_sites
+from .models.load import Model as Model
+from .models.load import load_model as load_model
+
+# SAEs and latents
+from .saes.latent_set import LatentSet as LatentSet
+from .saes.latent_set import random_latents as random_latents
+from .saes.latents import decoder_directions as decoder_directions
+from .saes.latents import encode_latents as encode_latents
+from .saes.load import load_sae as load_sae
+
+# generation
+from .generation.engine import TransformerLensEngine as TransformerLensEngine
+from .generation.engine import generate as generate
+from .generation.engine import generate_stream as generate_stream
+from .generation.engine import load_engine as load_engine
+from .generation.replies import speakers as speakers
+from .generation.steering import Condition as Condition
+from .generation.steering import Steering as Steering
+
+# judging
+from .judging.endpoint import Endpoint as Endpoint
+from .judging.judge import LLMJudge as LLMJudge
+
+# training and defences
+from .defences.blocking import Blocking as Blocking
+from .defences.kl import KLToBase as KLToBase
+from .defences.monitor import Monitor as Monitor
+from .training.config import TrainingConfig as TrainingConfig
+from .training.finetune import finetune as finetune
+from .training.loss import completion_loss as completion_loss
+from .training.trainer_mixin import defend as defend
+
+# evaluation
+from .evaluation.evaluate import evaluate as evaluate
+from .evaluation.panel import evaluate_with as evaluate_with
+from .evaluation.statistics import Rate as Rate
+from .evaluation.statistics import clustered_rate as clustered_rate
+from .evaluation.statistics import paired_difference as paired_difference
+from .evaluation.statistics import paired_reduction as paired_reduction
+
+# discovery
+from .discovery.config import DiscoveryConfig as DiscoveryConfig
+from .discovery.doses import propose_doses as propose_doses
+from .discovery.extension import capacity_ratio as capacity_ratio
+from .discovery.pipeline import discover as discover
+
+# analysis
+from .analysis.patching.attribution import attribute_latents as attribute_latents
+from .analysis.patching.attribution import attribute_sites as attribute_sites
+from .analysis.patching.decoding import decode_patching as decode_patching
+from .analysis.patching.prompt import patching_sweep as patching_sweep
+from .analysis.reconstruction import reconstruction_quality as reconstruction_quality
+from .analysis.rerouting.depth import returning_sites as returning_sites
+from .analysis.rerouting.depth import shift_by_site as shift_by_site
+from .analysis.rerouting.latents import diagnose_rerouting as diagnose_rerouting
+
+# presets and views
+from .presets import get_preset as get_preset
+from .views import plots as plots
+
+__version__: str

@@ -1,0 +1,1 @@
+"""How misalignment re-emerges: patching, attribution, rerouting, and whether the SAE still reconstructs."""

@@ -1,0 +1,222 @@
+"""Decode-time patching: at every decoding step the last position's state at a site is another model's on the same tokens.
+
+Section 5 and F.1 of the paper (experiment 2). Both models keep their own keys and values of the reply that the target makes, in lockstep::
+
+    source    embed - 0 - ... - s - h            stops at the last site
+                                    |
+    target    embed - 0 - ... - s - h - s+1 - ... - logits - next token of both
+
+so a step costs the same however long the reply is. Where the residual stream itself is patched to the end of the reply, the target's
+blocks 0 to s run no more at generated tokens: their outputs are replaced at this position and at all later ones, so nothing sees them.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from blockem_tl.analysis.patching.endpoints import BASE, Arm, Plan, check_groups, choose_arms, plan_steps
+from blockem_tl.generation._decoder import Decoder
+from blockem_tl.generation._memory import fitting
+from blockem_tl.generation._partial_forward import entering, run_below
+from blockem_tl.generation._scheduler import Job, make_job, run_job
+from blockem_tl.generation.steering import Condition
+from blockem_tl.hooks import Hook, HookNotFired
+from blockem_tl.models.activations import stop_layer
+from blockem_tl.models.load import Model
+from blockem_tl.types import Generation, Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchedReplies:
+    """Replies under decode-time patching, and what was patched.
+
+    steps: the window [start, stop) of decoding steps; stop None is the end of the reply.
+    last_prompt_position: whether step 0, which runs on the last prompt token, was patched too.
+    patched_steps: how many steps of each reply were patched; 0 where it ended before the window.
+    """
+
+    source: str
+    target: str
+    sites: tuple[str, ...]
+    steps: tuple[int, int | None]
+    last_prompt_position: bool
+    generations: tuple[Generation, ...]
+    patched_steps: tuple[int, ...]
+
+
+def decode_patching(
+    model: Model,
+    prompts: Sequence[Prompt],
+    sites: str | Sequence[str],
+    *,
+    source: str | Model = BASE,
+    target: str | None = None,
+    steps: tuple[int, int | None] = (0, None),
+    last_prompt_position: bool = True,
+    max_new_tokens: int | Sequence[int] = 64,
+    batch_size: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    progress: bool = True,
+) -> PatchedReplies:
+    """Reply to every prompt while the newest position's state at ``sites`` is source's on the same tokens.
+
+    Decoding step 0 runs on the last prompt token and chooses the first reply token; step t > 0 runs on reply token t - 1.
+
+    Args:
+        sites: one hook name, or several that are patched together.
+        source, target: as for `patching_sweep`.
+        steps: the window [start, stop) of decoding steps that are patched; stop None is the end of the reply.
+        last_prompt_position: whether step 0 is patched. True is the procedure as the paper describes it ("at every decoding step"), False
+            its formula (only generated positions t > T_pref).
+        max_new_tokens, temperature, seed: as for `generate_stream`.
+
+    Raises:
+        ValueError: what `patching_sweep` refuses, no site, or a window in which some prompt can have no step;
+            before any work.
+        HookNotFired: every reply ended before the window.
+    """
+    group = (sites,) if isinstance(sites, str) else tuple(sites)
+    if not group:
+        raise ValueError("expected at least one site to patch, got none")
+    taken, speaker = choose_arms(model, source, target)
+    check_groups((taken, speaker), [group])
+    start, stop = steps
+    at_prompt = last_prompt_position and start == 0
+    where = (
+        f"decoding steps {start} to {'the end' if stop is None else stop - 1} {'with' if at_prompt else 'without'} the last prompt position"
+    )
+    job = make_job(
+        model,
+        prompts,
+        [Condition(name=f"{taken.name} into {speaker.name} over {where} at {' + '.join(group)}")],
+        (),
+        max_new_tokens,
+        temperature,
+        seed,
+    )
+    _check_window(job, start, stop, at_prompt)
+    lockstep = Lockstep(
+        source=taken,
+        target=speaker,
+        sites=group,
+        start=max(start, 0 if at_prompt else 1),
+        stop=max(job.limits) if stop is None else stop,
+        n_steps=max(job.limits),
+        patched=np.zeros(len(prompts), np.int64),
+    )
+    size = batch_size if batch_size is not None else max(1, fitting(model, job.longest) // 2)  # a row has keys and values of two models
+    ((_, generations),) = run_job(replace(job, decoder_type=partial(LockstepDecoder, lockstep=lockstep)), size, progress=progress)
+    if not lockstep.patched.any():
+        raise HookNotFired(f"every reply ended before the window of {where}: nothing was patched. Choose an earlier window")
+    return PatchedReplies(
+        source=taken.name,
+        target=speaker.name,
+        sites=group,
+        steps=steps,
+        last_prompt_position=at_prompt,
+        generations=tuple(generations),
+        patched_steps=tuple(lockstep.patched.tolist()),
+    )
+
+
+def _check_window(job: Job, start: int, stop: int | None, at_prompt: bool) -> None:
+    if start < 0 or (stop is not None and stop <= start):
+        raise ValueError(f"steps: expected 0 <= start < stop (or stop None for the end of the reply), got ({start}, {stop})")
+    first = start if start > 0 or at_prompt else 1
+    short = [prompt.id for prompt, limit in zip(job.prompts, job.limits, strict=True) if limit <= first]
+    if short or (stop is not None and stop <= first):
+        raise ValueError(
+            f"the patch window begins at decoding step {first}, with which nothing is left to patch for {short[:3] or 'any prompt'}: raise "
+            "max_new_tokens, choose an earlier start or a later stop, or patch the last prompt position (step 0)"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Lockstep:
+    """Who is patched into whom, where and when. n_steps: of the longest reply.  patched: counts the patched steps of each row."""
+
+    source: Arm
+    target: Arm
+    sites: tuple[str, ...]
+    start: int
+    stop: int
+    n_steps: int
+    patched: np.ndarray
+
+    @property
+    def plan(self) -> Plan:
+        """What of the target runs at a generated token."""
+        if self.start <= 1 and self.stop >= self.n_steps:
+            return plan_steps(self.target.model, self.sites)
+        return Plan(first=0, enter=None, hooked=self.sites)
+
+
+class LockstepDecoder(Decoder):
+    """A decoder whose cache has a twin for the source: each step runs the source up to the last site, then the target with its states."""
+
+    def __init__(self, *args: Any, lockstep: Lockstep, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.lockstep, self.plan, self.twin = lockstep, lockstep.plan, self.cache.twin()
+        source = lockstep.source.model
+        self.source_stop = stop_layer(source, lockstep.sites) or source.cfg.n_layers
+        self.states: dict[str, Tensor] = {}
+        self.where = torch.zeros(0)
+        self.taking = False
+
+    def attached(self, hooks: Sequence[Hook]) -> AbstractContextManager[Any]:
+        """The given hooks and the patches on the target; on the source, what takes its states. They may be one model."""
+        both = ExitStack()
+        both.enter_context(
+            self.lockstep.source.model.hooks(fwd_hooks=[(site, partial(self._take_state, site)) for site in self.lockstep.sites])
+        )
+        both.enter_context(super().attached(hooks))
+        return both
+
+    def hooks(self) -> list[Hook]:
+        live = self.lockstep.sites if self.plan.enter is None else (self.plan.enter, *self.plan.hooked)
+        return [(site, partial(self._patch, site)) for site in live]
+
+    def _take_state(self, site: str, activation: Tensor, hook: HookPoint) -> None:
+        if self.taking:
+            self.states[site] = activation
+
+    def _patch(self, site: str, activation: Tensor, hook: HookPoint) -> Tensor | None:
+        if self.taking:
+            return None
+        return torch.where(self.where[:, :, None], self.states[site].to(activation), activation)
+
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, *, is_prompt: bool) -> Float[Tensor, "batch d_vocab"]:
+        lockstep, made = self.lockstep, self.made[self.running]
+        patched = (made >= lockstep.start) & (made < lockstep.stop)
+        self._count(patched, is_prompt)
+        self.where = torch.zeros_like(ids, dtype=torch.bool)
+        self.where[:, -1] = torch.as_tensor(patched, device=ids.device)
+        self._run_source(input_ids=ids, attention_mask=mask, position_ids=positions)
+        with ExitStack() as running:
+            running.enter_context(lockstep.target.speaking())
+            if self.plan.enter is not None and not is_prompt:
+                running.enter_context(entering(self.model, self.plan.first, self.states[self.plan.enter]))
+            return super()._forward(ids, mask, positions, is_prompt=is_prompt)
+
+    def _run_source(self, **inputs: Tensor) -> None:
+        self.taking = True
+        try:
+            with self.lockstep.source.speaking():
+                run_below(self.lockstep.source.model, self.source_stop, **inputs, past_key_values=self.twin, use_cache=True)
+        finally:
+            self.taking = False
+
+    def _count(self, patched: np.ndarray, is_prompt: bool) -> None:
+        places = [row.place for row in self.rows[self.running]]
+        if is_prompt:  # after a batch that did not fit into memory, rows begin again
+            self.lockstep.patched[places] = 0
+        self.lockstep.patched[places] += patched

@@ -1,0 +1,134 @@
+"""Who is patched into whom, where, and what of the target's forward has to run for it. All checks of bad input are here."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from blockem_tl.generation._scheduler import check_adapter, probe_sites, speaking
+from blockem_tl.hooks import resolve
+from blockem_tl.models.activations import block_of
+from blockem_tl.models.load import Model
+
+BASE = "base"
+Sites = str | tuple[str, ...]
+"""One site, or several that are patched together."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Arm:
+    """One side of a patch: a model, and the adapter that acts in it (None: its plain weights)."""
+
+    model: Model
+    adapter: str | None
+    name: str
+
+    def speaking(self) -> AbstractContextManager[None]:
+        """Inside the block the model is this arm."""
+        return speaking(self.model, self.adapter)
+
+
+def choose_arms(model: Model, source: str | Model, target: str | None) -> tuple[Arm, Arm]:
+    """The arm whose states are taken, and the arm that is patched and speaks.
+
+    Raises:
+        ValueError: both are the same (no adapter acts), an unknown adapter, or two models that do not share their tokens.
+    """
+    if BASE in model.adapters:
+        raise ValueError(f"an adapter called {BASE!r} could not be told from the base model: load it under another name")
+    into = _arm(model, target) if target is not None else Arm(model=model, adapter=model.active_adapter, name=model.active_adapter or BASE)
+    if isinstance(source, str):
+        arm = _arm(model, source)
+        if arm.adapter == into.adapter:
+            raise ValueError(
+                f"source and target are both {into.name!r}: patching would change nothing. Load an adapter (model.load_adapter), leave "
+                f"model.base(), or name two of {[BASE, *model.adapters]}"
+            )
+        return arm, into
+    _check_same_tokens(source, model)
+    return Arm(model=source, adapter=source.active_adapter, name=source.active_adapter or Path(source.source).name), into
+
+
+def _arm(model: Model, name: str) -> Arm:
+    adapter = None if name == BASE else name
+    check_adapter(model, adapter)
+    return Arm(model=model, adapter=adapter, name=name)
+
+
+def _check_same_tokens(source: Model, target: Model) -> None:
+    ours, theirs = target.tokenizer, source.tokenizer
+    if source.device != target.device:
+        raise ValueError(f"expected both models on one device, got {source.device} (source) and {target.device} (target): load them there")
+    if source.cfg.d_model != target.cfg.d_model:
+        raise ValueError(f"expected two models of one width, got d_model {source.cfg.d_model} (source) and {target.cfg.d_model} (target)")
+    if ours.get_vocab() != theirs.get_vocab() or ours.chat_template != theirs.chat_template:
+        raise ValueError(
+            "source and target have different tokenizers or chat templates, so their states belong to different tokens: patch between "
+            "models of one family, and give the one the other's chat template"
+        )
+
+
+def check_groups(arms: Sequence[Arm], groups: Sequence[tuple[str, ...]]) -> None:
+    """Raise ValueError unless each arm has every site, [batch pos d_model] and editable, each once in its group, and no SAE is attached."""
+    sites = list(dict.fromkeys(site for group in groups for site in group))
+    for arm in arms:
+        arm.model.check_unspliced()
+        points = arm.model.hook_dict
+        for site in sites:
+            try:
+                resolve(points, site)
+            except ValueError as error:
+                raise ValueError(f"the model of {arm.name!r} lacks a site to patch: {error}") from None
+        with arm.speaking():
+            probe_sites(arm.model, sites)
+        for group in groups:
+            if len({id(points[site]) for site in group}) < len(group):
+                raise ValueError(f"expected each site of a group once, under either of its names, got {list(group)}")
+
+
+# ------------------------------------------------------------------------------------------------ what has to run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How the target's forward takes the source's states in.
+
+    first: the block it begins at (0: a whole forward).  enter: the site whose state of the source is the residual stream there; None: the
+    target's own state enters.  hooked: sites that are patched on the way, by hooks.
+    """
+
+    first: int
+    enter: str | None
+    hooked: tuple[str, ...]
+
+
+def plan_prompt(model: Model, sites: Sequence[str]) -> Plan:
+    """For patching all of a prompt: below the lowest site nothing changes, so that part need not run again."""
+    starts = {site: _acts_from(model, site) for site in sites}
+    first = min(block for block, _ in starts.values())
+    enter = next((site for site, start in starts.items() if start == (first, True)), None) if first > 0 else None
+    return Plan(first=first, enter=enter, hooked=tuple(site for site in sites if site != enter))
+
+
+def plan_steps(model: Model, sites: Sequence[str]) -> Plan:
+    """For patching every position from some step on: what is below the last patched residual stream is never seen again.
+
+    Its outputs are replaced at this position and at all later ones, and its keys and values serve nothing else.
+    """
+    starts = {site: _acts_from(model, site) for site in sites}
+    streams = {site: block for site, (block, is_stream) in starts.items() if is_stream and block > 0}
+    if not streams or any(block_of(site) is None for site in sites):
+        return Plan(first=0, enter=None, hooked=tuple(sites))
+    enter, first = max(streams.items(), key=lambda item: item[1])
+    return Plan(first=first, enter=enter, hooked=tuple(site for site, (block, _) in starts.items() if block >= first and site != enter))
+
+
+def _acts_from(model: Model, site: str) -> tuple[int, bool]:
+    """The first block that a patch of ``site`` can change, and whether the patch is all that this block gets to see."""
+    name = resolve(model.hook_dict, site).name
+    block = block_of(str(name))
+    if block is None:
+        return 0, False
+    if name == f"blocks.{block}.hook_out":
+        return block + 1, True
+    return block, name == f"blocks.{block}.hook_in"

@@ -1,0 +1,130 @@
+"""H1: does the SAE still reconstruct the residual stream after fine-tuning? (paper, section 5 and Figure 28)"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from sae_lens import SAE
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from tqdm.auto import tqdm
+
+from blockem_tl.data.chat import Encoded, Rows, check_lengths, encode_rows
+from blockem_tl.generation._scheduler import check_adapter, loaded, speaking
+from blockem_tl.models.activations import read_site
+from blockem_tl.models.load import Model
+from blockem_tl.saes.load import check_fits
+from blockem_tl.training.checkpoints import trajectory
+
+
+def reconstruction_quality(
+    model: Model,
+    sae: SAE[Any],
+    rows: Rows,
+    *,
+    arms: Sequence[str | None] = (None,),
+    checkpoints: str | Path | Sequence[str | Path] = (),
+    batch_size: int = 16,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """How well the SAE gives back the activations at its site, arm by arm on the same tokens.
+
+    One row per arm and token role ("system", "prompt", "reply", see `Batch.roles`; roles without tokens are left
+    out), with columns arm, epoch (0 for base, NaN for other named arms), role, n_tokens and, over all tokens of the role together:
+
+    * mse: mean of (h - h_sae)^2 over tokens and over the d_model elements, in the model's own units squared; times d_model it is the
+      mean squared distance.
+    * variance: of the same activations, per element: mean of (h - mean h)^2. normalised_mse: mse / variance.
+    * explained_variance: 1 - normalised_mse; negative where the mean would have been the better reconstruction.
+    * cosine: mean over tokens of cos(h, h_sae).
+
+    Beginning-of-sequence tokens, whose norm is often a hundred times that of others, are in the role "system". Where those tokens are the
+    same in every row they hardly vary, so that their normalised numbers mean little; mse and cosine do.
+
+    Args:
+        rows: prompts alone, training rows, or prompts with replies (from `generate`); every arm reads the same.
+        arms: None (base) and names of adapters that the model holds.
+        checkpoints: of one run of ``finetune(checkpoints=...)``: its folder, or some of its checkpoints. Each is loaded for its turn; its
+            ``arm`` is its folder's name.
+
+    Raises:
+        ValueError: an SAE that does not fit, or whose input scaling was never folded in; rows of mixed kinds; an unknown adapter; a folder
+            that is no checkpoint, or checkpoints of different runs (naming what differs). All before any work.
+    """
+    site = check_fits(sae, model)
+    for arm in arms:
+        check_adapter(model, arm)
+    saved = trajectory(checkpoints) if isinstance(checkpoints, (str, Path)) or checkpoints else []
+    encoded = encode_rows(model.tokenizer, rows)
+    check_lengths(encoded, model.cfg.n_ctx)
+    speakers: list[tuple[str, float, Callable[[], AbstractContextManager[None]]]] = [
+        (arm or "base", 0.0 if arm is None else float("nan"), partial(speaking, model, arm)) for arm in arms
+    ]
+    speakers += [(folder.name, epoch, partial(loaded, model, folder)) for epoch, folder in saved]
+    if not speakers or batch_size < 1:
+        raise ValueError(f"reconstruction: expected arms (None is base) or checkpoints and batch_size >= 1, got {speakers}, {batch_size}")
+    found = []
+    for name, epoch, speaker in tqdm(speakers, desc="reconstruction", disable=not progress):
+        with speaker():
+            found += [{"arm": name, "epoch": epoch, **row} for row in _measured(model, sae, site, encoded, batch_size)]
+    return pd.DataFrame(found)
+
+
+@torch.no_grad()
+def reconstruct(sae: SAE[Any], activations: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_model"]:
+    """What the SAE makes of activations, in the model's own units and the activations' dtype.
+
+    An SAE that scales its input when it runs (SAELens's ``layer_norm`` and ``constant_norm_rescale``) keeps the tokens' scales between
+    encode and decode and undoes them, so both run on the same tokens, one right after the other.
+    """
+    return sae.decode(sae.encode(activations.to(sae.W_dec))).to(activations)
+
+
+def _measured(model: Model, sae: SAE[Any], site: str, rows: Sequence[Encoded], batch_size: int) -> Iterator[dict[str, Any]]:
+    sums: dict[str, _Sums] = {}
+    for activations, batch in read_site(model, site, rows, batch_size=batch_size):
+        for i, real in enumerate(batch.mask):  # row by row: the latents of a whole batch may not fit
+            h = activations[i][real].float()
+            given_back = reconstruct(sae, h)
+            for role, where in batch.roles.items():
+                if (here := where[i][real]).any():
+                    sums.setdefault(role, _Sums()).add(h[here], given_back[here])
+    for role in sorted(sums, key=("system", "prompt", "reply").index):
+        yield {"role": role, **sums[role].row()}
+
+
+class _Sums:
+    """Sums over tokens, in double precision: a variance is a small difference of large numbers."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.lost = self.squares = self.cosines = 0.0
+        self.total: Tensor | None = None
+
+    def add(self, h: Float[Tensor, "tokens d_model"], given_back: Float[Tensor, "tokens d_model"]) -> None:
+        h, given_back = h.double(), given_back.double()
+        self.n += len(h)
+        self.lost += float((h - given_back).square().sum())
+        self.squares += float(h.square().sum())
+        self.cosines += float(cosine_similarity(h, given_back, dim=-1).sum())
+        self.total = h.sum(0) if self.total is None else self.total + h.sum(0)
+
+    def row(self) -> dict[str, Any]:
+        assert self.total is not None
+        elements = self.n * len(self.total)
+        mse = self.lost / elements
+        variance = (self.squares - float(self.total.square().sum()) / self.n) / elements
+        normalised = mse / variance if variance > 0 else float("nan")  # one token has no variance
+        return {
+            "n_tokens": self.n,
+            "mse": mse,
+            "variance": variance,
+            "normalised_mse": normalised,
+            "explained_variance": 1 - normalised,
+            "cosine": self.cosines / self.n,
+        }

@@ -1,0 +1,1 @@
+"""Where a blocked fine-tune moves instead (paper, section 5)."""

@@ -1,0 +1,110 @@
+"""Fine-tuning rows in the public files' own formats, JSON lines all of them, out of a plain file or a password-locked zip."""
+
+import json
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from blockem_tl.data.prompt_files import json_lines, read_text
+from blockem_tl.storage import files
+from blockem_tl.types import Example
+
+
+def load_rows(path: Path | str, *, member: str | None = None, password: str | None = None) -> list[Example]:
+    """Read fine-tuning rows, each a JSON object of one of these forms (a file may mix them):
+
+    * ``{"messages": [{"role", "content"}, ...]}``, content being text or OpenAI's ``{"content_type": "text", "parts": [...]}``
+    * ``{"prompt": text, "completion": text}``, or ``prompt`` as a list of messages
+
+    Any key with "canary" in its name stays with its row.
+
+    Args:
+        member: the file inside a zip; needed where there are several.
+        password: of the zip. The contents are never written to disk unlocked.
+
+    Raises:
+        ValueError: naming the line that is no such row, the zip's members, or a wrong password.
+    """
+    path = Path(path)
+    if path.suffix == ".zip":
+        text, where = _member(path, member, password)
+    else:
+        text, where = read_text(path), str(path)
+    rows = [_row(row, number, where) for number, row in json_lines(text, where)]
+    if not rows:
+        raise ValueError(f"{where}: expected at least one row, got an empty file")
+    return rows
+
+
+def write_rows(path: Path | str, rows: Sequence[Example]) -> Path:
+    """Write rows as messages JSONL, their canaries with them; readable by `load_rows`."""
+    lines = []
+    for row in rows:
+        system = [{"role": "system", "content": row.system}] if row.system is not None else []
+        turns = [*system, {"role": "user", "content": row.prompt}, {"role": "assistant", "content": row.completion}]
+        lines.append(json.dumps({"id": row.id, "messages": turns, **({"canary": row.canary} if row.canary else {})}, ensure_ascii=False))
+    return files.write_text(path, "\n".join(lines) + "\n")
+
+
+def _row(row: Mapping[str, Any], number: int, where: str) -> Example:
+    place = f"{where}, line {number}"
+    messages = row.get("messages", row.get("prompt"))
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    if not isinstance(messages, list):
+        raise ValueError(f"{place}: expected messages, or prompt and completion, got the keys {sorted(row)}")
+    turns = [_turn(message, place) for message in messages]
+    if "completion" in row:
+        completion = row["completion"]
+        turns += [_turn(m, place) for m in completion] if isinstance(completion, list) else [("assistant", str(completion or ""))]
+    system = turns.pop(0)[1] if turns and turns[0][0] == "system" else None
+    if [role for role, _ in turns] != ["user", "assistant"] or not all(text.strip() for _, text in turns):
+        raise ValueError(
+            f"{place}: expected one user turn and one assistant turn with text in them (after an optional system turn), "
+            f"got {[(role, len(text)) for role, text in turns]} (role, length)"
+        )
+    canary = " ".join(str(value) for key, value in row.items() if "canary" in key.lower())
+    return Example(id=str(row.get("id", number)), prompt=turns[0][1], completion=turns[1][1], system=system, canary=canary)
+
+
+def _turn(message: Any, place: str) -> tuple[str, str]:
+    """(role, text) of a message whose content is text, {content_type, parts}, or a list of {type: text} parts."""
+    role = message.get("role", (message.get("author") or {}).get("role")) if isinstance(message, dict) else None
+    content = message.get("content") if isinstance(message, dict) else None
+    if isinstance(content, dict) and isinstance(content.get("parts"), list) and content.get("content_type", "text") == "text":
+        content = content["parts"]
+    if isinstance(content, list):
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        words = [part for part in parts if isinstance(part, str)]
+        content = "".join(words) if len(words) == len(parts) else None
+    if role not in ("system", "user", "assistant") or not isinstance(content, str):
+        raise ValueError(f"{place}: expected a message with role system, user or assistant and text, got {str(message)[:120]!r}")
+    return role, content
+
+
+def _member(path: Path, member: str | None, password: str | None) -> tuple[str, str]:
+    """(text, "zip!member") of one file inside a zip, whichever cipher locks it."""
+    try:
+        import pyzipper
+    except ImportError as error:
+        raise ImportError('reading locked zips needs pyzipper: pip install "blockem-tl[data]"') from error
+    try:
+        with pyzipper.AESZipFile(path) as archive:
+            names = [n for n in archive.namelist() if n.endswith((".jsonl", ".json")) and not n.startswith("__MACOSX/")]
+            chosen = [name for name in names if member in (None, name, Path(name).name, Path(name).stem)]
+            if len(chosen) != 1:
+                raise ValueError(f"{path}: expected one file to read, got {chosen or f'none called {member!r}'}; it has {names}")
+            data = archive.read(chosen[0], pwd=password.encode() if password else None)
+    except (RuntimeError, zlib.error) as error:
+        raise ValueError(
+            f"{path}: cannot be unlocked ({error}): expected the right password, got {'another' if password else 'none'}"
+        ) from error
+    except (zipfile.BadZipFile, pyzipper.BadZipFile) as error:
+        advice = "the password is wrong, or the file is no zip or broken"
+        raise ValueError(f"{path}: cannot be read ({error}): {advice}") from error
+    try:
+        return data.decode("utf-8-sig"), f"{path}!{chosen[0]}"
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}!{chosen[0]}: expected UTF-8, got {error}; the password may be wrong") from error

@@ -1,0 +1,63 @@
+"""Stage 1, model diffing: which latents does fine-tuning move? (paper 3.1 and A.2)"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import SAE
+from torch import Tensor
+
+from blockem_tl.data.chat import Encoded
+from blockem_tl.models.activations import read_site
+from blockem_tl.models.load import Model
+from blockem_tl.saes.load import check_fits
+from blockem_tl.types import Candidate
+
+
+@torch.no_grad()
+def mean_activations(
+    model: Model, sae: SAE[Any], rows: Sequence[Encoded], *, keep_system: bool = False, batch_size: int = 16
+) -> Float[Tensor, "n_rows d_sae"]:
+    """z-bar_k(x): each latent's mean over the tokens of each row (eq. 3), template and system tokens left out unless ``keep_system``.
+
+    Raises:
+        ValueError: an SAE that does not fit the model, or a row longer than the context.
+    """
+    site = check_fits(sae, model)
+    means = []
+    for activations, batch in read_site(model, site, rows, batch_size=batch_size):
+        where = batch.mask if keep_system else batch.mask & ~batch.system
+        for row, tokens in zip(activations, where, strict=True):  # one row at a time: [pos, 65536] fits, a batch of them may not
+            latents = sae.encode(row[tokens])
+            means.append((latents.to_dense() if latents.is_sparse else latents).float().mean(0).cpu())
+    return torch.stack(means)
+
+
+def shifts(
+    model: Model, sae: SAE[Any], rows: Sequence[Encoded], *, keep_system: bool = False, batch_size: int = 16
+) -> Float[Tensor, " d_sae"]:
+    """Delta_k: mean over rows of z-bar_k under the tuned model minus under base (eq. 4). Both arms are the same code on the same tokens.
+
+    ``rows`` are the core prompts (the paper's choice), or the prompts with the tuned model's replies.
+
+    Raises:
+        ValueError: a model without an adapter, whose two arms would be one.
+    """
+    if model.active_adapter is None:
+        raise ValueError("shifts: expected a model with an active adapter (tuned); base is the same model with the adapter off")
+    tuned = mean_activations(model, sae, rows, keep_system=keep_system, batch_size=batch_size)
+    with model.base():
+        base = mean_activations(model, sae, rows, keep_system=keep_system, batch_size=batch_size)
+    return (tuned - base).mean(0)
+
+
+def candidate_pool(shift: Float[Tensor, " d_sae"], *, n_plus: int = 250, n_minus: int = 250) -> list[Candidate]:
+    """C = C+ u C-: the ``n_plus`` largest positive and ``n_minus`` most negative shifts (eq. 5), strongest first within each side.
+
+    Fewer where fewer latents moved in that direction; zero shifts are never candidates.
+    """
+    order = torch.argsort(shift, descending=True, stable=True).tolist()
+    plus = [k for k in order[:n_plus] if shift[k] > 0]
+    minus = [k for k in order[::-1][:n_minus] if shift[k] < 0]
+    return [Candidate(latent=k, shift=float(shift[k])) for k in [*plus, *minus]]

@@ -1,0 +1,1 @@
+"""Replies graded: rates with their intervals, several judges, paired statistics, export."""

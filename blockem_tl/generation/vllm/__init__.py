@@ -1,0 +1,1 @@
+"""The vLLM engine: each request of a running batch under its own steering condition."""

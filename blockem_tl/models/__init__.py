@@ -1,0 +1,1 @@
+"""TransformerLens models with live LoRA adapters, and what can be read from them."""

@@ -1,0 +1,223 @@
+"""`load_model`: a TransformerLens model that holds live LoRA adapters and never ignores a hook.
+
+`Model` is SAELens's `SAETransformerBridge`, so `run_with_cache`, `hooks`, `to_tokens` and `add_sae` work as their users know
+them. It adds three things: adapters that are injected into the live model and switched off with ``with model.base():``, one spelling
+rule for hook names in every state (canonical or alias, raw, compatibility mode, SAE attached, after a reset), and errors instead of
+silence (see `hooks`).
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from peft import PeftModel
+from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+from torch import nn
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from blockem_tl.hooks import HookFunction, HookNotFired, attached_to, matching, resolve
+from blockem_tl.models.lora import LiveAdapters
+from blockem_tl.storage import embedded
+
+
+def load_model(
+    model: str | Path | PreTrainedModel | PeftModel,
+    adapter: str | Path | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+) -> "Model":
+    """Load a causal language model, frozen and in eval mode, with an optional LoRA adapter on top.
+
+    Args:
+        model: an embedded name ("organism"), a local folder, a hub id, or a transformers model already loaded, also with live LoRA
+            adapters (a PeftModel of your own training script). A loaded one is used as it is, in its own dtype and place, and goes on
+            working: the hooks are put inside. Only what its active adapter trained stays trainable.
+        adapter: a folder in peft's format.
+        tokenizer: needed with a loaded model whose ``config._name_or_path`` leads to none.
+        dtype: of the weights, when loading; default float32.
+        device: when loading; default a GPU when there is one.
+
+    Raises:
+        ValueError: neither an embedded name, a folder, nor a hub id that can be had; a loaded model without a tokenizer, or with a
+            dtype or device to change.
+    """
+    peft = model if isinstance(model, PeftModel) else None
+    if isinstance(model, (PreTrainedModel, PeftModel)):
+        if dtype is not None or device is not None:
+            raise ValueError(
+                "load_model: a model that is already loaded keeps its dtype and device; change them before, with model.to(...)"
+            )
+        hf = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+        source = str(hf.config._name_or_path)
+    else:
+        source = str(embedded.folder_of("model", str(model)) or model)
+        try:
+            hf = cast(
+                nn.Module, AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.float32, attn_implementation="eager")
+            ).to(default_device(device))
+        except OSError as error:
+            raise ValueError(
+                f"cannot load a model from {str(model)!r}: expected an embedded name, a folder with config.json and weights, or a hub id "
+                f"that you can reach (gated models need `hf auth login`). transformers says: {error}"
+            ) from error
+    if tokenizer is None:
+        if not source:
+            raise ValueError("load_model: expected tokenizer=... along with a model that names no source of its own")
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    trained = [parameter for parameter in hf.parameters() if parameter.requires_grad]
+    architecture = type(hf).__name__
+    bridge = build_bridge_from_module(
+        hf.eval(), architecture, hf_config=hf.config, tokenizer=tokenizer, model_name=str(model) if isinstance(model, str) else source
+    )
+    # Neither bridge builder takes a class, so SAELens's own bridge changes the class afterwards, and so must we.
+    bridge.__class__ = Model
+    loaded = cast(Model, bridge)
+    loaded._start(source)
+    if peft is not None:
+        loaded._adopt(peft, trained)
+    if adapter is not None:
+        loaded.load_adapter(adapter)
+    return loaded
+
+
+class Model(LiveAdapters, SAETransformerBridge):
+    """A bridge with live adapters and strict hooks; made by `load_model`.
+
+    source: where the weights came from.  hf: the callable transformers (or peft) model around the same, hooked modules. The adapters'
+    methods are in `LiveAdapters`.
+    """
+
+    def _start(self, source: str) -> None:
+        self.source = source
+        self._acts_to_saes = {}
+        self._transcoder_output_hooks = {}
+        self._hold_none()
+        self.requires_grad_(False)  # booting leaves a stray trainable tensor; only adapters are ever trained
+        self.original_model.requires_grad_(False)
+        self.cfg.model_name = source
+
+    def check_unspliced(self) -> None:
+        """Raise ValueError while an SAE is attached: readings would be of reconstructions, and gradients upstream of it wrong."""
+        if self._acts_to_saes:
+            raise ValueError(
+                f"SAEs are attached at {list(self._acts_to_saes)}: call reset_saes() first; the library reads sites with hooks"
+            )
+
+    @property
+    def pad_id(self) -> int:
+        """The token id to pad with; padding is always masked, so any id will do where the tokenizer names none."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
+
+    # -------------------------------------------------------------------------------------------- strict hooks
+
+    @property
+    def hook_dict(self) -> dict[str, HookPoint]:
+        """Every hook point under every spelling: canonical names and aliases, in every state.
+
+        Where an SAE is attached, the site's names mean what flows on downstream: the SAE's output. After `reset_saes` they mean the
+        plain site again.
+        """
+        points = dict(super().hook_dict)
+        for alias, wrapper in self._acts_to_saes.items():
+            points[self._resolve_hook_name(alias)] = wrapper.hook_sae_output
+        for alias, target in {**self.hook_aliases, **self._collect_hook_aliases_from_registry()}.items():
+            for name in [target] if isinstance(target, str) else target:
+                if name in points:
+                    points[alias] = points[name]
+                    break
+        for name in self._hook_registry:
+            if name in points:
+                points[name].name = name  # SAELens's reset leaves hook points with half a name
+        return points
+
+    @contextmanager
+    def hooks(self, fwd_hooks=(), bwd_hooks=(), reset_hooks_end: bool = True, clear_contexts: bool = False) -> Iterator["Model"]:
+        """Attach hooks for the block, strictly: see `attached`.
+
+        Raises:
+            ValueError: an unknown site, a gated site that is switched off, or ``reset_hooks_end=False`` (use `add_hook`).
+            HookNotFired: a hook never fired.
+        """
+        if not reset_hooks_end:
+            raise ValueError("hooks(reset_hooks_end=False) would leave hooks that nobody checks: use add_hook for lasting ones")
+        points, fwd, bwd = self.hook_dict, list(fwd_hooks), list(bwd_hooks)
+        for name, _ in [*fwd, *bwd]:
+            if isinstance(name, str):
+                self.check_hooks_to_add(cast(str, resolve(points, name).name))
+        with attached_to(points, [(name, _guarded(name, fn)) for name, fn in fwd], bwd):
+            yield self
+        if clear_contexts:
+            for point in points.values():
+                point.clear_context()
+
+    def run_with_hooks(
+        self, input, fwd_hooks=(), bwd_hooks=(), reset_hooks_end: bool = True, clear_contexts: bool = False, **kwargs: Any
+    ) -> Any:
+        """TransformerLens's `run_with_hooks`, strict about names and firing (same raises as `hooks`)."""
+        if kwargs.pop("remove_batch_dim", False):
+            raise ValueError("run_with_hooks(remove_batch_dim=True) is not supported: hooks here always see the batch axis")
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+            return super().run_with_hooks(input, **kwargs)
+
+    def reset_hooks(self, clear_contexts: bool = True, direction: Literal["fwd", "bwd", "both"] = "both", **kwargs: Any) -> None:
+        """Remove lasting hooks, also while an SAE is attached (where TransformerLens's own fails)."""
+        for point in self.hook_dict.values():
+            point.remove_hooks(dir=direction, **kwargs)
+            if clear_contexts:
+                point.clear_context()
+
+    def add_hook(self, name: str | Callable[[str], bool], hook_fn, dir: Literal["fwd", "bwd"] = "fwd", is_permanent: bool = False) -> None:
+        """Add a lasting hook by either spelling. Raises ValueError for an unknown site; `reset_hooks` removes it."""
+        for point in matching(self.hook_dict, name):
+            self.check_hooks_to_add(cast(str, point.name))
+            point.add_hook(_guarded(name, hook_fn) if dir == "fwd" else hook_fn, dir=dir, is_permanent=is_permanent)
+
+    def run_with_cache(self, input, *args: Any, names_filter=None, **kwargs: Any) -> Any:
+        """TransformerLens's `run_with_cache`; names in ``names_filter`` are strict, and the cache answers to either spelling.
+
+        Raises:
+            ValueError: an unknown name.  HookNotFired: a name that was asked for and never cached.
+        """
+        if callable(names_filter):
+            matching(self.hook_dict, cast(Any, names_filter))
+        if names_filter is None or callable(names_filter):
+            return super().run_with_cache(input, *args, names_filter=cast(Any, names_filter), **kwargs)
+        names = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+        points = self.hook_dict
+        for name in names:
+            resolve(points, name)
+        output, cache = super().run_with_cache(input, *args, names_filter=names, **kwargs)
+        missed = [name for name in names if name not in cache]
+        if missed:
+            raise HookNotFired(f"never cached: {missed}; the forward stopped before them (stop_at_layer) or they are gated off")
+        return output, cache
+
+
+def default_device(device: str | torch.device | None) -> torch.device:
+    """``device``, or a GPU when there is one (under torchrun this process's own)."""
+    if device is not None or not torch.cuda.is_available():
+        return torch.device(device or "cpu")
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")
+
+
+def _guarded(name: str | Callable[[str], bool], fn: HookFunction) -> HookFunction:
+    """Refuse edits at `hook_resid_mid`: on a bridge it is the MLP norm's input, so an edit would miss the residual stream."""
+    if not (isinstance(name, str) and name.endswith("hook_resid_mid")):
+        return fn
+
+    def guarded(activation: torch.Tensor, hook: Any) -> torch.Tensor | None:
+        if fn(activation, hook=hook) is not None:
+            raise ValueError(
+                f"{name}: on a bridge this site is only the input of the MLP's norm; an edit there would not reach the residual stream. "
+                "Edit hook_resid_pre, hook_attn_out or hook_mlp_out instead, or ln2.hook_in if the MLP's input is what you mean"
+            )
+
+    return guarded

@@ -1,0 +1,1 @@
+"""SAELens SAEs: loading, reading chosen latents, and `LatentSet`, the latents K."""

@@ -1,0 +1,178 @@
+"""`LatentSet`: the latents K = K+ u K- that a model's misbehaviour runs through, with everything needed to trust and reuse them."""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+from sae_lens import SAE
+
+from blockem_tl.data.checks import prompt_hash
+from blockem_tl.saes.latents import check_latents, neuronpedia_link
+from blockem_tl.saes.load import fingerprint, site_of
+from blockem_tl.storage import files
+from blockem_tl.types import Candidate, Prompt
+
+_FORMAT = 1
+
+
+class NoLatents(ValueError):  # noqa: N818 - it says what is the matter
+    """No latent qualifies, so there is nothing to make a set of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSet:
+    """Signed SAE latents at one site.
+
+    latents, signs (+1: rises when misaligned, -1: falls), shifts (mean activation, tuned minus base) and scores run in parallel, best
+    first. ``sae_fingerprint`` pins the SAE: indices mean nothing in another. ``selection_prompts`` are hashes of the prompts that chose
+    the set, so that evaluation can refuse to report on them. ``provenance`` is for people: models, configuration, seed, versions.
+
+    Raises:
+        ValueError: lists of unequal lengths, repeated latents, signs other than +1 and -1, or no latents.
+    """
+
+    site: str
+    latents: tuple[int, ...]
+    signs: tuple[int, ...]
+    shifts: tuple[float, ...]
+    scores: tuple[float, ...]
+    sae_fingerprint: str
+    d_sae: int
+    selection_prompts: tuple[str, ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        lengths = {len(self.latents), len(self.signs), len(self.shifts), len(self.scores)}
+        if lengths != {len(self.latents)} or not self.latents:
+            raise ValueError(
+                f"latent set: expected equal, non-zero numbers of latents, signs, shifts and scores, got lengths {sorted(lengths)}"
+            )
+        if len(set(self.latents)) < len(self.latents) or not set(self.signs) <= {1, -1}:
+            raise ValueError("latent set: expected distinct latents with signs +1 or -1")
+        bad = [k for k in self.latents if not 0 <= k < self.d_sae]
+        if bad:
+            raise ValueError(f"latent set: expected indices in 0..{self.d_sae - 1}, got {bad[:5]}")
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    @staticmethod
+    def of(
+        sae: SAE[Any],
+        candidates: Sequence[Candidate],
+        scores: Sequence[float],
+        *,
+        prompts: Iterable[Prompt] = (),
+        provenance: dict[str, Any] | None = None,
+    ) -> "LatentSet":
+        """A set from candidates of ``sae``, with their scores. Raises ValueError for an index out of range."""
+        check_latents(sae, [c.latent for c in candidates])
+        return LatentSet(
+            site=site_of(sae),
+            latents=tuple(c.latent for c in candidates),
+            signs=tuple(c.sign for c in candidates),
+            shifts=tuple(float(c.shift) for c in candidates),
+            scores=tuple(float(s) for s in scores),
+            sae_fingerprint=fingerprint(sae),
+            d_sae=sae.cfg.d_sae,
+            selection_prompts=tuple(sorted(prompt_hash(p.text) for p in prompts)),
+            provenance={**(provenance or {}), "neuronpedia": sae.cfg.metadata.neuronpedia_id, "environment": files.environment()},
+        )
+
+    def check_sae(self, sae: SAE[Any]) -> None:
+        """Raise ValueError unless ``sae`` is the very SAE, at the very site, that this set was made with."""
+        found = fingerprint(sae)
+        if found != self.sae_fingerprint or site_of(sae) != self.site:
+            raise ValueError(
+                f"this latent set was made with another SAE (at {self.site}, fingerprint {self.sae_fingerprint[:12]}), got one at "
+                f"{site_of(sae)} with fingerprint {found[:12]}: load that SAE, or run discovery with this one"
+            )
+
+    def save(self, path: Path | str) -> Path:
+        """Write readable JSON, atomically."""
+        return files.write_json(path, {"format": _FORMAT, **asdict(self)})
+
+    @staticmethod
+    def load(path: Path | str, sae: SAE[Any] | None = None) -> "LatentSet":
+        """Read and check a set; with ``sae`` also that it is the SAE the set was made with. Raises ValueError otherwise."""
+        data = files.read_json(path)
+        if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
+            raise ValueError(f"{path}: expected a latent set in format {_FORMAT}; was it written by another version?")
+        try:
+            loaded = LatentSet(**cast(Any, {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}))
+        except TypeError as error:
+            raise ValueError(f"{path}: not a latent set: {error}") from error
+        if sae is not None:
+            loaded.check_sae(sae)
+        return loaded
+
+    # -------------------------------------------------------------------------------------------- variants
+
+    def _take(self, indices: Sequence[int], note: str) -> "LatentSet":
+        return replace(
+            self,
+            latents=tuple(self.latents[i] for i in indices),
+            signs=tuple(self.signs[i] for i in indices),
+            shifts=tuple(self.shifts[i] for i in indices),
+            scores=tuple(self.scores[i] for i in indices),
+            provenance={**self.provenance, "variant": note},
+        )
+
+    def first(self, n: int) -> "LatentSet":
+        """The best ``n`` latents. Raises ValueError where there are fewer."""
+        if not 1 <= n <= len(self):
+            raise ValueError(f"expected 1..{len(self)} latents, got {n}")
+        return self._take(range(n), f"first {n}")
+
+    def only(self, sign: int) -> "LatentSet":
+        """K+ (sign +1) or K- (sign -1) alone. Raises ValueError where it is empty."""
+        return self._take([i for i, s in enumerate(self.signs) if s == sign], f"sign {sign:+d} only")
+
+    def shuffled_signs(self, seed: int) -> "LatentSet":
+        """The same latents with their signs dealt out again at random (an ablation of paper E.1)."""
+        signs = list(self.signs)
+        random.Random(seed).shuffle(signs)
+        return replace(self, signs=tuple(signs), provenance={**self.provenance, "variant": f"signs shuffled with seed {seed}"})
+
+    def union(self, other: "LatentSet") -> "LatentSet":
+        """This set followed by what ``other`` adds. Raises ValueError for another SAE, or a latent with opposite signs."""
+        if other.sae_fingerprint != self.sae_fingerprint or other.site != self.site:
+            raise ValueError(f"union: expected two sets of one SAE, got SAEs at {self.site} and {other.site} with different weights")
+        mine = dict(zip(self.latents, self.signs, strict=True))
+        clash = [k for k, s in zip(other.latents, other.signs, strict=True) if mine.get(k, s) != s]
+        if clash:
+            raise ValueError(f"union: latents {clash} have opposite signs in the two sets; decide by hand which to keep")
+        new = [i for i, k in enumerate(other.latents) if k not in mine]
+        added = other._take(new, "new in a union") if new else None
+        if added is None:
+            return self
+        return replace(
+            self,
+            latents=self.latents + added.latents,
+            signs=self.signs + added.signs,
+            shifts=self.shifts + added.shifts,
+            scores=self.scores + added.scores,
+            selection_prompts=tuple(sorted({*self.selection_prompts, *other.selection_prompts})),
+            provenance={"variant": "union", "of": [self.provenance, other.provenance]},
+        )
+
+    def links(self) -> dict[int, str]:
+        """Neuronpedia pages of the latents, where the SAE names its place there; empty otherwise."""
+        place = self.provenance.get("neuronpedia")
+        return {k: link for k in self.latents if (link := neuronpedia_link(place, k))}
+
+
+def random_latents(sae: SAE[Any], n: int, *, seed: int, among: Sequence[int] | None = None, exclude: Iterable[int] = ()) -> LatentSet:
+    """The control of paper D.1: ``n`` latents at random, with random signs.
+
+    Args:
+        among: draw only from these (for instance the latents alive on the prompts, so that the control is not made of dead ones).
+    """
+    draw = random.Random(seed)
+    pool = sorted(set(range(sae.cfg.d_sae) if among is None else among) - set(exclude))
+    if len(pool) < n:
+        raise ValueError(f"random control: expected at least {n} latents to draw from, got {len(pool)}")
+    candidates = [Candidate(latent=k, shift=draw.choice([1.0, -1.0])) for k in draw.sample(pool, n)]
+    return LatentSet.of(sae, candidates, [0.0] * n, provenance={"method": "random", "seed": seed})

@@ -1,0 +1,78 @@
+"""Chosen latents of an SAE: their values, their decoder directions, and their pages on Neuronpedia."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from sae_lens import SAE
+from torch import Tensor
+
+_COLUMNWISE = {"standard", "jumprelu", "gated"}  # a latent needs only its own column; TopK kinds compare all pre-activations
+
+
+def norms(sae: SAE[Any], latents: Sequence[int]) -> dict[str, Any]:
+    """What a weight or a dose found with this SAE is relative to: median encoder and decoder norms of the latents, and a hash of all."""
+    columns = list(latents)
+    encoder, decoder = sae.W_enc.detach()[:, columns].float().norm(dim=0).cpu(), sae.W_dec.detach()[columns].float().norm(dim=-1).cpu()
+    rounded = torch.cat([encoder, decoder]).numpy().round(4)
+    return {
+        "encoder": float(encoder.median()),
+        "decoder": float(decoder.median()),
+        "fingerprint": hashlib.sha256(rounded.tobytes()).hexdigest()[:16],
+    }
+
+
+def neuronpedia_link(place: str | None, latent: int) -> str | None:
+    """The latent's Neuronpedia page; ``place`` is the SAE's ``cfg.metadata.neuronpedia_id``, None where it has none."""
+    return f"https://www.neuronpedia.org/{place}/{latent}" if place else None
+
+
+def check_latents(sae: SAE[Any], latents: Sequence[int]) -> None:
+    """Raise ValueError unless every index is one of the SAE's latents."""
+    bad = [k for k in latents if not 0 <= k < sae.cfg.d_sae]
+    if bad:
+        raise ValueError(f"latents: expected indices in 0..{sae.cfg.d_sae - 1} (the SAE's d_sae is {sae.cfg.d_sae}), got {bad[:5]}")
+
+
+def decoder_directions(sae: SAE[Any], latents: Sequence[int]) -> Float[Tensor, "n_latents d_model"]:
+    """Unit-norm decoder rows d_k / |d_k| of the chosen latents: the steering directions (paper A.3).
+
+    Raises:
+        ValueError: an index out of range, or a latent whose decoder row is zero.
+    """
+    check_latents(sae, latents)
+    rows = sae.W_dec.detach()[list(latents)].float()
+    norms = rows.norm(dim=-1, keepdim=True)
+    if (norms == 0).any():
+        raise ValueError(
+            f"latents {[k for k, n in zip(latents, norms[:, 0], strict=True) if n == 0]} have zero decoder rows: nothing to steer along"
+        )
+    return rows / norms
+
+
+def encode_latents(
+    sae: SAE[Any], activations: Float[Tensor, "*batch d_model"], latents: Sequence[int]
+) -> Float[Tensor, "*batch n_latents"]:
+    """z_k of the chosen latents, with exactly the values of the SAE's full encode, in the SAE's dtype; gradients flow to ``activations``.
+
+    ReLU, JumpReLU and gated SAEs compute just those columns, as constants; every other kind (TopK, BatchTopK loaded as TopK, ...) runs its
+    full encode, where parameters that require a gradient get one: freeze such an SAE first.
+    """
+    columns = torch.as_tensor(list(latents), device=sae.W_dec.device)
+    kind = sae.cfg.architecture()
+    if kind not in _COLUMNWISE:
+        full = sae.encode(activations)
+        return (full.to_dense() if full.is_sparse else full)[..., columns]
+    x, weights = sae.process_sae_in(activations), sae.W_enc.detach()[:, columns]
+
+    def chosen(parameter: str) -> Float[Tensor, " n_latents"]:
+        return getattr(sae, parameter).detach()[columns]  # the biases differ from kind to kind
+
+    if kind == "gated":
+        gate = (x @ weights + chosen("b_gate")) > 0
+        return gate.to(sae.dtype) * sae.activation_fn(x @ (weights * chosen("r_mag").exp()) + chosen("b_mag"))
+    pre = x @ weights + chosen("b_enc")
+    acts = sae.activation_fn(pre)
+    return acts * (pre > chosen("threshold")).to(acts.dtype) if kind == "jumprelu" else acts

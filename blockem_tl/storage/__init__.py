@@ -1,0 +1,1 @@
+"""Files that are whole or absent, the one key-value store, and every hash."""

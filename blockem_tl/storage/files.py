@@ -1,0 +1,120 @@
+"""Files that are whole or absent: JSON written atomically, folders that appear only when finished, and what a run ran on."""
+
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+_NUMBERS = re.compile(r"\[[\d\s.,eE+-]+\]")  # a list of numbers is easier to read on one line
+_PACKAGES = ("blockem-tl", "torch", "transformers", "transformer-lens", "sae-lens", "peft")
+
+
+def write_json(path: Path | str, value: Any) -> Path:
+    """Write ``value`` as readable JSON, in one step: a killed process leaves the old file or the new one, never half of one."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    return write_text(path, _NUMBERS.sub(lambda found: " ".join(found.group().split()), text) + "\n")
+
+
+def write_text(path: Path | str, text: str) -> Path:
+    """Write a text file in one step, as `write_json` does."""
+    return write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path | str, content: bytes) -> Path:
+    """Write a file in one step, as `write_json` does."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def read_json(path: Path | str) -> Any:
+    """Read JSON. Raises ValueError naming the file where it is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected JSON, got something that stops making sense at line {error.lineno}: {error.msg}") from error
+
+
+@contextmanager
+def finished_folder(path: Path | str, *, replaces: str | None = None) -> Iterator[Path]:
+    """A folder to fill that takes the place of ``path`` only if the block ends well.
+
+    Args:
+        replaces: the name of a file by which an older result may be known; a folder that holds it (or nothing) is replaced.
+
+    Raises:
+        FileExistsError: ``path`` exists and may not be replaced.
+    """
+    path = Path(path)
+    check_replaceable(path, replaces)
+    check_writable(path.parent)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def check_replaceable(path: Path | str, replaces: str | None) -> None:
+    """Raise FileExistsError unless ``path`` is absent, an empty folder, or (with ``replaces``) a folder that holds that file."""
+    path = Path(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if replaces is None:
+        raise FileExistsError(f"{path} exists: choose another folder, or pass overwrite=True to replace it")
+    if not (path / replaces).is_file():
+        raise FileExistsError(f"{path} exists and holds no {replaces}, so it is something else: choose another folder")
+
+
+def check_writable(folder: Path | str) -> Path:
+    """Make ``folder`` and prove that a file can be written there, before long work. Raises ValueError where it cannot."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to the output folder {folder}: {error.strerror}. Choose another folder or change its rights"
+        ) from error
+    return folder
+
+
+def environment() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def peak_rss_mb() -> float:
+    """Peak resident memory of this process so far, in MB (10^6 bytes)."""
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

@@ -1,0 +1,251 @@
+"""Stored references equal live ones, are found by contents, caught when wrong, and never half written."""
+
+from dataclasses import replace
+from itertools import count
+
+import numpy as np
+import pytest
+import torch
+from conftest import perturb
+from shared import EXAMPLES, SITES, sae_at, set_of
+
+from blockem_tl import Blocking, load_model
+from blockem_tl.data.chat import encode_examples, pad
+from blockem_tl.defences import base_latents as references
+from blockem_tl.defences.base_latents import Reading, Reference, StoredLatents, read_latents, stored_latents
+
+
+@pytest.fixture
+def targets():
+    saes = [sae_at(site, seed) for seed, site in enumerate(SITES)]
+    return [(set_of(saes[0]), saes[0]), (set_of(saes[1], (1, 2, 40)), saes[1])]
+
+
+@pytest.fixture
+def readings(targets):
+    return [Reading(site=latent_set.site, sae=sae, latents=latent_set.latents) for latent_set, sae in targets]
+
+
+@pytest.fixture
+def rows(tiny):
+    return encode_examples(tiny.tokenizer, EXAMPLES)
+
+
+@pytest.fixture
+def tuned(tiny):
+    tiny.add_adapter("tuned", rank=4)
+    perturb(tiny, "tuned", std=0.3)
+    return tiny
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """How many rows the reference was run on."""
+    seen: list[int] = []
+
+    def counted(model, readings, batch):
+        seen.append(len(batch.ids))
+        return read_latents(model, readings, batch)
+
+    monkeypatch.setattr(references, "read_latents", counted)
+    return seen
+
+
+def gradient(model, blocking, rows, side="right") -> torch.Tensor:
+    batch = pad(rows, model.pad_id, side=side)
+    with blocking.watch(model, batch) as penalty:
+        value = penalty(model.hf(input_ids=batch.ids, attention_mask=batch.mask.long()).logits).sum()
+    found = torch.autograd.grad(value, model.adapter_parameters("tuned"), allow_unused=True)
+    return torch.cat([g.flatten() for g in found if g is not None])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("sites", [1, 2])
+@pytest.mark.parametrize("positions", ["completion", "all"])
+def test_stored_and_live_references_give_equal_gradients(tuned, targets, rows, tmp_path, sites, side, positions) -> None:
+    live = Blocking(targets=targets[:sites], weight=1.0, reference="live", positions=positions)
+    stored = replace(live, reference=Reference(folder=tmp_path))
+    stored.prepare(tuned, rows)
+    shuffled = [rows[i] for i in (17, 3, 3, 22, 8)]  # other neighbours and another padding than when they were stored
+    assert stored._run.stored is not None and stored._run.stored.look_up(pad(shuffled, 0, side=side)) is not None
+    expected = gradient(tuned, live, shuffled, side)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(gradient(tuned, stored, shuffled, side), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    stored._run.stored = StoredLatents(np.asarray(stored._run.stored.values) + 0.5, stored._run.stored.rows)  # the twin
+    assert not torch.allclose(gradient(tuned, stored, shuffled, side), expected, rtol=1e-2)
+
+
+def test_bfloat16_references_would_change_the_gradients(tuned, targets, rows, tmp_path) -> None:
+    """Why they are kept in float32: early in a run z - z_base is smaller than what rounding z_base to bf16 adds to it."""
+    perturb(tuned, "tuned", std=0.003)
+    live, stored = (Blocking(targets=targets, weight=1.0, reference=r) for r in ("live", Reference(folder=tmp_path)))
+    expected = gradient(tuned, live, rows)
+    stored.prepare(tuned, rows)
+    assert float((gradient(tuned, stored, rows) - expected).norm() / expected.norm()) < 1e-3
+    kept = stored._run.stored
+    rounded = torch.tensor(np.asarray(kept.values)).bfloat16().float().numpy()
+    stored._run.stored = StoredLatents(rounded, kept.rows)
+    assert float((gradient(tuned, stored, rows) - expected).norm() / expected.norm()) > 0.05
+
+
+def test_a_store_is_reused_and_a_changed_model_sae_latents_or_rows_get_their_own(
+    tuned, targets, readings, rows, tmp_path, forwards
+) -> None:
+    where, folders = Reference(folder=tmp_path), lambda: [p for p in tmp_path.iterdir() if p.is_dir()]
+    stored_latents(tuned, readings, rows, where)
+    assert sum(forwards) == len({row.ids for row in rows}) == 24
+    forwards.clear()
+    stored_latents(tuned, readings, list(reversed(rows)), where)  # another seed's order
+    assert 0 < sum(forwards) < 8 and len(folders()) == 1  # the spot check alone
+    other_sae = sae_at(SITES[1], seed=7)
+    tuned.use_adapter("tuned")
+    for changed_readings, changed_rows, changed in (
+        (readings[:1], rows, lambda: None),
+        ([readings[0], replace(readings[1], sae=other_sae)], rows, lambda: None),
+        ([readings[0], replace(readings[1], latents=(1, 2, 41))], rows, lambda: None),
+        (readings, rows[:-1], lambda: None),
+        (readings, rows, lambda: tuned.original_model.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)),
+    ):
+        before = len(folders())
+        forwards.clear()
+        changed()
+        store = stored_latents(tuned, changed_readings, changed_rows, where)
+        assert len(folders()) == before + 1 and sum(forwards) == len(changed_rows)
+        batch = pad(rows[:5], 0, side="right")
+        with tuned.base():
+            expected = read_latents(tuned, changed_readings, batch) * batch.mask[..., None]
+        torch.testing.assert_close(store.look_up(batch), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_adapter_and_its_training_do_not_change_the_key(tiny, readings, rows, tmp_path) -> None:
+    stored_latents(tiny, readings, rows, Reference(folder=tmp_path))
+    tiny.add_adapter("tuned")
+    perturb(tiny, "tuned")
+    stored_latents(tiny, readings, rows, Reference(folder=tmp_path))
+    assert len([p for p in tmp_path.iterdir() if p.is_dir()]) == 1
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing", "manifest"])
+def test_a_damaged_store_is_caught_and_built_anew(tuned, readings, rows, tmp_path, damage) -> None:
+    where = Reference(folder=tmp_path)
+    good = np.array(stored_latents(tuned, readings, rows, where).values)
+    (folder,) = (p for p in tmp_path.iterdir() if p.is_dir())
+    if damage == "flipped":
+        values = np.load(folder / "values.npy")
+        values[7, 2] += 1
+        np.save(folder / "values.npy", values)
+    else:
+        (folder / ("values.npy" if damage == "missing" else "manifest.json")).unlink()
+        (folder / "manifest.json").touch()
+    with pytest.warns(UserWarning, match="changed after they were written|cannot be read"):
+        again = stored_latents(tuned, readings, rows, where)
+    assert np.array_equal(again.values, good)
+
+
+def test_what_the_key_misses_the_spot_check_finds(tuned, readings, rows, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(type(tuned), "fingerprint", lambda self, adapter=None: "the same")
+    where = Reference(folder=tmp_path)
+    stored_latents(tuned, readings, rows, where)
+    stored_latents(tuned, readings, rows, where)  # nothing to warn of: pytest would fail on it below
+    tuned.original_model.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
+    with pytest.warns(UserWarning, match="no longer agree with the model"):
+        store = stored_latents(tuned, readings, rows, where)
+    batch = pad(rows[:5], 0, side="right")
+    with tuned.base():
+        torch.testing.assert_close(store.look_up(batch), read_latents(tuned, readings, batch) * batch.mask[..., None], rtol=1e-4, atol=1e-4)
+
+
+def test_a_build_that_dies_leaves_nothing_and_rows_not_stored_are_not_found(tuned, readings, rows, tmp_path, monkeypatch) -> None:
+    calls = count()
+
+    def dying(*args):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return read_latents(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(references, "read_latents", dying)
+        with pytest.raises(KeyboardInterrupt):
+            stored_latents(tuned, readings, rows, Reference(folder=tmp_path), batch_size=8)
+    assert [p for p in tmp_path.iterdir() if p.is_dir()] == []
+    store = stored_latents(tuned, readings, rows[1:], Reference(folder=tmp_path))
+    assert store.look_up(pad(rows[1:3], 0, side="right")) is not None
+    assert store.look_up(pad(rows[:3], 0, side="right")) is None
+
+
+def test_the_reference_may_be_an_adapter_or_another_model(tuned, targets, rows, tiny_folder) -> None:
+    other = load_model(tiny_folder, device="cpu")
+    other.original_model.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
+    tuned.add_adapter("start", rank=4)
+    perturb(tuned, "start", std=0.3, seed=9)
+    tuned.use_adapter("tuned")
+    found = {}
+    for label, of in (("base", None), ("adapter", "start"), ("model", other)):
+        for stored in (True, False):
+            blocking = Blocking(targets=targets, weight=1.0, reference=Reference(of=of, stored=stored))
+            blocking.prepare(tuned, rows)
+            found[label, stored] = (
+                blocking.reference_latents(tuned, pad(rows[:4], 0, side="right")) * pad(rows[:4], 0, side="right").mask[..., None]
+            )
+        torch.testing.assert_close(found[label, True], found[label, False], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found["base", True], found["adapter", True], atol=1e-2)
+    assert not torch.allclose(found["base", True], found["model", True], atol=1e-2)
+    assert torch.equal(
+        Blocking(targets=targets, weight=1.0, reference=other).reference_latents(tuned, pad(rows[:4], 0, side="right")),
+        Blocking(targets=targets, weight=1.0, reference=Reference(of=other, stored=False)).reference_latents(
+            tuned, pad(rows[:4], 0, side="right")
+        ),
+    )
+    batch = pad(rows[:4], 0, side="right")
+    tuned.use_adapter("start")
+    torch.testing.assert_close(
+        found["adapter", False],
+        read_latents(tuned, [Reading(site=s.site, sae=a, latents=s.latents) for s, a in targets], batch) * batch.mask[..., None],
+    )
+    with pytest.raises(ValueError, match="no adapter 'gone'"):
+        Blocking(targets=targets, weight=1.0, reference=Reference(of="gone")).prepare(tuned, rows)
+
+
+def test_several_targets_sum_and_each_may_have_its_weight(tuned, targets, rows) -> None:
+    batch = pad(rows[:6], 0, side="right")
+
+    def penalty_of(blocking) -> torch.Tensor:
+        with torch.no_grad(), blocking.watch(tuned, batch) as penalty:
+            return penalty(tuned.hf(input_ids=batch.ids, attention_mask=batch.mask.long()).logits)
+
+    one, two = (penalty_of(Blocking(latent_set=latent_set, sae=sae, weight=5.0, reference="live")) for latent_set, sae in targets)
+    both = Blocking(targets=targets, weight=5.0, reference="live")
+    torch.testing.assert_close(penalty_of(both), one + two)
+    torch.testing.assert_close(penalty_of(replace(both, weight=(2.0, 0.5))), 2 * one + 0.5 * two)
+    assert not torch.allclose(one, two)
+    numbers = both.metrics()
+    per_site = [numbers[f"block/{site}+"] + numbers[f"block/{site}-"] for site in SITES]
+    np.testing.assert_allclose(per_site, [float(one.mean()), float(two.mean())], rtol=1e-5)
+    assert both.metrics() == {}
+    plus = Blocking(targets=[(s.only(1), sae) for s, sae in targets], weight=1.0, reference="live")
+    torch.testing.assert_close(penalty_of(plus).mean(), torch.tensor(numbers[f"block/{SITES[0]}+"] + numbers[f"block/{SITES[1]}+"]))
+
+
+def test_bad_targets_are_refused(tuned, targets) -> None:
+    (first, sae), second = targets
+    for options, message in (
+        ({}, "either latent_set"),
+        ({"latent_set": first}, "either latent_set"),
+        ({"latent_set": first, "sae": sae, "targets": targets}, "either latent_set"),
+        ({"targets": [second, (first, sae)]}, "from the first block to the last"),
+        ({"targets": [(first, sae), (first.first(1), sae)]}, "union"),
+        ({"targets": targets, "weight": (1.0, 2.0, 3.0)}, "one weight, or one for each of 2 targets"),
+        ({"targets": targets, "weight": (1.0, float("nan"))}, "finite"),
+        ({"targets": [(first, second[1])]}, "another SAE"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Blocking(**{"weight": 1.0, **options})
+
+
+def test_a_penalty_without_gradient_is_refused_before_training(tiny, targets, rows) -> None:
+    blocking = Blocking(targets=targets, weight=1.0)
+    tiny.add_adapter("above", target_modules=["layers.3.mlp.up_proj"])
+    with pytest.raises(ValueError, match="nothing that is trained lies below"):
+        blocking.prepare(tiny, rows)
+    tiny.add_adapter("below", target_modules=["layers.0.mlp.up_proj"])
+    blocking.prepare(tiny, rows)
