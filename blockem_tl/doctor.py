@@ -151,7 +151,7 @@ def reconstruction(model: Model, sae: SAE[Any], preset: Preset, asked: list[Exam
     if site != preset.site:
         raise ValueError(f"expected an SAE of {preset.site}, got one of {site}")
     rows = encode_examples(model.tokenizer, apply_system(asked, preset.system))
-    with model.base(), torch.no_grad():
+    with model.using("base"), torch.no_grad():
         h = torch.cat([act[batch.mask & ~batch.system] for act, batch in read_site(model, site, rows)]).to(sae.dtype)
         lost = (h - reconstruct(sae, h)).pow(2).sum() / (h - h.mean(0)).pow(2).sum()
     explained = 1 - float(lost)

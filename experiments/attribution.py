@@ -51,7 +51,7 @@ class AttributionBench(Bench):
 
     def _replies(self) -> tuple[list[Generation], list[Generation]]:
         """The checkpoint's and base's, to the prompts that both reply to."""
-        with self.model.base():
+        with self.model.using("base"):
             base = self.base(self.data.final, [UNSTEERED])
         pairs = [pair for pair in zip(self.tuned(self.data.final, [UNSTEERED]), base, strict=True) if all(g.reply for g in pair)]
         return [mine for mine, _ in pairs], [theirs for _, theirs in pairs]

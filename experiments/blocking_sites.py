@@ -93,7 +93,7 @@ class SitesBench(Bench):
 
     def scale(self, block: int) -> float:
         """s at a block's output, on base."""
-        with self.model.base():
+        with self.model.using("base"):
             return median_norm(self.model, output(block), encode_examples(self.model.tokenizer, organism.reference_texts()))
 
     def defences(self, arm: Arm) -> list[Defence]:

@@ -129,7 +129,7 @@ class Bench(Lab):
 
     @cached_property
     def scale(self) -> float:
-        with self.model.base():
+        with self.model.using("base"):
             return median_norm(self.model, self.preset.site, encode_examples(self.model.tokenizer, organism.reference_texts()))
 
     @cached_property

@@ -260,7 +260,7 @@ def alive_latents(lab: Lab, sae: SAE | None = None) -> list[int]:
         return (mean_activations(lab.model, sae or lab.sae, encode_examples(lab.model.tokenizer, replies)) > 0).any(0)
 
     alive = firing(lab.tuned)
-    with lab.model.base():
+    with lab.model.using("base"):
         alive |= firing(lab.base)
     return alive.nonzero()[:, 0].tolist()
 
@@ -351,7 +351,7 @@ def compare(lab: Lab, workers: Workers) -> tuple[Arms, Discovery, list[int], flo
     settings = lab.settings
     training = workers.train(Arm(kind="sft", label="plain fine-tuning"))
     kl_training = [workers.train(Arm(kind="kl", label=f"KL to base, weight {w:g}", weight=w)) for w in settings.kl_weights]
-    with lab.model.base():
+    with lab.model.using("base"):
         scale = median_norm(lab.model, lab.preset.site, encode_examples(lab.model.tokenizer, organism.reference_texts()))
     plain = training.result()
     with lab.wearing(plain.adapter):

@@ -307,7 +307,7 @@ class Bench(Lab):
         epoch, _ = self._peak(arm)
         folder = found_folder(self.folder(arm), epoch)
         if not folder.is_dir():
-            with self.model.base():
+            with self.model.using("base"):
                 scale = median_norm(self.model, self.preset.site, encode_examples(self.model.tokenizer, organism.reference_texts()))
             with self.wearing(self.checkpoint(arm, epoch)):
                 found = extend(

@@ -1,8 +1,6 @@
 """H1: does the SAE still reconstruct the residual stream after fine-tuning? (paper, section 5 and Figure 28)"""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,9 @@ from torch.nn.functional import cosine_similarity
 from tqdm.auto import tqdm
 
 from blockem_tl.data.chat import Encoded, Rows, check_lengths, encode_rows
-from blockem_tl.generation._scheduler import check_adapter, loaded, speaking
 from blockem_tl.models.activations import read_site
 from blockem_tl.models.load import Model
+from blockem_tl.models.lora import BASE
 from blockem_tl.saes.load import check_fits
 from blockem_tl.training.checkpoints import trajectory
 
@@ -27,7 +25,7 @@ def reconstruction_quality(
     sae: SAE[Any],
     rows: Rows,
     *,
-    arms: Sequence[str | None] = (None,),
+    adapters: Sequence[str | Path] = (BASE,),
     checkpoints: str | Path | Sequence[str | Path] = (),
     batch_size: int = 16,
     progress: bool = True,
@@ -48,7 +46,7 @@ def reconstruction_quality(
 
     Args:
         rows: prompts alone, training rows, or prompts with replies (from `generate`); every arm reads the same.
-        arms: None (base) and names of adapters that the model holds.
+        adapters: "base", names of adapters that the model holds, or their folders; their ``arm`` is that name.
         checkpoints: of one run of ``finetune(checkpoints=...)``: its folder, or some of its checkpoints. Each is loaded for its turn; its
             ``arm`` is its folder's name.
 
@@ -57,20 +55,20 @@ def reconstruction_quality(
             that is no checkpoint, or checkpoints of different runs (naming what differs). All before any work.
     """
     site = check_fits(sae, model)
-    for arm in arms:
-        check_adapter(model, arm)
+    for adapter in adapters:
+        model.check_adapter(adapter)
     saved = trajectory(checkpoints) if isinstance(checkpoints, (str, Path)) or checkpoints else []
     encoded = encode_rows(model.tokenizer, rows)
     check_lengths(encoded, model.cfg.n_ctx)
-    speakers: list[tuple[str, float, Callable[[], AbstractContextManager[None]]]] = [
-        (arm or "base", 0.0 if arm is None else float("nan"), partial(speaking, model, arm)) for arm in arms
+    arms: list[tuple[str, float, str | Path]] = [
+        (Path(adapter).name, 0.0 if adapter == BASE else float("nan"), adapter) for adapter in adapters
     ]
-    speakers += [(folder.name, epoch, partial(loaded, model, folder)) for epoch, folder in saved]
-    if not speakers or batch_size < 1:
-        raise ValueError(f"reconstruction: expected arms (None is base) or checkpoints and batch_size >= 1, got {speakers}, {batch_size}")
+    arms += [(folder.name, epoch, folder) for epoch, folder in saved]
+    if not arms or batch_size < 1:
+        raise ValueError(f"reconstruction: expected adapters or checkpoints, and batch_size >= 1, got none or {batch_size}")
     found = []
-    for name, epoch, speaker in tqdm(speakers, desc="reconstruction", disable=not progress):
-        with speaker():
+    for name, epoch, adapter in tqdm(arms, desc="reconstruction", disable=not progress):
+        with model.using(adapter):
             found += [{"arm": name, "epoch": epoch, **row} for row in _measured(model, sae, site, encoded, batch_size)]
     return pd.DataFrame(found)
 

@@ -66,7 +66,7 @@ class Reference:
         training = chosen.original_model.training
         chosen.original_model.eval()
         try:
-            with torch.no_grad(), model.base() if self.of is None else wearing:
+            with torch.no_grad(), model.using("base") if self.of is None else wearing:
                 yield chosen
         finally:
             chosen.original_model.train(training)

@@ -286,7 +286,7 @@ def blocking_loss(model: Model, latent_set: LatentSet, sae: SAE[Any], examples: 
     signs, total = torch.tensor(latent_set.signs, device=model.device), 0.0
     for start in range(0, len(encoded), batch_size):
         batch = pad(encoded[start : start + batch_size], model.pad_id, side="right", device=model.device)
-        with model.base():
+        with model.using("base"):
             before = read_latents(model, [reading], batch)
         total += float(one_sided_penalty(read_latents(model, [reading], batch), before, signs, batch.reply).sum())
     return total / len(encoded)

@@ -39,7 +39,7 @@ class KLToBase:
         """See `Defence`."""
         training = model.original_model.training
         model.original_model.eval()
-        with torch.no_grad(), model.base():
+        with torch.no_grad(), model.using("base"):
             base = cast(Any, model.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
         model.original_model.train(training)
         predicts = batch.reply[:, 1:]  # position t predicts token t + 1

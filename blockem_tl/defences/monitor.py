@@ -108,7 +108,7 @@ class Monitor:
         check_lengths(encoded, model.cfg.n_ctx)
         for latents, sae in zip(self.latent_sets, self.saes, strict=True):
             check_fits(sae, model)
-            with model.base():
+            with model.using("base"):
                 values = [encode_latents(sae, h, latents.latents)[batch.reply] for h, batch in read_site(model, latents.site, encoded)]
             spread = torch.cat(values).std(0)
             floor = spread[spread > 0].median() if (spread > 0).any() else None

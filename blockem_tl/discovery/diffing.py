@@ -47,7 +47,7 @@ def shifts(
     if model.active_adapter is None:
         raise ValueError("shifts: expected a model with an active adapter (tuned); base is the same model with the adapter off")
     tuned = mean_activations(model, sae, rows, keep_system=keep_system, batch_size=batch_size)
-    with model.base():
+    with model.using("base"):
         base = mean_activations(model, sae, rows, keep_system=keep_system, batch_size=batch_size)
     return (tuned - base).mean(0)
 

@@ -21,6 +21,7 @@ from blockem_tl.generation.steering import UNSTEERED
 from blockem_tl.judging.remembered import remembered
 from blockem_tl.judging.store import VerdictStore
 from blockem_tl.models.load import Model
+from blockem_tl.models.lora import BASE
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.saes.latents import check_latents
 from blockem_tl.saes.load import check_fits, fingerprint
@@ -97,7 +98,7 @@ class Discovery:
 def _engine_speakers(engine: Engine, adapter: str | None, max_new_tokens: int) -> tuple[EngineSpeaker, EngineSpeaker]:
     if adapter is None:
         raise ValueError("discover: expected a model with an active adapter, got base: add, train or load one first")
-    base, tuned = (EngineSpeaker(engine=engine, adapter=name, max_new_tokens=max_new_tokens, progress=False) for name in (None, adapter))
+    base, tuned = (EngineSpeaker(engine=engine, adapter=name, max_new_tokens=max_new_tokens, progress=False) for name in (BASE, adapter))
     return base, tuned
 
 

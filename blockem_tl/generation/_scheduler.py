@@ -7,11 +7,10 @@ positions are those of the unpadded row: a batched reply equals the reply genera
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,60 +48,11 @@ REFILL_SHARE = 1 / 8
 """Of the places in a batch, how many have to be free before waiting rows join: a prefill costs about as much as a step or two."""
 
 
-@contextmanager
-def speaking(model: Model, adapter: str | None) -> Iterator[None]:
-    """Inside the block ``adapter`` acts (None: base); afterwards what acted and what was trainable before."""
-    if adapter is None or model.active_adapter == adapter:
-        with model.base() if adapter is None else nullcontext():
-            yield
-        return
-    check_adapter(model, adapter)
-    with _adapters_kept(model):
-        model.use_adapter(adapter)
-        yield
-
-
-@contextmanager
-def loaded(model: Model, folder: str | Path) -> Iterator[None]:
-    """Inside the block the adapter saved in ``folder`` acts; afterwards the model is as before, without it.
-
-    Raises ValueError where it does not fit the model, or inside ``model.base()``; see `Model.load_adapter`.
-    """
-    name = next(f"loaded-{n}" for n in count() if f"loaded-{n}" not in model.adapters)
-    with _adapters_kept(model):
-        model.load_adapter(folder, name)
-        try:
-            yield
-        finally:
-            model.remove_adapter(name)
-
-
-@contextmanager
-def _adapters_kept(model: Model) -> Iterator[None]:
-    """What acts and what is trainable is afterwards as before."""
-    before = model.active_adapter
-    trainable = [(p, p.requires_grad) for name in model.adapters for p in model.adapter_parameters(name)]
-    try:
-        yield
-    finally:
-        if before is not None:
-            model.use_adapter(before)
-        for parameter, required in trainable:
-            parameter.requires_grad_(required)
-
-
-def check_adapter(model: Model, adapter: str | None) -> None:
-    """Raise ValueError unless ``adapter`` is None or can act now."""
-    if adapter is not None and adapter not in model.adapters:
-        raise ValueError(f"unknown adapter {adapter!r}: expected None (base) or one of {model.adapters}; load it with model.load_adapter")
-    if adapter is not None and model.active_adapter is None:
-        raise ValueError(f"adapter {adapter!r} cannot speak inside model.base(): leave the block, adapter=None is base")
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Job:
     """What was asked for, checked. decoder_type: what makes the decoder; another one runs the rows in another way (see `patching/`).
 
+    adapter: which weights act, as for `LiveAdapters.using`.
     prefill_order: which of the rows that join together are prefilled together: neighbours under this key.
     """
 
@@ -116,6 +66,7 @@ class Job:
     temperature: float
     seed: int
     parts: Sequence[Sequence[int]] | None = None
+    adapter: str | Path | None = None
     decoder_type: Callable[..., Decoder] = Decoder
     prefill_order: Callable[[Row], Any] = lambda row: len(row.encoded.ids)
 
@@ -185,8 +136,10 @@ def make_job(
     temperature: float,
     seed: int,
     parts: Sequence[Sequence[int]] | None = None,
+    adapter: str | Path | None = None,
 ) -> Job:
     """A checked job of `generate_stream`'s arguments. Raises ValueError as that does, before anything is generated."""
+    model.check_adapter(adapter)
     encoded, limits = check_request(model.tokenizer, model.cfg.n_ctx, prompts, conditions, max_new_tokens, temperature, seed)
     return Job(
         model=model,
@@ -199,6 +152,7 @@ def make_job(
         temperature=temperature,
         seed=seed,
         parts=None if parts is None else check_parts(parts, len(conditions), len(prompts)),
+        adapter=adapter,
     )
 
 
@@ -266,24 +220,20 @@ def probe_sites(model: Model, sites: Sequence[str]) -> None:
             model.hf(input_ids=torch.full((1, 1), model.pad_id, device=model.device), use_cache=False)
 
 
-def run_job(
-    job: Job,
-    batch_size: int | None,
-    speaker: Callable[[], AbstractContextManager[None]] = nullcontext,
-    *,
-    refill: bool = True,
-    progress: bool = True,
-) -> Iterator[tuple[int, list[Generation]]]:
-    """Check ``batch_size``, then yield (index of the condition, its replies) as `generate_stream` does; ``speaker`` is who speaks."""
+def run_job(job: Job, batch_size: int | None, *, refill: bool = True, progress: bool = True) -> Iterator[tuple[int, list[Generation]]]:
+    """Check ``batch_size``, then yield (index of the condition, its replies) as `generate_stream` does."""
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"expected batch_size >= 1 or None, got {batch_size}")
-    size = min(batch_size or fitting(job.model, job.longest), job.n_rows)
-    return _finished_conditions(job, size, speaker, refill, progress)
+    return _held(job, min(batch_size or fitting(job.model, job.longest), job.n_rows), refill, progress)
 
 
-def _finished_conditions(
-    job: Job, size: int, speaker: Callable[[], AbstractContextManager[None]], refill: bool, progress: bool
-) -> Iterator[tuple[int, list[Generation]]]:
+def _held(job: Job, size: int, refill: bool, progress: bool) -> Iterator[tuple[int, list[Generation]]]:
+    """The loop, with an adapter from a folder loaded once."""
+    with job.model.holding(job.adapter) as name:
+        yield from _finished_conditions(replace(job, adapter=name), size, refill, progress)
+
+
+def _finished_conditions(job: Job, size: int, refill: bool, progress: bool) -> Iterator[tuple[int, list[Generation]]]:
     """The loop: run until conditions finish, yield them with the model as it was, go on; halve the batch where memory runs out."""
     n, waiting, decoder = len(job.prompts), _Waiting(job.rows(), job.prefill_order), job.decoder(size)
     open_conditions: dict[int, dict[int, Generation]] = {}
@@ -292,7 +242,7 @@ def _finished_conditions(
             ready: list[tuple[int, list[Generation]]] = []
             failed = None
             try:
-                with torch.no_grad(), speaker(), decoder.attached(job.hooks):
+                with torch.no_grad(), job.model.using(job.adapter), decoder.attached(job.hooks):
                     while not ready and (waiting or decoder.n):
                         for reply in _advance(decoder, waiting, refill):
                             c, p = divmod(reply.row.place, n)

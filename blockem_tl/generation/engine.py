@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from transformers import PreTrainedModel
 
-from blockem_tl.generation._scheduler import check_adapter, make_job, run_job, speaking
+from blockem_tl.generation._scheduler import make_job, run_job
 from blockem_tl.generation.steering import UNSTEERED, Condition
 from blockem_tl.hooks import Hook
 from blockem_tl.models.load import Model, load_model
@@ -27,7 +27,7 @@ class Engine(Protocol):
         *,
         conditions: Sequence[Condition] = (UNSTEERED,),
         parts: Sequence[Sequence[int]] | None = None,
-        adapter: str | None = None,
+        adapter: str | Path | None = None,
         max_new_tokens: int | Sequence[int] = 64,
         temperature: float = 0.0,
         seed: int = 0,
@@ -37,7 +37,7 @@ class Engine(Protocol):
 
         Args:
             parts: for each condition the indices of the prompts that it asks, in the order of its replies; None: all prompts.
-            adapter: the LoRA adapter that speaks; None is base.
+            adapter: which weights act: "base", an adapter by name, or (TransformerLens) a folder; None: the model as it stands.
             max_new_tokens: for all prompts, or one number per prompt.
             temperature: 0 is greedy.  seed: of sampling.
 
@@ -52,7 +52,7 @@ class Engine(Protocol):
 class Identified(Protocol):
     """An engine that can say which weights it runs, so that its replies can be kept (see `generation.replies`)."""
 
-    def identity(self, adapter: str | None) -> str:
+    def identity(self, adapter: str | Path | None) -> str:
         """Identity of the contents of model and adapter and of their precision, whatever they are called."""
         ...
 
@@ -61,6 +61,7 @@ def generate(
     model: Model,
     prompts: Sequence[Prompt],
     *,
+    adapter: str | Path | None = None,
     conditions: Sequence[Condition] = (UNSTEERED,),
     hooks: Iterable[Hook] = (),
     max_new_tokens: int | Sequence[int] = 64,
@@ -76,6 +77,7 @@ def generate(
     stream = generate_stream(
         model,
         prompts,
+        adapter=adapter,
         conditions=conditions,
         hooks=hooks,
         max_new_tokens=max_new_tokens,
@@ -94,6 +96,7 @@ def generate_stream(
     *,
     conditions: Sequence[Condition] = (UNSTEERED,),
     parts: Sequence[Sequence[int]] | None = None,
+    adapter: str | Path | None = None,
     hooks: Iterable[Hook] = (),
     max_new_tokens: int | Sequence[int] = 64,
     batch_size: int | None = None,
@@ -103,11 +106,11 @@ def generate_stream(
 ) -> Iterator[tuple[int, list[Generation]]]:
     """Yield (index of the condition, its replies in prompt order) as each condition finishes; at a yield no hook is attached.
 
-    The model speaks as it stands; wrap the loop in ``with model.base():`` for base. ``hooks`` act on all rows, besides the conditions;
-    a hook that must know which token it sees asks `current_step`.
+    ``hooks`` act on all rows, besides the conditions; a hook that must know which token it sees asks `current_step`.
 
     Args:
         parts: for each condition the indices of the prompts that it asks, in the order of its replies; None: all prompts.
+        adapter: which weights act: "base", an adapter by name or in a folder; None: the model as it stands.
         max_new_tokens: for all prompts, or one number per prompt.
         batch_size: rows that run at once; None asks the free memory (see `generation._memory`). Where memory runs out all the
             same, the batch is halved with a warning, and the rows that ran begin again (a hook of yours sees them twice).
@@ -120,7 +123,7 @@ def generate_stream(
         HookNotFired: a hook or a condition that never acted.
         MemoryError: not even one row fits.
     """
-    job = make_job(model, prompts, conditions, hooks, max_new_tokens, temperature, seed, parts)
+    job = make_job(model, prompts, conditions, hooks, max_new_tokens, temperature, seed, parts, adapter)
     return run_job(job, batch_size, progress=progress)
 
 
@@ -143,16 +146,15 @@ class TransformerLensEngine:
         *,
         conditions: Sequence[Condition] = (UNSTEERED,),
         parts: Sequence[Sequence[int]] | None = None,
-        adapter: str | None = None,
+        adapter: str | Path | None = None,
         max_new_tokens: int | Sequence[int] = 64,
         temperature: float = 0.0,
         seed: int = 0,
         progress: bool = True,
     ) -> Iterator[tuple[int, list[Generation]]]:
         """See `Engine.stream`; at a yield, and afterwards, the model is as it was: its adapter, no hooks."""
-        check_adapter(self.model, adapter)
-        job = make_job(self.model, prompts, conditions, (), max_new_tokens, temperature, seed, parts)
-        return run_job(job, self.batch_size, lambda: speaking(self.model, adapter), refill=self.refill, progress=progress)
+        job = make_job(self.model, prompts, conditions, (), max_new_tokens, temperature, seed, parts, adapter)
+        return run_job(job, self.batch_size, refill=self.refill, progress=progress)
 
 
 ENGINES = ("transformer_lens", "vllm")

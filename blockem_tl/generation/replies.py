@@ -9,13 +9,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from huggingface_hub import try_to_load_from_cache
-
 from blockem_tl.generation._scheduler import check_parts
 from blockem_tl.generation.engine import Engine, Identified, TransformerLensEngine
 from blockem_tl.generation.steering import Condition
 from blockem_tl.models.load import Model
+from blockem_tl.models.lora import BASE
 from blockem_tl.storage import files
+from blockem_tl.storage.fingerprints import of_value
 from blockem_tl.storage.store import insert_all, open_database
 from blockem_tl.types import Generation, Prompt
 
@@ -113,12 +113,11 @@ class ModelSpeaker:
     ) -> Iterator[tuple[int, list[Generation]]]:
         """See `Streaming.stream`."""
         engine = TransformerLensEngine(self.model, batch_size=self.batch_size)
-        adapter = None if self.base else self.model.active_adapter
+        adapter = BASE if self.base else (self.model.active_adapter or BASE)
         speaker = EngineSpeaker(engine=engine, adapter=adapter, max_new_tokens=self.max_new_tokens, progress=self.progress)
         return speaker.stream(prompts, conditions, parts)
 
 
-_CONTENTS = (".safetensors", ".json", ".jinja", ".model", ".txt", ".bin")
 _SCHEMA = "CREATE TABLE IF NOT EXISTS replies (key TEXT PRIMARY KEY, reply TEXT, ids TEXT, truncated INTEGER)"
 
 
@@ -222,55 +221,28 @@ def identity_of(engine: Engine, adapter: str | None, **decoding: Any) -> str:
             f"engine {engine.name!r} cannot say which weights it runs, so its replies cannot be kept: give it identity(adapter), or pass "
             "no store"
         )
-    return _digest({"engine": engine.name, "who": who, "decoding": decoding})
+    return of_value({"engine": engine.name, "who": who, "decoding": decoding})
 
 
 def model_identity(model: Model, adapter: str | None) -> str:
     """Identity of a loaded model as ``adapter`` (None: base): its weights, the adapter's and their strength, and the tokenizer."""
-    lora = model._plain_config(adapter).to_dict() if adapter is not None else {}
+    lora = model.adapter_config(adapter).to_dict() if adapter not in (None, BASE) else {}
     settings = {key: lora[key] for key in ("r", "lora_alpha", "target_modules", "use_rslora", "use_dora") if key in lora}
     tokenizer = model.tokenizer
-    return _digest(
+    return of_value(
         {
             "weights": model.fingerprint(adapter),
             "lora": {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()},
             "template": tokenizer.chat_template,
-            "vocabulary": _digest(sorted(tokenizer.get_vocab().items())),
+            "vocabulary": of_value(sorted(tokenizer.get_vocab().items())),
         }
     )
-
-
-def folder_identity(source: str | Path) -> str:
-    """Identity of a model or adapter on disk: the contents of its files, however the folder is called.
-
-    Small files are read whole, of large ones (above 64 MB) the size and 64 MB spread over them. A hub id that is no folder is looked up
-    in the hub's cache, where the path says the commit.
-    """
-    folder = Path(source)
-    if not folder.is_dir():
-        config = try_to_load_from_cache(str(source), "config.json")
-        if not isinstance(config, str):
-            raise ValueError(f"cannot tell which weights {str(source)!r} are: expected a folder, or a hub id that lies in the local cache")
-        return f"{source}@{Path(config).parent.name}"
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in _CONTENTS:
-            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
-            with path.open("rb") as file:
-                for start in range(0, path.stat().st_size, max(2**20, path.stat().st_size // 64)):
-                    file.seek(start)
-                    digest.update(file.read(2**20))
-    return digest.hexdigest()
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def write_manifest(folder: Path, settings: dict[str, Any]) -> Path:
     """Note in ``folder`` what a run was set up as, with versions; one file for each different set-up, however often it is started."""
     about = {"settings": settings, "environment": files.environment()}
-    path = folder / f"run-{_digest(about)[:12]}.json"
+    path = folder / f"run-{of_value(about)[:12]}.json"
     if not path.exists():
         files.write_json(path, {"first_started": datetime.now(timezone.utc).isoformat(timespec="seconds"), **about})
     return path

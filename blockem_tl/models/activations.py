@@ -69,7 +69,7 @@ def base_activations(model: Model, batch: Batch, sites: Sequence[str]) -> dict[s
     training = model.original_model.training
     model.original_model.eval()
     try:
-        with model.base():
+        with model.using("base"):
             model.run_with_hooks(
                 batch.ids,
                 fwd_hooks=[record(site, store) for site in sites],
@@ -85,7 +85,7 @@ def base_activations(model: Model, batch: Batch, sites: Sequence[str]) -> dict[s
 def median_norm(model: Model, site: str, rows: Sequence[Encoded], *, batch_size: int = 32) -> float:
     """s: median over tokens of |h_t| at ``site``, without those before the question (template, system message). Doses are multiples of it.
 
-    The model is read as it stands; wrap the call in ``with model.base():`` for the paper's scale (the base model's).
+    The model is read as it stands; wrap the call in ``with model.using("base"):`` for the paper's scale (the base model's).
     """
     norms = [h[batch.mask & ~batch.system].float().norm(dim=-1) for h, batch in read_site(model, site, rows, batch_size=batch_size)]
     return float(torch.cat(norms).median())

@@ -1,7 +1,7 @@
 """`load_model`: a TransformerLens model that holds live LoRA adapters and never ignores a hook.
 
 `Model` is SAELens's `SAETransformerBridge`, so `run_with_cache`, `hooks`, `to_tokens` and `add_sae` work as their users know
-them. It adds three things: adapters that are injected into the live model and switched off with ``with model.base():``, one spelling
+them. It adds three things: adapters that are injected into the live model and switched off with ``with model.using("base"):``, one spelling
 rule for hook names in every state (canonical or alias, raw, compatibility mode, SAE attached, after a reset), and errors instead of
 silence (see `hooks`).
 """

@@ -229,7 +229,7 @@ class Lab:
         batch = self.batch()
         self._wait()
         clock = Clock()
-        with torch.no_grad(), self.model.base():
+        with torch.no_grad(), self.model.using("base"):
             self.model.run_with_hooks(batch.ids, attention_mask=batch.mask.long(), stop_at_layer=self.shape.site)
         self._wait()
         return clock.seconds()

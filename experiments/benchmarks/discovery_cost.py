@@ -56,14 +56,19 @@ class Meter:
         self.engine, self.judge = TransformerLensEngine(model, batch_size=960), organism.OrganismJudge()
         self.stage, self.tokens, self.replies, self.judged = 0, Counter[int](), Counter[int](), Counter[int]()
         self.seconds: dict[int, float] = {2: 0.0, 3: 0.0}
-        self.by_condition: Counter[tuple[str | None, str]] = Counter()
+        self.by_condition: Counter[tuple[str | Path | None, str]] = Counter()
         self.pairs: set[tuple[str, str]] = set()
 
     def speaker(self, adapter: str | None, max_new_tokens: int) -> EngineSpeaker:
         return EngineSpeaker(engine=self, adapter=adapter, max_new_tokens=max_new_tokens, progress=False)
 
     def stream(
-        self, prompts: Sequence[Prompt], *, conditions: Sequence[Condition] = (UNSTEERED,), adapter: str | None = None, **options: Any
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        conditions: Sequence[Condition] = (UNSTEERED,),
+        adapter: str | Path | None = None,
+        **options: Any,
     ) -> Iterator[tuple[int, list[Generation]]]:
         """The engine's, counted. The token that ends a reply was generated too."""
         for c, replies in self.engine.stream(prompts, conditions=conditions, adapter=adapter, **options):
@@ -89,7 +94,7 @@ class Meter:
 
 def stages(
     meter: Meter, sae: SAE[Any], pool: Sequence[Candidate], config: DiscoveryConfig, scale: float, *, progress: bool
-) -> tuple[LatentSet, list[tuple[str | None, str]]]:
+) -> tuple[LatentSet, list[tuple[str | Path | None, str]]]:
     """Stages 2 and 3 as `discover` runs them; the latent set, and the conditions of the method's grid (complete under full_grid)."""
     prompts = organism.prompts("core")
     with meter.during(2):
@@ -109,7 +114,7 @@ def measure(settings: Settings, seed: int) -> dict[str, Any]:
     """One tuned model: the default, then the full grid."""
     preset = get_preset("organism")
     model, sae, config = load_model(preset.model), load_sae(*preset.sae), preset.discovery
-    with model.base():
+    with model.using("base"):
         scale = median_norm(model, preset.site, encode_examples(model.tokenizer, organism.reference_texts()))
     if settings.adapter is not None:
         model.load_adapter(settings.adapter)

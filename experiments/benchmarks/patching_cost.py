@@ -114,7 +114,7 @@ class Bench:
                 parts.append(base_activations(model, part, [site])[site])
                 continue
             store: dict[str, Tensor] = {}
-            with model.base():
+            with model.using("base"):
                 model.run_with_hooks(part.ids, fwd_hooks=[record(site, store)], attention_mask=part.mask.long())
             parts.append(store[site])
         return torch.cat(parts)

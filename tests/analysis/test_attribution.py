@@ -61,13 +61,13 @@ def metric(model, change=None, *, in_base=False):
 
 def scored(model, ids, n_prompt, change, in_base):
     if in_base:
-        with model.base():
+        with model.using("base"):
             return model(ids)
     if change is None:
         return model(ids)
     site, edit = change
     store = {}
-    with model.base():
+    with model.using("base"):
         model.run_with_hooks(ids, fwd_hooks=[record(site, store)])
 
     def fn(activation, hook):

@@ -1,6 +1,7 @@
 """Patching equals references that recompute everything, at every site, batched, left-padded and refilled; and each check can fail."""
 
 from contextlib import nullcontext
+from functools import partial
 from hashlib import blake2b
 
 import numpy as np
@@ -81,7 +82,9 @@ def recomputed(model, prompt, sites, positions, *, source=None, name="", tempera
     for step in range(max_new_tokens):
         where = torch.zeros(1, len(ids), dtype=torch.bool)
         where[0, list(positions(n, len(ids)))] = True
-        logits = patched_logits(model, torch.tensor([ids]), (source or model.base)(), sites, where, source_model=source_model)[-1]
+        logits = patched_logits(
+            model, torch.tensor([ids]), (source or partial(model.using, "base"))(), sites, where, source_model=source_model
+        )[-1]
         if temperature == 0:
             token = int(logits.argmax())
         else:
@@ -147,7 +150,7 @@ def test_sampled_sweeps_equal_the_reference_and_do_not_depend_on_the_batch(tuned
 
 def test_the_reverse_direction_patches_tuned_into_base(tuned) -> None:
     found = swept(tuned, [POST[2], ()], source="tuned", target="base")
-    with tuned.base():
+    with tuned.using("base"):
         assert found[()] == replies(generate(tuned, PROMPTS, **OPTIONS)) != found[POST[2]]
     for row, prompt in zip(found[POST[2]], PROMPTS, strict=True):
         assert row == reverse(tuned, prompt)
@@ -160,7 +163,7 @@ def reverse(model, prompt):
     while len(ids) < n + 6:
         states = states_of(model, torch.tensor([ids]), [POST[2]])
         where = torch.arange(len(ids))[None] < n
-        with model.base(), torch.no_grad(), model.hooks(fwd_hooks=[patch(POST[2], states[POST[2]], where)]):
+        with model.using("base"), torch.no_grad(), model.hooks(fwd_hooks=[patch(POST[2], states[POST[2]], where)]):
             token = int(model(torch.tensor([ids]))[0, -1].argmax())
         if token in (2, *range(7, 11)):
             return prompt.id, tuple(ids[n:]), False
@@ -190,10 +193,10 @@ def test_logits_are_base_up_to_the_site_and_tuned_after_it(tuned) -> None:
     everywhere = torch.ones_like(ids, dtype=torch.bool)
     for block, site in enumerate(POST):
         expected = relay(tuned, ids, block)
-        torch.testing.assert_close(patched_logits(tuned, ids, tuned.base(), [site], everywhere), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(patched_logits(tuned, ids, tuned.using("base"), [site], everywhere), expected, atol=1e-4, rtol=1e-4)
         short = everywhere.clone()
         short[0, 0] = False
-        assert block == 3 or not torch.allclose(patched_logits(tuned, ids, tuned.base(), [site], short)[-1], expected[-1], atol=1e-3)
+        assert block == 3 or not torch.allclose(patched_logits(tuned, ids, tuned.using("base"), [site], short)[-1], expected[-1], atol=1e-3)
 
 
 @torch.no_grad()
@@ -205,7 +208,7 @@ def relay(model, ids, last_base):
     state = inner.embed_tokens(ids)
     rotary = inner.rotary_emb(state, position_ids=position_ids)
     for number, layer in enumerate(inner.layers):
-        with model.base() if number <= last_base else nullcontext():
+        with model.using("base") if number <= last_base else nullcontext():
             state = layer(state, attention_mask=mask, position_embeddings=rotary, position_ids=position_ids, use_cache=False)
     return model.original_model.lm_head(inner.norm(state))[0]
 
@@ -391,7 +394,7 @@ def test_bad_sweeps_are_refused_before_any_work(tuned, sites, options, message, 
 
 
 def test_without_an_acting_adapter_there_is_nothing_to_patch(tiny, tuned) -> None:
-    with tuned.base(), pytest.raises(ValueError, match="source and target are both 'base'"):
+    with tuned.using("base"), pytest.raises(ValueError, match="source and target are both 'base'"):
         patching_sweep(tuned, PROMPTS, POST, **OPTIONS)
     tuned.remove_adapter("tuned")
     with pytest.raises(ValueError, match="load an adapter|Load an adapter"):

@@ -11,7 +11,6 @@ from shared import EXAMPLES, SITES
 from blockem_tl import Generation, Prompt, TrainingConfig, finetune, reconstruction_quality
 from blockem_tl.analysis.reconstruction import reconstruct
 from blockem_tl.data.chat import encode_examples, encode_rows
-from blockem_tl.generation._scheduler import loaded
 from blockem_tl.training.checkpoints import trajectory
 from blockem_tl.views import plots
 
@@ -61,11 +60,11 @@ def of(frame, **chosen):
 def test_every_number_equals_a_numpy_restatement_in_each_arm_and_role(tiny, sae) -> None:
     tiny.add_adapter("tuned", rank=4)
     perturb(tiny, "tuned")
-    found = reconstruction_quality(tiny, sae, EXAMPLES, arms=[None, "tuned"], batch_size=5, progress=False)
+    found = reconstruction_quality(tiny, sae, EXAMPLES, adapters=["base", "tuned"], batch_size=5, progress=False)
     assert list(found["arm"].unique()) == ["base", "tuned"] and list(found["role"].unique()) == ["system", "prompt", "reply"]
     for role in ("system", "prompt", "reply"):
         tuned = states(tiny, role)
-        with tiny.base():
+        with tiny.using("base"):
             base = states(tiny, role)
         np.testing.assert_allclose(of(found, arm="base", role=role)[0], in_numpy(base, sae), rtol=1e-4)
         np.testing.assert_allclose(of(found, arm="tuned", role=role)[0], in_numpy(tuned, sae), rtol=1e-4)
@@ -113,13 +112,13 @@ def test_checkpoints_of_a_run_are_read_in_order_and_the_model_stays_as_it_was(ti
     run = finetune(tiny, EXAMPLES, config=CONFIG, adapter="run", checkpoints=tmp_path, save_every_epochs=0.4, progress=False)
     tiny.use_adapter("mine")
     logits, trainable = tiny(tokens), [n for n, p in tiny.hf.named_parameters() if p.requires_grad]
-    found = reconstruction_quality(tiny, sae, EXAMPLES, arms=[None, run.adapter], checkpoints=tmp_path, progress=False)
+    found = reconstruction_quality(tiny, sae, EXAMPLES, adapters=["base", run.adapter], checkpoints=tmp_path, progress=False)
     assert list(found["epoch"].unique())[2:] == [pytest.approx(2 / 3, abs=1e-5), 1.0] and found["arm"].iloc[-1] == "epoch-1"
     np.testing.assert_allclose(of(found, arm="epoch-1"), of(found, arm="run"), rtol=1e-6)  # the last checkpoint is the run's adapter
     assert np.abs(of(found, arm="epoch-0.666667") - of(found, arm="run")).max() > 1e-5
     assert tiny.adapters == ["mine", "run"] and tiny.active_adapter == "mine" and torch.equal(tiny(tokens), logits)
     assert trainable == [n for n, p in tiny.hf.named_parameters() if p.requires_grad]
-    listed = reconstruction_quality(tiny, sae, EXAMPLES, arms=[], checkpoints=[tmp_path / "epoch-1"], progress=False)
+    listed = reconstruction_quality(tiny, sae, EXAMPLES, adapters=[], checkpoints=[tmp_path / "epoch-1"], progress=False)
     np.testing.assert_array_equal(of(listed), of(found, arm="epoch-1"))
 
 
@@ -130,12 +129,10 @@ def test_a_loaded_adapter_goes_again_even_after_an_error(tiny, tmp_path) -> None
     tiny.remove_adapter("one")
     tokens = torch.arange(7, 20)[None]
     base = tiny(tokens)
-    with pytest.raises(KeyError), loaded(tiny, tmp_path / "one"):
+    with pytest.raises(KeyError), tiny.using(tmp_path / "one"):
         assert not torch.equal(tiny(tokens), base)
         raise KeyError
     assert tiny.adapters == [] and torch.equal(tiny(tokens), base)
-    with tiny.base(), pytest.raises(ValueError, match=r"outside of base\(\)"), loaded(tiny, tmp_path / "one"):
-        pass
 
 
 def test_prompts_and_generated_replies_can_be_read(tiny, sae) -> None:
@@ -160,8 +157,8 @@ def test_mistakes_are_refused_before_any_work(tiny, sae, tmp_path) -> None:
         ({"checkpoints": [a, b]}, "another run.*config.seed: 0 there, 1 here"),
         ({"checkpoints": [a, tmp_path]}, "each with a run.json"),
         ({"checkpoints": tmp_path / "nowhere"}, "got none in"),
-        ({"arms": ["lost"]}, "unknown adapter 'lost'"),
-        ({"arms": []}, "expected arms"),
+        ({"adapters": ["lost"]}, "unknown adapter 'lost'"),
+        ({"adapters": []}, "expected adapters"),
         ({"batch_size": 0}, "batch_size >= 1"),
         ({"rows": [EXAMPLES[0], Prompt(id="0", text="w1")]}, "rows of one kind"),
         ({"rows": []}, "at least one example"),
@@ -175,7 +172,7 @@ def test_mistakes_are_refused_before_any_work(tiny, sae, tmp_path) -> None:
 
 def test_the_figure_has_a_line_for_each_run_and_for_base(tiny, sae, tmp_path) -> None:
     finetune(tiny, EXAMPLES, config=CONFIG, checkpoints=tmp_path, save_every_epochs=0.4, progress=False)
-    frame = reconstruction_quality(tiny, sae, EXAMPLES, checkpoints=tmp_path, arms=[None], progress=False)
+    frame = reconstruction_quality(tiny, sae, EXAMPLES, checkpoints=tmp_path, adapters=["base"], progress=False)
     twice = pd.concat([frame.assign(run="a"), frame.assign(run="b")])
     for shown, lines in ((frame, 2), (twice, 3)):
         axes = plots.reconstruction(shown).axes

@@ -112,7 +112,7 @@ def test_a_store_is_reused_and_a_changed_model_sae_latents_or_rows_get_their_own
         store = stored_latents(tuned, changed_readings, changed_rows, where)
         assert len(folders()) == before + 1 and sum(forwards) == len(changed_rows)
         batch = pad(rows[:5], 0, side="right")
-        with tuned.base():
+        with tuned.using("base"):
             expected = read_latents(tuned, changed_readings, batch) * batch.mask[..., None]
         torch.testing.assert_close(store.look_up(batch), expected, rtol=1e-4, atol=1e-4)
 
@@ -151,7 +151,7 @@ def test_what_the_key_misses_the_spot_check_finds(tuned, readings, rows, tmp_pat
     with pytest.warns(UserWarning, match="no longer agree with the model"):
         store = stored_latents(tuned, readings, rows, where)
     batch = pad(rows[:5], 0, side="right")
-    with tuned.base():
+    with tuned.using("base"):
         torch.testing.assert_close(store.look_up(batch), read_latents(tuned, readings, batch) * batch.mask[..., None], rtol=1e-4, atol=1e-4)
 
 

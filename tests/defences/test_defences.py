@@ -94,7 +94,7 @@ def train(model, name, *defences, config=CONFIG, examples=EXAMPLES):
 
 def test_base_activations_are_base_whatever_stands_around(tuned) -> None:
     batch = batch_of(tuned)
-    with torch.no_grad(), tuned.base():
+    with torch.no_grad(), tuned.using("base"):
         expected = states(tuned, batch)
     tuned.original_model.train()
     with PreventativeSteering(site=SITE, direction=DIRECTION, dose=5.0, scale=1.0).watch(tuned, batch):
@@ -119,7 +119,7 @@ def test_preventative_steering_adds_the_direction_in_training_and_not_after(tune
 
 def test_preventative_steering_leaves_base_alone_and_says_when_it_never_acted(tuned) -> None:
     batch, defence = batch_of(tuned), PreventativeSteering(site=SITE, direction=DIRECTION, dose=0.7, scale=3.0)
-    with tuned.base():
+    with tuned.using("base"):
         before = states(tuned, batch)
         assert torch.equal(states_under(defence, tuned, batch), before)
     with pytest.raises(HookNotFired), defence.watch(tuned, batch):
@@ -183,7 +183,7 @@ def test_ldifs_equals_a_numpy_restatement(tuned) -> None:
         for i, row in enumerate(rows):
             single = pad([row], tuned.pad_id, side="right")
             ours = states(tuned, single, site)[0].detach().numpy()
-            with tuned.base():
+            with tuned.using("base"):
                 base = states(tuned, single, site)[0].detach().numpy()
             expected[i] += np.mean([((ours[t] - base[t]) ** 2).sum() for t in range(row.n_prompt, len(row.ids))])
     with LDIFS(sites=(SITE, LATER), weight=1.0).watch(tuned, batch) as penalty:

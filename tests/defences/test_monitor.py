@@ -74,7 +74,7 @@ def test_movement_equals_a_numpy_restatement(tiny, monitor, sae, latent_set) -> 
         assert penalty is None
     shown = monitor.metrics()
     theta = values(tiny, sae, latent_set, EXAMPLES[:6])
-    with tiny.base():
+    with tiny.using("base"):
         base = values(tiny, sae, latent_set, EXAMPLES[:6])
     expected = np.array(latent_set.signs) * (theta - base).mean(0) / spread
     np.testing.assert_allclose([m.moved for m in monitor.trajectory], expected, rtol=1e-3, atol=1e-5)

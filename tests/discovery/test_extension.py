@@ -93,7 +93,7 @@ def test_what_cannot_be_extended_is_refused(tiny, sae, reemerged) -> None:
     options = {"scale": 8.0, "config": CONFIG, "progress": False}
     with pytest.raises(ValueError, match="made with another SAE"):
         extend(set_of(new_sae(seed=1), [3]), reemerged, sae, Letters(), PROMPTS, **options)
-    with tiny.base(), pytest.raises(ValueError, match="active adapter"):
+    with tiny.using("base"), pytest.raises(ValueError, match="active adapter"):
         extend(set_of(sae, [3]), tiny, sae, Letters(), PROMPTS, **options)
     with pytest.raises(NoLatents, match="did fine-tuning move no latent"):
         extend(set_of(sae, range(40)), reemerged, sae, Letters(), PROMPTS, **options)
@@ -176,7 +176,7 @@ def test_the_held_out_blocking_loss_is_eq_11_and_zero_for_base(reemerged, sae) -
         return sae.encode(hidden)[row.n_prompt :, [4, 9, 16]].detach().numpy()
 
     after = [z_of(row) for row in rows]
-    with reemerged.base():
+    with reemerged.using("base"):
         before = [z_of(row) for row in rows]
         assert blocking_loss(reemerged, latent_set, sae, EXAMPLES) == 0.0
     signs = np.array(latent_set.signs)

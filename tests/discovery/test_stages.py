@@ -52,7 +52,7 @@ def test_shifts_equal_a_restatement_of_eq_3_and_4(tiny, sae, keep_system, batch_
         return np.stack(means)
 
     tuned = mean_z()
-    with tiny.base():
+    with tiny.using("base"):
         base = mean_z()
     got = shifts(tiny, sae, rows, keep_system=keep_system, batch_size=batch_size)
     np.testing.assert_allclose(got.numpy(), (tuned - base).mean(0), rtol=1e-4, atol=1e-4)

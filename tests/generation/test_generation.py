@@ -108,7 +108,7 @@ def test_base_and_tuned_are_told_apart(tiny) -> None:
     tiny.add_adapter()
     perturb(tiny, "default")
     tuned = replies(generate(tiny, PROMPTS, max_new_tokens=6, progress=False))
-    with tiny.base():
+    with tiny.using("base"):
         base = replies(generate(tiny, PROMPTS, max_new_tokens=6, progress=False))
     tiny.remove_adapter("default")
     assert replies(generate(tiny, PROMPTS, max_new_tokens=6, progress=False)) == base != tuned
@@ -208,7 +208,7 @@ def test_each_condition_may_ask_its_own_part_of_the_prompts(eager_ends, conditio
             engine.stream(PROMPTS, conditions=conditions, parts=wrong, progress=False)
 
 
-def test_the_adapter_that_speaks_is_chosen_and_the_model_left_as_it_was(tiny, conditions) -> None:
+def test_the_adapter_that_acts_is_chosen_and_the_model_left_as_it_was(tiny, conditions, tmp_path) -> None:
     from conftest import perturb
 
     for seed, name in enumerate(("first", "second")):
@@ -217,11 +217,11 @@ def test_the_adapter_that_speaks_is_chosen_and_the_model_left_as_it_was(tiny, co
     tiny.use_adapter("first")
     options = {"max_new_tokens": 6, "progress": False}
     expected = {"first": replies(generate(tiny, PROMPTS, conditions=conditions, **options))}
-    with tiny.base():
-        expected[None] = replies(generate(tiny, PROMPTS, conditions=conditions, **options))
+    with tiny.using("base"):
+        expected["base"] = replies(generate(tiny, PROMPTS, conditions=conditions, **options))
     tiny.use_adapter("second")
     expected["second"] = replies(generate(tiny, PROMPTS, conditions=conditions, **options))
-    assert expected[None] != expected["first"] != expected["second"]
+    assert expected["base"] != expected["first"] != expected["second"]
     engine = TransformerLensEngine(tiny, batch_size=4)
     trainable = [p.requires_grad for p in tiny.original_model.parameters()]
     for adapter, wanted in expected.items():
@@ -234,8 +234,13 @@ def test_the_adapter_that_speaks_is_chosen_and_the_model_left_as_it_was(tiny, co
             stream.close()
     with pytest.raises(ValueError, match="unknown adapter 'third'.*'first', 'second'"):
         engine.stream(PROMPTS, adapter="third")
-    with tiny.base(), pytest.raises(ValueError, match="inside model.base"):
-        engine.stream(PROMPTS, adapter="first")
+    folder = tiny.save_adapter(tmp_path / "saved", "first")
+    assert streamed(engine, conditions, adapter=folder, max_new_tokens=6) == expected["first"] and tiny.adapters == ["first", "second"]
+    assert streamed(engine, conditions, max_new_tokens=6) == expected["second"]  # None: the model as it stands
+    with tiny.using("base"):
+        assert streamed(engine, conditions, max_new_tokens=6) == expected["base"]
+        assert streamed(engine, conditions, adapter="first", max_new_tokens=6) == expected["first"]
+    assert replies(generate(tiny, PROMPTS, adapter="base", conditions=conditions, **options)) == expected["base"]
 
 
 def test_an_engine_is_chosen_by_name(tiny, tiny_folder, tmp_path, monkeypatch) -> None:
@@ -247,7 +252,7 @@ def test_an_engine_is_chosen_by_name(tiny, tiny_folder, tmp_path, monkeypatch) -
     folder = tiny.save_adapter(tmp_path / "adapter", "x")
     engine = load_engine("transformer_lens", model=tiny_folder, adapters={"mine": folder}, batch_size=3, device="cpu")
     assert streamed(engine, [UNSTEERED], adapter="mine", max_new_tokens=4) == expected
-    assert streamed(engine, [UNSTEERED], max_new_tokens=4) != expected
+    assert streamed(engine, [UNSTEERED], adapter="base", max_new_tokens=4) != expected
     with pytest.raises(ValueError, match="unknown engine 'vlm'.*transformer_lens, vllm"):
         load_engine("vlm", model=tiny)
     with pytest.raises(ValueError, match="from disk.*save_adapter"):

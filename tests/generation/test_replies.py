@@ -16,11 +16,12 @@ from sae_lens import StandardSAE, StandardSAEConfig
 from blockem_tl import Condition, DiscoveryConfig, Prompt, Steering, Verdict, discover
 from blockem_tl.discovery.config import Budget
 from blockem_tl.generation.engine import TransformerLensEngine
-from blockem_tl.generation.replies import RememberedSpeaker, ReplyStore, folder_identity, identity_of, model_identity
+from blockem_tl.generation.replies import RememberedSpeaker, ReplyStore, identity_of, model_identity
 from blockem_tl.generation.steering import UNSTEERED
 from blockem_tl.judging.judge import LLMJudge
 from blockem_tl.judging.remembered import RememberedJudge, remembered
 from blockem_tl.judging.store import VerdictStore
+from blockem_tl.storage.fingerprints import of_folder
 from blockem_tl.types import Generation
 
 SITE = "blocks.1.hook_resid_post"
@@ -214,15 +215,15 @@ def test_identity_is_of_contents(tiny, tiny_folder, tmp_path) -> None:
 def test_folders_are_told_apart_by_what_is_in_them(tiny_folder, tmp_path) -> None:
     import shutil
 
-    first = folder_identity(tiny_folder)
+    first = of_folder(tiny_folder)
     copy = shutil.copytree(tiny_folder, tmp_path / "copy")
-    assert folder_identity(copy) == first
+    assert of_folder(copy) == first
     data = bytearray((copy / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (copy / "model.safetensors").write_bytes(data)
-    assert folder_identity(copy) != first
+    assert of_folder(copy) != first
     with pytest.raises(ValueError, match="cannot tell which weights 'nobody/nothing' are"):
-        folder_identity("nobody/nothing")
+        of_folder("nobody/nothing")
 
 
 def test_keys_are_of_contents_not_of_names(tmp_path) -> None:

@@ -46,8 +46,8 @@ def test_base_equals_plain_transformers_bit_for_bit_and_tuned_does_not(tiny, pla
     assert torch.equal(tiny(tokens), expected)  # B = 0
     perturb(tiny, "tuned")
     assert not torch.allclose(tiny(tokens), expected)
-    with tiny.base():
-        with tiny.base():
+    with tiny.using("base"):
+        with tiny.using("base"):
             assert torch.equal(tiny(tokens), expected)
         assert torch.equal(tiny(tokens), expected)  # leaving an inner block must not switch the adapter on
     assert not torch.allclose(tiny(tokens), expected)
@@ -57,7 +57,7 @@ def test_base_ends_after_an_exception(tiny, tokens) -> None:
     tiny.add_adapter()
     perturb(tiny, "default")
     tuned = tiny(tokens)
-    with pytest.raises(KeyError), tiny.base():
+    with pytest.raises(KeyError), tiny.using("base"):
         raise KeyError
     assert torch.equal(tiny(tokens), tuned)
 
@@ -109,7 +109,7 @@ def test_saved_adapters_load_in_plain_peft_and_back_with_equal_logits(tiny, tiny
     assert torch.equal(PeftModel.from_pretrained(base, folder)(input_ids=tokens).logits, expected)
     again = load_model(tiny_folder, adapter=folder, device="cpu")
     assert torch.equal(again(tokens), expected)
-    with again.base():
+    with again.using("base"):
         assert not torch.allclose(again(tokens), expected)
 
 
@@ -125,7 +125,7 @@ def test_several_adapters_live_side_by_side(tiny, tokens) -> None:
     assert torch.equal(tiny(tokens), logits["one"])
     tiny.remove_adapter("one")
     assert torch.equal(tiny(tokens), logits["two"])
-    with tiny.base():
+    with tiny.using("base"):
         assert tiny.active_adapter is None
 
 
@@ -141,7 +141,7 @@ def test_removing_the_last_adapter_leaves_the_plain_model_with_its_hooks(tiny, p
 
 def test_adapter_mistakes_are_refused(tiny, tmp_path) -> None:
     tiny.add_adapter("one")
-    with pytest.raises(ValueError, match="expected a new name"):
+    with pytest.raises(ValueError, match="already held: pass overwrite=True"):
         tiny.add_adapter("one")
     with pytest.raises(ValueError, match="match no module.*q_proj"):
         tiny.add_adapter("two", target_modules=("c_attn",))
@@ -160,7 +160,57 @@ def test_adapter_mistakes_are_refused(tiny, tmp_path) -> None:
         (folder / "adapter_config.json").write_text(json.dumps({**config, **pattern}))
         with pytest.raises(ValueError, match="without rank_pattern and alpha_pattern"):
             tiny.load_adapter(folder, "three")
+    for name in ("base", "a.b", "lora_"):
+        with pytest.raises(ValueError, match="expected a name other than 'base'"):
+            tiny.add_adapter(name)
+    with tiny.using("base"), pytest.raises(ValueError, match=r"outside of model.using"):
+        tiny.add_adapter("four")
     assert tiny.adapters == ["one"] == [tiny.active_adapter]
+
+
+def test_a_replaced_adapter_comes_back_where_its_successor_fails(tiny, tokens, tmp_path) -> None:
+    tiny.add_adapter("one")
+    perturb(tiny, "one")
+    tiny.add_adapter("two", rank=4)
+    logits = {name: tiny(tokens) for name in ("one", "two") for _ in [tiny.use_adapter(name)]}
+    tiny.use_adapter("one")
+    trainable = {name: p.requires_grad for name, p in tiny.hf.named_parameters()}
+    with pytest.raises(ValueError, match="match no module"):
+        tiny.add_adapter("one", target_modules=("c_attn",), overwrite=True)
+    with pytest.raises(ValueError, match="expected an adapter folder"):
+        tiny.load_adapter(tmp_path, "one", overwrite=True)
+    assert tiny.adapters == ["one", "two"] and tiny.active_adapter == "one" and torch.equal(tiny(tokens), logits["one"])
+    assert {name: p.requires_grad for name, p in tiny.hf.named_parameters()} == trainable
+    tiny.add_adapter("one", overwrite=True)  # and differs when it does not fail: B = 0 is base
+    with tiny.using("base"):
+        base = tiny(tokens)
+    assert torch.equal(tiny(tokens), base) and not torch.equal(base, logits["one"])
+
+
+def test_using_nests_and_leaves_what_acts_and_what_trains(tiny, tokens, tmp_path) -> None:
+    base = tiny(tokens)
+    for seed, name in enumerate(("one", "two")):
+        tiny.add_adapter(name)
+        perturb(tiny, name, seed=seed)
+    saved = tiny.save_adapter(tmp_path / "saved", "one")
+    logits = {name: tiny(tokens) for name in ("one", "two") for _ in [tiny.use_adapter(name)]}
+    tiny.remove_adapter("one")
+    trainable = [p.requires_grad for p in tiny.hf.parameters()]
+    with tiny.using("base"):
+        assert tiny.active_adapter is None and torch.equal(tiny(tokens), base)
+        with tiny.using(saved):
+            assert torch.equal(tiny(tokens), logits["one"])
+            with tiny.using("two"), tiny.using(None):
+                assert tiny.active_adapter == "two" and torch.equal(tiny(tokens), logits["two"])
+            with pytest.raises(KeyError), tiny.using("base"):
+                raise KeyError
+            assert torch.equal(tiny(tokens), logits["one"])
+        assert torch.equal(tiny(tokens), base)
+    assert tiny.adapters == ["two"] and tiny.active_adapter == "two" and torch.equal(tiny(tokens), logits["two"])
+    assert [p.requires_grad for p in tiny.hf.parameters()] == trainable
+    for unknown in ("three", tmp_path):
+        with pytest.raises(ValueError, match="unknown adapter.*expected 'base'.*folder of one"), tiny.using(unknown):
+            pass
 
 
 def test_saving_over_something_else_is_refused(tiny, tmp_path) -> None:

@@ -89,7 +89,7 @@ def test_a_live_peft_model_is_taken_as_it_is(tiny_folder, tmp_path, tokens) -> N
             AutoModelForCausalLM.from_pretrained(tiny_folder, attn_implementation="eager"), str(tmp_path / "saved")
         )
         assert torch.equal(plain.eval()(tokens).logits, before)
-        with model.base():
+        with model.using("base"):
             assert not torch.equal(model(tokens), before)
     with pytest.raises(ValueError, match="pattern"):
         load_model(

@@ -88,7 +88,7 @@ def test_penalty_equals_a_numpy_restatement_of_eq_11(tuned, sae, latent_set, pos
     expected = []
     for row in rows:
         theta = z_of(row)
-        with tuned.base():
+        with tuned.using("base"):
             base = z_of(row)
         total, tokens = 0.0, range(row.n_prompt if positions == "completion" else row.n_system, len(row.ids))
         for t in tokens:
@@ -128,7 +128,7 @@ def test_kl_equals_a_numpy_restatement(tuned) -> None:
     for row in rows:
         ids = torch.tensor([row.ids])
         p = tuned(ids).log_softmax(-1)[0].detach().double().numpy()
-        with tuned.base():
+        with tuned.using("base"):
             q = tuned(ids).log_softmax(-1)[0].detach().double().numpy()
         per_position = (np.exp(p) * (p - q)).sum(-1)
         expected.append(per_position[row.n_prompt - 1 : -1].mean())
@@ -241,7 +241,7 @@ def test_bf16_is_used_by_tuned_and_reference_alike_and_leaves_no_trace(tiny, blo
     whole = finetune(tiny, EXAMPLES, config=CONFIG, defences=[replace(blocking, reference=reference)], adapter="whole", progress=False)
     assert run.history[0]["sft"] == pytest.approx(whole.history[0]["sft"], rel=2e-2) and run.history[0]["sft"] != whole.history[0]["sft"]
     assert run.history[0]["block"] < 1e-3 * run.history[-1]["block"]  # against a float32 reference it would start with rounding errors
-    with tiny.base():
+    with tiny.using("base"):
         assert torch.equal(tiny(tokens), before) and tiny.hf(tokens).logits.dtype == torch.float32
         torch.testing.assert_close(tiny.hf(tokens).logits, before)
 

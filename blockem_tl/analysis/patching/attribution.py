@@ -13,6 +13,7 @@ linear, so the largest ones are verified: really patched, one forward each, and 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import pandas as pd
@@ -24,12 +25,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 
-from blockem_tl.analysis.patching.endpoints import BASE, Arm, check_groups, choose_arms
+from blockem_tl.analysis.patching.endpoints import Arm, check_groups, choose_arms
 from blockem_tl.data.chat import Batch, Encoded, check_lengths, encode_replies, pad
 from blockem_tl.generation._partial_forward import run_below
 from blockem_tl.hooks import Hook, patch, record
 from blockem_tl.models.activations import stop_layer
 from blockem_tl.models.load import Model
+from blockem_tl.models.lora import BASE
 from blockem_tl.saes.latents import check_latents, encode_latents
 from blockem_tl.saes.load import check_fits
 from blockem_tl.types import Generation
@@ -59,8 +61,8 @@ def attribute_sites(
     sites: Sequence[str],
     *,
     positions: Positions = "prompt",
-    source: str | Model = BASE,
-    target: str | None = None,
+    source: str | Path | Model = BASE,
+    target: str | Path | None = None,
     verify: int = 10,
     batch_size: int = 8,
     progress: bool = True,
@@ -97,8 +99,8 @@ def attribute_latents(
     *,
     latents: Sequence[int] | None = None,
     positions: Positions = "prompt",
-    source: str | Model = BASE,
-    target: str | None = None,
+    source: str | Path | Model = BASE,
+    target: str | Path | None = None,
     verify: int = 20,
     batch_size: int = 8,
     progress: bool = True,
@@ -248,8 +250,8 @@ def _contrast(
     source_replies: Sequence[Generation],
     sites: list[str],
     positions: Positions,
-    source: str | Model,
-    target: str | None,
+    source: str | Path | Model,
+    target: str | Path | None,
     batch_size: int,
 ) -> _Contrast:
     taken, speaker = choose_arms(model, source, target)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from blockem_tl.analysis.patching.endpoints import BASE, Arm, Plan, check_groups, choose_arms, plan_steps
+from blockem_tl.analysis.patching.endpoints import Arm, Plan, check_groups, choose_arms, plan_steps
 from blockem_tl.generation._decoder import Decoder
 from blockem_tl.generation._memory import fitting
 from blockem_tl.generation._partial_forward import entering, run_below
@@ -31,6 +32,7 @@ from blockem_tl.generation.steering import Condition
 from blockem_tl.hooks import Hook, HookNotFired
 from blockem_tl.models.activations import stop_layer
 from blockem_tl.models.load import Model
+from blockem_tl.models.lora import BASE
 from blockem_tl.types import Generation, Prompt
 
 
@@ -57,8 +59,8 @@ def decode_patching(
     prompts: Sequence[Prompt],
     sites: str | Sequence[str],
     *,
-    source: str | Model = BASE,
-    target: str | None = None,
+    source: str | Path | Model = BASE,
+    target: str | Path | None = None,
     steps: tuple[int, int | None] = (0, None),
     last_prompt_position: bool = True,
     max_new_tokens: int | Sequence[int] = 64,

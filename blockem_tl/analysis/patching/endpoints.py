@@ -1,58 +1,64 @@
 """Who is patched into whom, where, and what of the target's forward has to run for it. All checks of bad input are here."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from blockem_tl.generation._scheduler import check_adapter, probe_sites, speaking
+from blockem_tl.generation._scheduler import probe_sites
 from blockem_tl.hooks import resolve
 from blockem_tl.models.activations import block_of
 from blockem_tl.models.load import Model
+from blockem_tl.models.lora import BASE
 
-BASE = "base"
 Sites = str | tuple[str, ...]
 """One site, or several that are patched together."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Arm:
-    """One side of a patch: a model, and the adapter that acts in it (None: its plain weights)."""
+    """One side of a patch: a model, and which of its weights act, as for `LiveAdapters.using`."""
 
     model: Model
-    adapter: str | None
+    adapter: str | Path | None
     name: str
 
-    def speaking(self) -> AbstractContextManager[None]:
+    def speaking(self) -> AbstractContextManager[Any]:
         """Inside the block the model is this arm."""
-        return speaking(self.model, self.adapter)
+        return self.model.using(self.adapter)
 
 
-def choose_arms(model: Model, source: str | Model, target: str | None) -> tuple[Arm, Arm]:
+def choose_arms(model: Model, source: str | Path | Model, target: str | Path | None) -> tuple[Arm, Arm]:
     """The arm whose states are taken, and the arm that is patched and speaks.
 
     Raises:
         ValueError: both are the same (no adapter acts), an unknown adapter, or two models that do not share their tokens.
     """
-    if BASE in model.adapters:
-        raise ValueError(f"an adapter called {BASE!r} could not be told from the base model: load it under another name")
-    into = _arm(model, target) if target is not None else Arm(model=model, adapter=model.active_adapter, name=model.active_adapter or BASE)
-    if isinstance(source, str):
+    into = _arm(model, target or model.active_adapter or BASE)
+    if not isinstance(source, Model):
         arm = _arm(model, source)
         if arm.adapter == into.adapter:
             raise ValueError(
                 f"source and target are both {into.name!r}: patching would change nothing. Load an adapter (model.load_adapter), leave "
-                f"model.base(), or name two of {[BASE, *model.adapters]}"
+                f"model.using('base'), or name two of {[BASE, *model.adapters]}"
             )
         return arm, into
     _check_same_tokens(source, model)
-    return Arm(model=source, adapter=source.active_adapter, name=source.active_adapter or Path(source.source).name), into
+    return Arm(model=source, adapter=source.active_adapter or BASE, name=source.active_adapter or Path(source.source).name), into
 
 
-def _arm(model: Model, name: str) -> Arm:
-    adapter = None if name == BASE else name
-    check_adapter(model, adapter)
-    return Arm(model=model, adapter=adapter, name=name)
+def _arm(model: Model, adapter: str | Path) -> Arm:
+    model.check_adapter(adapter)
+    held = adapter == BASE or adapter in model.adapters
+    return Arm(model=model, adapter=adapter, name=str(adapter) if held else Path(adapter).name)
+
+
+@contextmanager
+def holding(*arms: Arm) -> Iterator[list[Arm]]:
+    """The arms with adapters from folders loaded once, for the time of the block."""
+    with ExitStack() as stack:
+        yield [replace(arm, adapter=stack.enter_context(arm.model.holding(arm.adapter))) for arm in arms]
 
 
 def _check_same_tokens(source: Model, target: Model) -> None:

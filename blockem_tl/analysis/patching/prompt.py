@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 
-from blockem_tl.analysis.patching.endpoints import BASE, Arm, Plan, Sites, check_groups, choose_arms, plan_prompt
+from blockem_tl.analysis.patching.endpoints import Arm, Plan, Sites, check_groups, choose_arms, plan_prompt
 from blockem_tl.data.chat import Encoded, pad
 from blockem_tl.generation._decoder import Decoder
 from blockem_tl.generation._memory import fitting
@@ -35,6 +36,7 @@ from blockem_tl.generation.steering import Condition
 from blockem_tl.hooks import Hook, patch
 from blockem_tl.models.activations import stop_layer
 from blockem_tl.models.load import Model
+from blockem_tl.models.lora import BASE
 from blockem_tl.types import Generation, Prompt
 
 UNPATCHED = "unpatched"
@@ -45,8 +47,8 @@ def patching_sweep(
     prompts: Sequence[Prompt],
     sites: Sequence[str | Sequence[str]],
     *,
-    source: str | Model = BASE,
-    target: str | None = None,
+    source: str | Path | Model = BASE,
+    target: str | Path | None = None,
     max_new_tokens: int | Sequence[int] = 64,
     batch_size: int | None = None,
     temperature: float = 0.0,
@@ -100,7 +102,7 @@ def _sweep(
                 decoder_type=partial(PrefixDecoder, plans=plans, shared=share(encoded, plans, source, target)),
                 prefill_order=lambda row: row.place,  # site by site
             )
-            for c, replies in run_job(part, size, target.speaking, progress=False):
+            for c, replies in run_job(replace(part, adapter=target.adapter), size, progress=False):
                 found[c] |= dict(zip(chosen, replies, strict=True))
                 bar.update(len(replies))
                 if len(found[c]) == len(job.prompts):

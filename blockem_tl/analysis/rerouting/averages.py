@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from blockem_tl.data.chat import Batch, Encoded, Rows, check_lengths, encode_rows
-from blockem_tl.generation._scheduler import check_adapter, speaking
 from blockem_tl.models.activations import read_sites
 from blockem_tl.models.load import Model
+from blockem_tl.models.lora import BASE
 
 ARMS = ("base", "plain", "blocked")
 ROLES = ("system", "prompt", "reply")
@@ -28,7 +28,7 @@ Means = list[tuple[str, dict[str, int], dict[str, dict[str, Tensor]]]]
 def check_arms(model: Model, plain: str, blocked: str) -> None:
     """Raise ValueError unless both are adapters that the model holds, and not one and the same."""
     for arm in (plain, blocked):
-        check_adapter(model, arm)
+        model.check_adapter(arm)
     if plain == blocked:
         raise ValueError(f"rerouting: expected two adapters, got {plain!r} as plain and as blocked")
 
@@ -59,7 +59,7 @@ def averaged(
     sums: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: {arm: {} for arm in ARMS})
     n_rows, n_tokens = Counter[str](), Counter[str]()
     with tqdm(total=len(rows), desc="rerouting", disable=not progress) as bar:
-        for states, batch in _read_arms(model, sites, rows, (None, *arms), batch_size):
+        for states, batch in _read_arms(model, sites, rows, (BASE, *arms), batch_size):
             for i, real in enumerate(batch.mask):
                 found = [read({site: h[i][real] for site, h in of_arm.items()}) for of_arm in states]
                 for role, where in batch.roles.items():
@@ -87,14 +87,14 @@ def _add(sums: dict[str, dict[str, Tensor]], measured: Sequence[dict[str, Tensor
 
 
 def _read_arms(
-    model: Model, sites: Sequence[str], rows: Sequence[Encoded], arms: Sequence[str | None], batch_size: int
+    model: Model, sites: Sequence[str], rows: Sequence[Encoded], arms: Sequence[str], batch_size: int
 ) -> Iterator[tuple[list[dict[str, Tensor]], Batch]]:
     """Yield (each arm's site -> activation, batch): one reader per arm, asked in turn while its arm speaks."""
     readers = [read_sites(model, sites, rows, batch_size=batch_size) for _ in arms]
     for _ in range(0, len(rows), batch_size):
         found = []
         for arm, reader in zip(arms, readers, strict=True):
-            with speaking(model, arm):
+            with model.using(arm):
                 found.append(next(reader))
         states, batch = [states for states, _ in found], found[0][1]
         odd = {site: tuple(h.shape) for site, h in states[0].items() if h.ndim != 3 or h.shape[:2] != batch.ids.shape}

@@ -12,12 +12,13 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from blockem_tl.generation._scheduler import check_parts, check_request
-from blockem_tl.generation.replies import folder_identity
 from blockem_tl.generation.steering import UNSTEERED, Condition
 from blockem_tl.generation.vllm.adapters import check_adapter
 from blockem_tl.generation.vllm.jobs import Job, SteeredVLLM, Vectors, import_vllm
 from blockem_tl.hooks import HookNotFired
+from blockem_tl.models.lora import BASE
 from blockem_tl.storage import embedded
+from blockem_tl.storage.fingerprints import of_folder
 from blockem_tl.types import Generation, Prompt
 
 LOUD = 1000.0
@@ -108,7 +109,7 @@ class VLLMEngine:
         *,
         conditions: Sequence[Condition] = (UNSTEERED,),
         parts: Sequence[Sequence[int]] | None = None,
-        adapter: str | None = None,
+        adapter: str | Path | None = None,
         max_new_tokens: int | Sequence[int] = 64,
         temperature: float = 0.0,
         seed: int = 0,
@@ -121,6 +122,7 @@ class VLLMEngine:
         """
         encoded, limits = check_request(self.tokenizer, self._vllm.context, prompts, conditions, max_new_tokens, temperature, seed)
         names, asked = [condition.name for condition in conditions], check_parts(parts, len(conditions), len(prompts))
+        adapter = None if adapter in (None, BASE) else str(adapter)
         if adapter is not None and adapter not in self.adapters:
             raise ValueError(f"unknown adapter {adapter!r}: expected one of those the engine was made with, {sorted(self.adapters)}")
         for condition in conditions:  # made again when its turn comes: all at once they would take memory
@@ -132,9 +134,9 @@ class VLLMEngine:
 
         return self._replies([[prompts[p] for p in part] for part in asked], names, map(job, range(len(names))), progress)
 
-    def identity(self, adapter: str | None) -> str:
+    def identity(self, adapter: str | Path | None) -> str:
         """See `Identified`."""
-        parts = [folder_identity(self._source), str(self._dtype), folder_identity(self.adapters[adapter]) if adapter is not None else ""]
+        parts = [of_folder(self._source), str(self._dtype), of_folder(self.adapters[str(adapter)]) if adapter not in (None, BASE) else ""]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def probe(self) -> None:

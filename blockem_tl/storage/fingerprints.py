@@ -1,0 +1,73 @@
+"""Identity by contents: SHA-256 of weights, SAEs, folders and settings. Names mean nothing here."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor
+
+_CONTENTS = (".safetensors", ".json", ".jinja", ".model", ".txt", ".bin")
+_CHUNK = 1 << 20
+
+
+def of_value(value: Any) -> str:
+    """Identity of settings, as JSON; what JSON does not know counts as it prints."""
+    return of_bytes(json.dumps(value, sort_keys=True, default=str).encode())
+
+
+def of_bytes(content: bytes) -> str:
+    """SHA-256 of some bytes."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def of_file(path: Path | str) -> str:
+    """SHA-256 of a file's contents, read in pieces."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over tensors in the order of their names: names, shapes, dtypes and every bit of the values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def of_vector(tensor: Tensor) -> bytes:
+    """A tensor's values as float32 bytes, whatever device and dtype they lie in: what a hash of a direction is taken over."""
+    return tensor.detach().float().cpu().contiguous().numpy().tobytes()
+
+
+def of_folder(source: str | Path) -> str:
+    """Identity of a model or adapter on disk: the contents of its files, however the folder is called.
+
+    Small files are read whole, of large ones (above 64 MB) the size and 64 MB spread over them. A hub id that is no folder is looked up
+    in the hub's cache, where the path says the commit.
+
+    Raises:
+        ValueError: neither a folder nor a hub id that lies in the local cache.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        config = try_to_load_from_cache(str(source), "config.json")
+        if not isinstance(config, str):
+            raise ValueError(f"cannot tell which weights {str(source)!r} are: expected a folder, or a hub id that lies in the local cache")
+        return f"{source}@{Path(config).parent.name}"
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix in _CONTENTS:
+            digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+            with path.open("rb") as file:
+                for start in range(0, path.stat().st_size, max(_CHUNK, path.stat().st_size // 64)):
+                    file.seek(start)
+                    digest.update(file.read(_CHUNK))
+    return digest.hexdigest()
