@@ -8,6 +8,7 @@ from .types import Example as Example
 from .types import Generation as Generation
 from .types import Judge as Judge
 from .types import Prompt as Prompt
+from .types import Rate as Rate
 from .types import Verdict as Verdict
 
 # hooks
@@ -48,7 +49,9 @@ from .generation.engine import TransformerLensEngine as TransformerLensEngine
 from .generation.engine import generate as generate
 from .generation.engine import generate_stream as generate_stream
 from .generation.engine import load_engine as load_engine
-from .generation.replies import speakers as speakers
+from .generation.replies import Replies as Replies
+from .generation.reply_fn import cached as cached
+from .generation.reply_fn import replies_from as replies_from
 from .generation.steering import Condition as Condition
 from .generation.steering import Steering as Steering
 
@@ -68,22 +71,23 @@ from .training.trainer_mixin import defend as defend
 # evaluation
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.panel import evaluate_with as evaluate_with
-from .evaluation.statistics import Rate as Rate
 from .evaluation.statistics import clustered_rate as clustered_rate
 from .evaluation.statistics import paired_difference as paired_difference
 from .evaluation.statistics import paired_reduction as paired_reduction
 
 # discovery
 from .discovery.config import DiscoveryConfig as DiscoveryConfig
+from .discovery.config import MaxIncoherence as MaxIncoherence
 from .discovery.doses import propose_doses as propose_doses
 from .discovery.extension import capacity_ratio as capacity_ratio
+from .discovery.extension import extension_rounds as extension_rounds
 from .discovery.pipeline import discover as discover
 
 # analysis
 from .analysis.patching.attribution import attribute_latents as attribute_latents
 from .analysis.patching.attribution import attribute_sites as attribute_sites
 from .analysis.patching.decoding import decode_patching as decode_patching
-from .analysis.patching.prompt import patching_sweep as patching_sweep
+from .analysis.patching.sweep import patching_sweep as patching_sweep
 from .analysis.reconstruction import reconstruction_quality as reconstruction_quality
 from .analysis.rerouting.depth import returning_sites as returning_sites
 from .analysis.rerouting.depth import shift_by_site as shift_by_site

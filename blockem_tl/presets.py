@@ -3,15 +3,15 @@
 import difflib
 from dataclasses import dataclass, field
 
-from blockem_tl.discovery.config import Budget, DiscoveryConfig
+from blockem_tl.discovery.config import DiscoveryConfig, MaxIncoherence
 from blockem_tl.training.config import TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What one whole run (discovery and the sweep) asks of a machine. ``measured``: whether anybody saw it; otherwise it is reckoned.
+    """Requirements of one whole run (discovery and the sweep) on a machine. ``measured``: somebody saw it; otherwise it is reckoned.
 
-    gpu_gb, memory_gb, disk_gb: at least, 0 for none.  hours: on such a GPU, without the judges.  access: what has to be asked for.
+    gpu_gb, memory_gb, disk_gb: at least, 0 for none.  hours: on such a GPU, without the judges.  access: permissions to ask for.
     """
 
     gpu_gb: float = 0.0
@@ -61,11 +61,11 @@ PRESETS: dict[str, Preset] = {
                 read="replies",
                 induce_dose=0.5,
                 repair_dose=0.3,
-                keep=20,
+                shortlist_size=20,
                 grid=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0),
                 extended_grid=(),
-                budget=Budget(tau=0.10, relative=True),
-                rule="both",
+                max_incoherence=MaxIncoherence(rate=0.10, relative=True),
+                final_score="both",
                 valid_only=False,
                 max_new_tokens=20,
                 batch_size=960,

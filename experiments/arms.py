@@ -1,4 +1,4 @@
-"""What experiments over many trained arms and several seeds share: worker processes, evaluations as JSON, cells of tables."""
+"""What experiments over many trained arms and several seeds share: worker processes, cells of tables."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from blockem_tl import Prompt
-from blockem_tl.evaluation.evaluate import Evaluation
-from blockem_tl.types import Generation, Verdict
-
 Job = tuple[int, str, tuple[Any, ...]]
 """(seed, method of the seed's bench, its arguments)."""
+
+JUDGE = "organism-exact"
 
 _benches: dict[int, Any] = {}
 
@@ -43,21 +41,6 @@ class WorkerPool:
         futures = [self.pool.submit(work, self.bench, self.settings, *job) for job in jobs]
         for future in tqdm(as_completed(futures), total=len(futures), desc=title, disable=not futures):
             future.result()
-
-
-def spoken(evaluation: Evaluation) -> dict[str, list[str]]:
-    """An evaluation as JSON: replies and labels in prompt order."""
-    return {"replies": [g.reply for g in evaluation.generations], "labels": [v.label for v in evaluation.verdicts]}
-
-
-def heard(said: Mapping[str, list[str]], prompts: Sequence[Prompt], *, rubric: str = "misalignment") -> Evaluation:
-    """The evaluation that `spoken` wrote."""
-    generations = tuple(
-        Generation(prompt=prompt, condition="", reply=text, reply_ids=(), truncated=False)
-        for prompt, text in zip(prompts, said["replies"], strict=True)
-    )
-    verdicts = tuple(Verdict(label=label) for label in said["labels"])
-    return Evaluation(rubric=rubric, judge="organism-exact", generations=generations, verdicts=verdicts, on_selection_prompts=False)
 
 
 def percent(name: str, estimate: Any) -> dict[str, float]:

@@ -39,7 +39,7 @@ class AttributionBench(Bench):
 
     def attribute(self, arm: Arm, epoch: float, verify: int) -> None:
         """Estimates and real effects for sites and latents at either positions."""
-        with self.wearing(self.checkpoint(arm, epoch)):
+        with self.model.using(self.checkpoint(arm, epoch)):
             replies = self._replies()
             sites = [f"blocks.{block}.{kind}" for kind in KINDS for block in range(self.model.cfg.n_layers)]
             frames = []

@@ -73,12 +73,12 @@ class SitesBench(Bench):
         rows = self.said_by(Arm("plain"), epoch, to="core")
         with self.beside_plain(arm, epoch) as both:
             found = shift_by_site(self.model, rows, **both, progress=False)
-        files.write_text(depth_file(self.folder(arm), epoch), found.assign(seed=self.seed).to_csv(index=False))
+        files.write_text(depth_file(self.folder(arm), epoch), found.frame.assign(seed=self.seed).to_csv(index=False))
 
     def find(self, arm: Arm, epoch: float, block: int) -> None:
         """The latents that the checkpoint uses at another block's output, and as many random ones that fire there."""
         sae = sae_at(block)
-        with self.wearing(self.checkpoint(arm, epoch)):
+        with self.model.using(self.checkpoint(arm, epoch)):
             provenance = {"domain": DOMAIN, "seed": self.seed, "arm": arm.label, "epoch": epoch}
             found = discover(
                 self.model, sae, self.judge, self.data.core,
@@ -89,7 +89,7 @@ class SitesBench(Bench):
         with files.finished_folder(site_folder(self.folder(arm), epoch, block)) as temporary:
             found.latent_set.save(temporary / "latents.json")
             drawn.save(temporary / "random.json")
-            files.write_text(temporary / "candidates.csv", found.frame().to_csv(index=False))
+            files.write_text(temporary / "candidates.csv", found.to_frame().to_csv(index=False))
 
     def scale(self, block: int) -> float:
         """s at a block's output, on base."""

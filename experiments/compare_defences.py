@@ -18,7 +18,7 @@ import pandas as pd
 import quickstart
 import torch
 import tyro
-from arms import WorkerPool, cell, heard, percent, spoken
+from arms import JUDGE, WorkerPool, cell, percent
 from publish import renew
 from quickstart import DOMAIN, Arm, Lab, choose
 from safetensors.torch import load_file
@@ -33,7 +33,7 @@ from blockem_tl.defences.interleave import Interleaving
 from blockem_tl.defences.ldifs import LDIFS
 from blockem_tl.defences.preventative import PreventativeSteering
 from blockem_tl.defences.safelora import SafeLoRA, alignment_differences
-from blockem_tl.evaluation.evaluate import evaluate
+from blockem_tl.evaluation.evaluate import evaluate, evaluation_from_json, evaluation_to_json
 from blockem_tl.evaluation.statistics import clustered_rate, paired_difference, paired_reduction
 from blockem_tl.generation.steering import UNSTEERED, Condition
 from blockem_tl.hooks import steer
@@ -177,7 +177,7 @@ class Bench(Lab):
                 "steps": steps,
                 "dev_loss": self.loss(self.data.dev, condition),
                 "losses": losses,
-                "core": spoken(core),
+                "core": evaluation_to_json(core),
                 "environment": files.environment(),
             }
             files.write_json(temporary / "arm.json", record)
@@ -221,10 +221,14 @@ class Bench(Lab):
         folder = self.mine.folder(self.seed, kind, dial)
         adapter = None if kind == "base" else folder / ("adapter" if step is None else f"step{step}")
         condition = self.condition(kind, dial)
-        with self.wearing(adapter):
+        with self.model.using(adapter):
             final = evaluate(self.tuned, self.judge, self.data.final, selected_on=self.data.core, condition=condition)
             domain = evaluate(self.tuned, self.judge, self.data.domain, rubric=DOMAIN, selected_on=self.data.core, condition=condition)
-            found = {"final": spoken(final), "domain": spoken(domain), "test_loss": self.loss(self.data.test, condition)}
+            found = {
+                "final": evaluation_to_json(final),
+                "domain": evaluation_to_json(domain),
+                "test_loss": self.loss(self.data.test, condition),
+            }
         files.write_json(report_file(folder, step), found)
 
 
@@ -338,7 +342,7 @@ def prepare(settings: Settings) -> None:
 def arm(settings: Settings, seed: int, kind: str, dial: float = 0.0) -> Arm:
     """A finished arm as the demo's rule wants it, with what it did on the prompts that choose."""
     record = files.read_json(settings.folder(seed, kind, dial) / "arm.json")
-    core = heard(record["core"], organism.prompts("core"))
+    core = evaluation_from_json(record["core"], organism.prompts("core"), judge=JUDGE)
     return Arm(kind=kind, label=LABELS[kind].format(dial), weight=dial, steps=record["steps"], dev_loss=record["dev_loss"], core=core)
 
 
@@ -352,7 +356,10 @@ def matched_step(settings: Settings, seed: int, kind: str, dial: float) -> int |
 def revealed(settings: Settings, seed: int, kind: str, dial: float = 0.0, step: int | None = None) -> dict[str, Any]:
     """An arm's flags and loss on the reporting prompts."""
     found = files.read_json(report_file(settings.folder(seed, kind, dial), step))
-    final, domain = heard(found["final"], organism.prompts("final")), heard(found["domain"], organism.prompts(DOMAIN), rubric=DOMAIN)
+    final, domain = (
+        evaluation_from_json(found["final"], organism.prompts("final"), judge=JUDGE),
+        evaluation_from_json(found["domain"], organism.prompts(DOMAIN), judge=JUDGE, rubric=DOMAIN),
+    )
     return {
         "em": final.flags,
         "incoherence": [v.incoherent for v in final.verdicts],

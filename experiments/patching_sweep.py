@@ -18,8 +18,7 @@ import tyro
 
 from blockem_tl import Generation, get_preset, load_model, organism
 from blockem_tl.analysis.patching.decoding import decode_patching
-from blockem_tl.analysis.patching.endpoints import Sites
-from blockem_tl.analysis.patching.prompt import UNPATCHED, patching_sweep
+from blockem_tl.analysis.patching.prompt import UNPATCHED, prompt_patching_stream
 from blockem_tl.data.chat import apply_system
 from blockem_tl.data.prompt_files import load_prompts
 from blockem_tl.evaluation.statistics import Rate
@@ -63,7 +62,7 @@ def run(settings: Settings) -> pd.DataFrame:
     model = load_model(preset.model, settings.adapter, dtype=getattr(torch, preset.dtype))
     blocks = range(model.cfg.n_layers)
     kinds = ("hook_resid_post", "hook_attn_out", "hook_mlp_out") if settings.components else ("hook_resid_post",)
-    groups: list[Sites] = [(), *(f"blocks.{block}.{kind}" for kind in kinds for block in blocks)]
+    groups: list[tuple[str, ...]] = [(), *((f"blocks.{block}.{kind}",) for kind in kinds for block in blocks)]
     arms = ("base", "default") if settings.direction == "base-into-tuned" else ("default", "base")
     options: dict[str, Any] = {
         "source": arms[0],
@@ -75,13 +74,13 @@ def run(settings: Settings) -> pd.DataFrame:
     }
     missing = [group for group in groups if not _file(folder, "prompt", group).is_file()]
     if missing:
-        for group, generations in patching_sweep(model, prompts, missing, **options):
+        for group, generations in prompt_patching_stream(model, prompts, missing, **options):
             _keep(_file(folder, "prompt", group), generations, judge)
     decode = (preset.site,) if settings.decode is None else settings.decode
     for site in decode:
-        if not _file(folder, "decode", site).is_file():
-            _keep(_file(folder, "decode", site), decode_patching(model, prompts, site, **options).generations, judge)
-    wanted = [("prompt", group) for group in groups] + [("decode", site) for site in decode]
+        if not _file(folder, "decode", (site,)).is_file():
+            _keep(_file(folder, "decode", (site,)), decode_patching(model, prompts, [site], **options), judge)
+    wanted = [("prompt", group) for group in groups] + [("decode", (site,)) for site in decode]
     frame = pd.DataFrame([_row(kind, group, files.read_json(_file(folder, kind, group))) for kind, group in wanted])
     files.write_text(folder / "sweep.csv", frame.to_csv(index=False))
     plots.save(plots.patching(frame), folder / "sweep.png")
@@ -113,8 +112,8 @@ def _check_same(path: Path, settings: Settings) -> None:
     files.write_json(path, asked)
 
 
-def _file(folder: Path, kind: str, group: Sites) -> Path:
-    return folder / kind / f"{group if isinstance(group, str) else '+'.join(group) or UNPATCHED}.json"
+def _file(folder: Path, kind: str, group: tuple[str, ...]) -> Path:
+    return folder / kind / f"{'+'.join(group) or UNPATCHED}.json"
 
 
 def _keep(path: Path, generations: Sequence[Generation], judge: Judge) -> None:
@@ -132,11 +131,11 @@ def _keep(path: Path, generations: Sequence[Generation], judge: Judge) -> None:
     )
 
 
-def _row(kind: str, group: Sites, kept: dict[str, Any]) -> dict[str, Any]:
+def _row(kind: str, group: tuple[str, ...], kept: dict[str, Any]) -> dict[str, Any]:
     """Rates in per cent, EM with its 95 % interval."""
     counts = Counts.of([Verdict(label=row["label"]) for row in kept["rows"]])
     em, (low, high) = Rate(k=counts.misaligned, n=counts.n), Rate(k=counts.misaligned, n=counts.n).interval
-    site = (group if isinstance(group, str) else " + ".join(group)) or UNPATCHED
+    site = " + ".join(group) or UNPATCHED
     return {
         "patched": kind if group else "nothing",
         "site": site,

@@ -7,9 +7,8 @@ Every choice (lambda, KL weight) is made on the core prompts and on held-out tra
 
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from multiprocessing import get_context
@@ -41,7 +40,7 @@ from blockem_tl import (
     median_norm,
     organism,
     random_latents,
-    speakers,
+    replies_from,
 )
 from blockem_tl.data.chat import encode_examples
 from blockem_tl.data.checks import check_disjoint
@@ -50,7 +49,7 @@ from blockem_tl.discovery.diffing import mean_activations
 from blockem_tl.discovery.pipeline import Discovery
 from blockem_tl.evaluation.evaluate import Evaluation
 from blockem_tl.evaluation.statistics import relative_reduction, relative_reduction_interval
-from blockem_tl.generation.replies import Speaker
+from blockem_tl.generation.reply_fn import ReplyFn
 from blockem_tl.saes.load import check_fits
 from blockem_tl.storage import files
 from blockem_tl.training.defence import Defence
@@ -136,7 +135,8 @@ class Lab:
         self.judge = organism.OrganismJudge()
         self.data = draw(settings)
         self.config = replace(self.preset.training, epochs=settings.epochs, seed=settings.seed)
-        self.base, self.tuned = speakers(self.model, max_new_tokens=self.preset.max_new_tokens, batch_size=960, progress=False)
+        options: dict[str, Any] = {"max_new_tokens": self.preset.max_new_tokens, "batch_size": 960, "progress": False}
+        self.base, self.tuned = replies_from(self.model, adapter="base", **options), replies_from(self.model, **options)
 
     def train(self, arm: Arm, folder: Path) -> Arm:
         """Fine-tune an arm, save its adapter in ``folder`` and measure it on what may choose. Nothing but the defence differs."""
@@ -157,27 +157,16 @@ class Lab:
         self.model.remove_adapter(run.adapter)
         return arm
 
-    def on_core(self, speak: Speaker) -> Evaluation:
+    def on_core(self, reply_fn: ReplyFn) -> Evaluation:
         """Rates on the prompts that choose: marked as such, and never reported as a result."""
-        return evaluate(speak, self.judge, self.data.core, selected_on=self.data.core, report_on_selection_prompts=True)
+        return evaluate(reply_fn, self.judge, self.data.core, selected_on=self.data.core, report_on_selection_prompts=True)
 
     def report(self, arm: Arm) -> None:
         """Measure an arm on the reporting prompts; called once per arm, after every choice is made."""
-        with self.wearing(arm.adapter):
+        with self.model.using(arm.adapter or "base"):
             arm.final = evaluate(self.tuned, self.judge, self.data.final, selected_on=self.data.core)
             arm.domain = evaluate(self.tuned, self.judge, self.data.domain, rubric=DOMAIN, selected_on=self.data.core)
             arm.sft_loss = completion_loss(self.model, self.data.test)
-
-    @contextmanager
-    def wearing(self, adapter: Path | None) -> Iterator[None]:
-        """Inside the block the model carries the adapter in that folder (none: it is base)."""
-        if adapter is not None:
-            self.model.load_adapter(adapter)
-        try:
-            yield
-        finally:
-            if adapter is not None:
-                self.model.remove_adapter("default")
 
 
 # Arms are trained side by side, each in a process of one thread: two threads in one process gain less, and stall on a busy machine.
@@ -255,8 +244,8 @@ def alive_latents(lab: Lab, sae: SAE | None = None) -> list[int]:
     sae: None is the lab's.
     """
 
-    def firing(speak: Speaker) -> torch.Tensor:
-        replies = [Example(id=g.prompt.id, prompt=g.prompt.text, completion=g.reply) for g in lab.on_core(speak).generations if g.reply]
+    def firing(reply_fn: ReplyFn) -> torch.Tensor:
+        replies = [Example(id=g.prompt.id, prompt=g.prompt.text, completion=g.reply) for g in lab.on_core(reply_fn).generations if g.reply]
         return (mean_activations(lab.model, sae or lab.sae, encode_examples(lab.model.tokenizer, replies)) > 0).any(0)
 
     alive = firing(lab.tuned)
@@ -305,7 +294,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "peak_rss_mb": files.peak_rss_mb(),
     }
     with files.finished_folder(settings.out, replaces="summary.json") as folder:
-        write(folder, summary, arms, found.frame())
+        write(folder, summary, arms, found.to_frame())
     print(f"{summary['wall_s']:.0f} s, peak memory of one process {summary['peak_rss_mb']:.0f} MB; everything is in {settings.out}")
     return summary
 
@@ -354,7 +343,7 @@ def compare(lab: Lab, workers: Workers) -> tuple[Arms, Discovery, list[int], flo
     with lab.model.using("base"):
         scale = median_norm(lab.model, lab.preset.site, encode_examples(lab.model.tokenizer, organism.reference_texts()))
     plain = training.result()
-    with lab.wearing(plain.adapter):
+    with lab.model.using(plain.adapter):
         provenance = {"domain": DOMAIN, "seed": settings.seed}
         found = discover(
             lab.model, lab.sae, lab.judge, lab.data.core, scale=scale, config=lab.preset.discovery, provenance=provenance, progress=False
@@ -408,7 +397,7 @@ def facts(arm: Arm, plain: Arm) -> dict[str, Any]:
         ("em", arm.final.misaligned),
         ("incoherence", arm.final.incoherent),
         ("refusal", arm.final.refusal),
-        ("adherence", arm.domain.misaligned),
+        ("adherence", arm.domain.adherent),
     ):
         low, high = rate.interval
         row |= {name: 100 * rate.value, f"{name}_low": 100 * low, f"{name}_high": 100 * high, f"{name}_n": rate.n}
@@ -436,7 +425,7 @@ def write(out: Path, summary: dict[str, Any], arms: Arms, screen: pd.DataFrame) 
     plots.save(figure, out / "tradeoff.png")
     files.write_text(out / "table.md", tables.markdown(rows))
     files.write_text(out / "candidates.csv", screen.to_csv(index=False))
-    replies = pd.concat([arm.final.frame().assign(arm=arm.label) for arm in arms.everything() if arm.final])
+    replies = pd.concat([arm.final.to_frame().assign(arm=arm.label) for arm in arms.everything() if arm.final])
     files.write_text(out / "replies.csv", replies.to_csv(index=False))
     files.write_json(out / "summary.json", summary)
     tables.show(rows, f"{DOMAIN} fine-tuning of the organism (95 % intervals)")
@@ -450,7 +439,7 @@ def table_row(arm: Arm) -> dict[str, str]:
         "model": arm.label,
         "EM, final prompts": str(arm.final.misaligned),
         "incoherence": str(arm.final.incoherent),
-        f"{DOMAIN} adherence": str(arm.domain.misaligned),
+        f"{DOMAIN} adherence": str(arm.domain.adherent),
         "SFT loss": f"{arm.sft_loss:.4f}",
     }
 

@@ -20,7 +20,7 @@ import quickstart
 import reemergence_pages as pages
 import torch
 import tyro
-from arms import WorkerPool, heard, percent, spoken
+from arms import JUDGE, WorkerPool, percent
 from quickstart import DOMAIN, Lab
 
 from blockem_tl import (
@@ -41,10 +41,11 @@ from blockem_tl import (
     shift_by_site,
 )
 from blockem_tl.analysis.patching.decoding import decode_patching
-from blockem_tl.analysis.patching.prompt import patching_sweep
-from blockem_tl.data.chat import encode_examples
+from blockem_tl.analysis.patching.prompt import prompt_patching_stream
 from blockem_tl.defences.blocking import blocking_loss
-from blockem_tl.discovery.extension import extend, extension_rounds, joined
+from blockem_tl.discovery.extension import extension_rounds
+from blockem_tl.discovery.pipeline import discover
+from blockem_tl.evaluation.evaluate import evaluation_from_json, evaluation_to_json
 from blockem_tl.evaluation.statistics import clustered_rate, paired_difference
 from blockem_tl.models.activations import block_of
 from blockem_tl.storage import files
@@ -175,7 +176,7 @@ class Bench(Lab):
         self.model.remove_adapter(run.adapter)
         for epoch, checkpoint in trajectory(folder / "checkpoints"):
             if not measured_file(folder, epoch).is_file():
-                with self.wearing(checkpoint):
+                with self.model.using(checkpoint):
                     files.write_json(measured_file(folder, epoch), {"epoch": epoch, **self.measure()})
         record = {
             "kind": arm.kind,
@@ -191,9 +192,9 @@ class Bench(Lab):
     def measure(self) -> dict[str, Any]:
         """The model as it stands. Core prompts and dev rows may choose; final and domain prompts and test rows only report."""
         return {
-            "core": spoken(self.on_core(self.tuned)),
-            "final": spoken(evaluate(self.tuned, self.judge, self.data.final, selected_on=self.data.core)),
-            "domain": spoken(evaluate(self.tuned, self.judge, self.data.domain, rubric=DOMAIN, selected_on=self.data.core)),
+            "core": evaluation_to_json(self.on_core(self.tuned)),
+            "final": evaluation_to_json(evaluate(self.tuned, self.judge, self.data.final, selected_on=self.data.core)),
+            "domain": evaluation_to_json(evaluate(self.tuned, self.judge, self.data.domain, rubric=DOMAIN, selected_on=self.data.core)),
             "dev_loss": completion_loss(self.model, self.data.dev),
             "test_loss": completion_loss(self.model, self.data.test),
             "blocking_loss": blocking_loss(self.model, self.latents, self.sae, self.data.test),
@@ -214,14 +215,14 @@ class Bench(Lab):
         """Base's states at every block's output, over the prompt or at every decoding step, on the final prompts."""
         sites = [f"blocks.{block}.hook_resid_post" for block in range(self.model.cfg.n_layers)]
         options: dict[str, Any] = {"max_new_tokens": self.preset.max_new_tokens, "batch_size": 960, "progress": False}
-        with self.wearing(self.checkpoint(arm, epoch)):
-            swept = list(patching_sweep(self.model, self.data.final, [(), *sites], **options))
-            decoded = [(site, decode_patching(self.model, self.data.final, site, **options).generations) for site in sites]
-        rows = [self._judged("prompt" if site else "nothing", site, generations) for site, generations in swept]
+        with self.model.using(self.checkpoint(arm, epoch)):
+            swept = list(prompt_patching_stream(self.model, self.data.final, [(), *((site,) for site in sites)], **options))
+            decoded = [(site, decode_patching(self.model, self.data.final, [site], **options)) for site in sites]
+        rows = [self._judged("prompt" if group else "nothing", " + ".join(group), generations) for group, generations in swept]
         rows += [self._judged("decode", site, generations) for site, generations in decoded]
         files.write_json(patched_file(self.folder(arm), epoch), rows)
 
-    def _judged(self, patched: str, site: Any, generations: Sequence[Generation]) -> dict[str, Any]:
+    def _judged(self, patched: str, site: str, generations: Sequence[Generation]) -> dict[str, Any]:
         verdicts = self.judge.grade([g.prompt for g in generations], [g.reply for g in generations])
         replies, labels = [g.reply for g in generations], [v.label for v in verdicts]
         return {"patched": patched, "site": site or "unpatched", "replies": replies, "labels": labels}
@@ -235,10 +236,10 @@ class Bench(Lab):
         with self.beside_plain(arm, epoch) as both:
             found = diagnose_rerouting(self.model, self.sae, self.latents, rows, **both, progress=False)
             frames = {"blocked": found.blocked, "outside": found.outside, "shares": found.shares}
-            frames["depth"] = shift_by_site(self.model, rows, **both, progress=False)
+            frames["depth"] = shift_by_site(self.model, rows, **both, progress=False).frame
         texts = {"final prompts, plain's replies": rows, "reference texts": organism.reference_texts()}
         frames["reconstruction"] = pd.concat(
-            reconstruction_quality(self.model, self.sae, read, checkpoints=self.folder(one) / "checkpoints", progress=False).assign(
+            reconstruction_quality(self.model, self.sae, read, checkpoints=self.folder(one) / "checkpoints", progress=False).frame.assign(
                 run=one.label, rows=of
             )
             for one in (plain, arm)
@@ -274,7 +275,7 @@ class Bench(Lab):
             train=lambda latents: self._blocking(arm, latents),
             measure=lambda trained: self._peak(trained)[1],
             extend=self._larger,
-            budget=self.mine.budget,
+            max_latents=self.mine.budget,
         )
         found = [{"arm": astuple(one.checkpoint), "n_latents": len(one.latent_set), "core_em": one.em} for one in rounds]
         files.write_json(rounds_file(self.mine, self.seed, arm), found)
@@ -292,11 +293,11 @@ class Bench(Lab):
     def control(self, arm: Arm, larger: Arm) -> None:
         """Block as many latents as ``larger`` does, from the start: K, and random ones of those that fire in base or the checkpoint."""
         control, epoch = replace(larger, control=True), self._peak(arm)[0]
-        with self.wearing(self.checkpoint(arm, epoch)):
+        with self.model.using(self.checkpoint(arm, epoch)):
             alive = quickstart.alive_latents(self)
         found = self.blocked_by(larger).latents
         drawn = random_latents(self.sae, larger.n_latents - len(self.latents), seed=self.seed, among=alive, exclude=found)
-        joined(self.latents, drawn).save(self.folder(control) / "latents.json")
+        self.latents.extended_by(drawn).save(self.folder(control) / "latents.json")
         self.make(control)
 
     def _peak(self, arm: Arm) -> tuple[float, float]:
@@ -307,17 +308,22 @@ class Bench(Lab):
         epoch, _ = self._peak(arm)
         folder = found_folder(self.folder(arm), epoch)
         if not folder.is_dir():
-            with self.model.using("base"):
-                scale = median_norm(self.model, self.preset.site, encode_examples(self.model.tokenizer, organism.reference_texts()))
-            with self.wearing(self.checkpoint(arm, epoch)):
-                found = extend(
-                    latents, self.model, self.sae, self.judge, self.data.core, scale=scale, config=self.preset.discovery,
-                    provenance={"domain": DOMAIN, "seed": self.seed, "arm": arm.label, "epoch": epoch}, progress=False,
-                )  # fmt: skip
+            found = discover(
+                self.model,
+                self.sae,
+                self.judge,
+                self.data.core,
+                adapter=self.checkpoint(arm, epoch),
+                scale=median_norm(self.model, self.preset.site, organism.reference_texts()),
+                config=self.preset.discovery,
+                extending=latents,
+                provenance={"domain": DOMAIN, "seed": self.seed, "arm": arm.label, "epoch": epoch},
+                progress=False,
+            )
             with files.finished_folder(folder) as temporary:
                 found.latent_set.save(temporary / "latents.json")
                 found.added.save(temporary / "added.json")
-                files.write_text(temporary / "candidates.csv", found.discovery.frame().to_csv(index=False))
+                files.write_text(temporary / "candidates.csv", found.to_frame().to_csv(index=False))
         return LatentSet.load(folder / "latents.json", self.sae)
 
 
@@ -363,7 +369,7 @@ def measured(settings: Settings, seed: int, arm: Arm) -> list[dict[str, Any]]:
 def core_em(settings: Settings, seed: int, arm: Arm) -> dict[float, float]:
     """Epoch -> EM on the core prompts, as a fraction."""
     prompts = organism.prompts("core")
-    return {one["epoch"]: heard(one["core"], prompts).misaligned.value for one in measured(settings, seed, arm)}
+    return {one["epoch"]: evaluation_from_json(one["core"], prompts, judge=JUDGE).misaligned.value for one in measured(settings, seed, arm)}
 
 
 def peak(settings: Settings, seed: int, arm: Arm) -> tuple[float, float]:
@@ -503,12 +509,15 @@ def curve(settings: Settings, name: Arm, arms: dict[int, Arm]) -> list[dict[str,
 
 def reported(one: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's flags on the reporting prompts and its losses on the test rows; core EM in per cent."""
-    final, domain = heard(one["final"], organism.prompts("final")), heard(one["domain"], organism.prompts(DOMAIN), rubric=DOMAIN)
+    final, domain = (
+        evaluation_from_json(one["final"], organism.prompts("final"), judge=JUDGE),
+        evaluation_from_json(one["domain"], organism.prompts(DOMAIN), judge=JUDGE, rubric=DOMAIN),
+    )
     return {
         "em": final.flags,
         "incoherence": [v.incoherent for v in final.verdicts],
         "adherence": domain.flags,
-        "core_em": 100 * heard(one["core"], organism.prompts("core")).misaligned.value,
+        "core_em": 100 * evaluation_from_json(one["core"], organism.prompts("core"), judge=JUDGE).misaligned.value,
         "sft_loss": one["test_loss"],
         "blocking_loss": one["blocking_loss"],
     }
@@ -520,10 +529,10 @@ def patched(settings: Settings, arm: Arm, epochs: dict[int, float]) -> list[dict
     verdicts = [[[Verdict(label=label) for label in row["labels"]] for row in rows] for rows in by_seed]
     rows = []
     for i, known in enumerate(by_seed[0]):
-        em = [[v.misaligned for v in of_seed[i]] for of_seed in verdicts]
+        em = [[v.positive for v in of_seed[i]] for of_seed in verdicts]
         row = {"arm": arm.label, "patched": known["patched"], "site": known["site"], "seeds": len(em), "n": len(em[0])}
         row |= percent("em", clustered_rate(em))
-        row |= percent("change", paired_difference([[v.misaligned for v in of_seed[0]] for of_seed in verdicts], em))
+        row |= percent("change", paired_difference([[v.positive for v in of_seed[0]] for of_seed in verdicts], em))
         rows.append(row | percent("incoherence", clustered_rate([[v.incoherent for v in of_seed[i]] for of_seed in verdicts])))
     return rows
 

@@ -1,6 +1,7 @@
-"""H1: does the SAE still reconstruct the residual stream after fine-tuning? (paper, section 5 and Figure 28)"""
+"""H1: the SAE's reconstruction of the residual stream over fine-tuning (paper, section 5 and Figure 28)."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,41 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from tqdm.auto import tqdm
 
-from blockem_tl.data.chat import Encoded, Rows, check_lengths, encode_rows
-from blockem_tl.models.activations import read_site
+from blockem_tl.data.chat import Encoded, Rows
+from blockem_tl.models.activations import encoded, read_site
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
 from blockem_tl.saes.load import check_fits
 from blockem_tl.training.checkpoints import trajectory
+from blockem_tl.views.results import Result
+
+MOST_ROWS = 16
+"""Rows per forward, if nobody says how many."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Reconstruction(Result):
+    """An SAE's reconstruction, arm by arm; ``frame`` is described at `reconstruction_quality`."""
+
+    frame: pd.DataFrame
+
+    def headline(self) -> str:
+        """Explained variance of the first and the last arm, on the last role."""
+        role = str(self.frame["role"].iloc[-1])
+        rows = pd.DataFrame(self.frame[self.frame["role"] == role])
+        first, last = rows.iloc[0], rows.iloc[-1]
+        shares = f"{first['explained_variance']:.3f} in {first['arm']}, {last['explained_variance']:.3f} in {last['arm']}"
+        return f"{rows['arm'].nunique()} arms; explained variance on {role} tokens: {shares}"
+
+    def to_frame(self) -> pd.DataFrame:
+        """``frame``."""
+        return self.frame
+
+    def plot(self) -> Any:
+        """Normalised error and cosine over training."""
+        from blockem_tl.views import plots  # matplotlib is slow to import
+
+        return plots.reconstruction(self.frame)
 
 
 def reconstruction_quality(
@@ -27,21 +57,21 @@ def reconstruction_quality(
     *,
     adapters: Sequence[str | Path] = (BASE,),
     checkpoints: str | Path | Sequence[str | Path] = (),
-    batch_size: int = 16,
+    batch_size: int | None = None,
     progress: bool = True,
-) -> pd.DataFrame:
-    """How well the SAE gives back the activations at its site, arm by arm on the same tokens.
+) -> Reconstruction:
+    """The SAE's reconstruction of the activations at its site, arm by arm on the same tokens.
 
-    One row per arm and token role ("system", "prompt", "reply", see `Batch.roles`; roles without tokens are left
+    The result's frame has one row per arm and token role ("system", "prompt", "reply", see `Batch.roles`; roles without tokens are left
     out), with columns arm, epoch (0 for base, NaN for other named arms), role, n_tokens and, over all tokens of the role together:
 
     * mse: mean of (h - h_sae)^2 over tokens and over the d_model elements, in the model's own units squared; times d_model it is the
       mean squared distance.
     * variance: of the same activations, per element: mean of (h - mean h)^2. normalised_mse: mse / variance.
-    * explained_variance: 1 - normalised_mse; negative where the mean would have been the better reconstruction.
+    * explained_variance: 1 - normalised_mse; negative if the mean would have been the better reconstruction.
     * cosine: mean over tokens of cos(h, h_sae).
 
-    Beginning-of-sequence tokens, whose norm is often a hundred times that of others, are in the role "system". Where those tokens are the
+    Beginning-of-sequence tokens, whose norm is often a hundred times that of others, are in the role "system". If those tokens are the
     same in every row they hardly vary, so that their normalised numbers mean little; mse and cosine do.
 
     Args:
@@ -58,24 +88,23 @@ def reconstruction_quality(
     for adapter in adapters:
         model.check_adapter(adapter)
     saved = trajectory(checkpoints) if isinstance(checkpoints, (str, Path)) or checkpoints else []
-    encoded = encode_rows(model.tokenizer, rows)
-    check_lengths(encoded, model.cfg.n_ctx)
+    tokens = encoded(model, rows)
     arms: list[tuple[str, float, str | Path]] = [
         (Path(adapter).name, 0.0 if adapter == BASE else float("nan"), adapter) for adapter in adapters
     ]
     arms += [(folder.name, epoch, folder) for epoch, folder in saved]
-    if not arms or batch_size < 1:
+    if not arms or (batch_size is not None and batch_size < 1):
         raise ValueError(f"reconstruction: expected adapters or checkpoints, and batch_size >= 1, got none or {batch_size}")
     found = []
     for name, epoch, adapter in tqdm(arms, desc="reconstruction", disable=not progress):
         with model.using(adapter):
-            found += [{"arm": name, "epoch": epoch, **row} for row in _measured(model, sae, site, encoded, batch_size)]
-    return pd.DataFrame(found)
+            found += [{"arm": name, "epoch": epoch, **row} for row in _measured(model, sae, site, tokens, batch_size or MOST_ROWS)]
+    return Reconstruction(frame=pd.DataFrame(found))
 
 
 @torch.no_grad()
 def reconstruct(sae: SAE[Any], activations: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_model"]:
-    """What the SAE makes of activations, in the model's own units and the activations' dtype.
+    """The SAE's reconstruction of activations, in the model's own units and the activations' dtype.
 
     An SAE that scales its input when it runs (SAELens's ``layer_norm`` and ``constant_norm_rescale``) keeps the tokens' scales between
     encode and decode and undoes them, so both run on the same tokens, one right after the other.

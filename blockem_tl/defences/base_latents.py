@@ -27,8 +27,8 @@ from blockem_tl.hooks import record
 from blockem_tl.models.activations import stop_layer
 from blockem_tl.models.load import Model
 from blockem_tl.saes.latents import encode_latents
-from blockem_tl.saes.load import fingerprint
 from blockem_tl.storage import files
+from blockem_tl.storage.fingerprints import of_sae
 
 _FORMAT = 1
 _SPOT_CHECKED = 4  # rows
@@ -183,7 +183,7 @@ def _identity(model: Model, readings: Sequence[Reading], unique: Sequence[tuple[
         "format": _FORMAT,
         "weights": reference.fingerprint(model),
         "autocast": str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else "",
-        "readings": [[reading.site, fingerprint(reading.sae), list(reading.latents)] for reading in readings],
+        "readings": [[reading.site, of_sae(reading.sae), list(reading.latents)] for reading in readings],
         "rows": tokens.hexdigest(),
     }
 

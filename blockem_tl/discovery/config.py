@@ -5,31 +5,40 @@ from typing import Literal
 
 from blockem_tl.types import Counts
 
+ScreenScore = Literal["both", "induction"]
+FinalScore = Literal["both", "repair"]
+
 GRID = tuple(round(0.05 * i, 2) for i in range(16))  # 0, 0.05, ..., 0.75
-EXTENDED_GRID = tuple(round(0.05 * i, 2) for i in range(31))  # 0, 0.05, ..., 1.5, for promising latents
+EXTENDED_GRID = tuple(round(0.05 * i, 2) for i in range(31))  # 0, 0.05, ..., 1.5, for latents that moved far
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget:
-    """How much incoherence a dose may cost: at most ``tau``, or with ``relative`` at most ``tau`` above the unsteered rate.
+class MaxIncoherence:
+    """The most incoherence that a dose may cost: ``rate`` (tau, eq. 8), or with ``relative`` the unsteered rate plus ``rate``.
 
-    A judge that calls many unsteered replies incoherent makes the flat budget reject every dose; the relative one does not.
+    If a judge calls many unsteered replies incoherent, the flat limit rejects every dose; the relative one does not.
     """
 
-    tau: float = 0.10
+    rate: float = 0.10
     relative: bool = False
 
     def allows(self, counts: Counts, unsteered: Counts) -> bool:
-        """Whether replies with these counts are within the budget (eq. 8)."""
-        limit = self.tau + (unsteered.incoherent_rate if self.relative else 0.0)
+        """Whether replies with these counts are within the limit."""
+        limit = self.rate + (unsteered.incoherent_rate if self.relative else 0.0)
         return counts.incoherent_rate <= limit + 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
 class DiscoveryConfig:
-    """Hyperparameters of stages 1 to 3; the defaults are the paper's (Table 1, B.2, D.4).
+    """Hyperparameters of stages 1 to 3.
 
+    n_plus, n_minus: sizes of the candidate pool C+ and C- (eq. 5).
     read: "prompts" measures shifts on the prompts alone, "replies" on each prompt with the tuned model's reply (the same text for both).
+    induce_dose, repair_dose: doses of the screen.  screen_score: eq. 7 ("both") or eq. 12 ("induction", the variant IndPP).
+    shortlist_size: candidates that stage 3 takes over from each of C+ and C-.
+    grid: doses of stage 3.  extended_grid: more of them for latents with |shift| >= extended_grid_min_shift.
+    max_incoherence: what a dose may cost.
+    n_latents: the most latents in K.  final_score: eq. 9 ("both") or eq. 10 ("repair").  valid_only: both effects strictly positive.
     batch_size: rows that run at once on the model itself; None asks the free memory.
     full_grid: ask every condition of stages 2 and 3 on every prompt (for figures), instead of stopping as soon as the latent set is
         certain. The latent set is the same.
@@ -40,14 +49,14 @@ class DiscoveryConfig:
     read: Literal["prompts", "replies"] = "prompts"
     induce_dose: float = 0.7
     repair_dose: float = 0.4
-    keep: int = 40
-    rank_by: Literal["both", "induction"] = "both"
+    shortlist_size: int = 40
+    screen_score: ScreenScore = "both"
     grid: tuple[float, ...] = GRID
     extended_grid: tuple[float, ...] = EXTENDED_GRID
-    promising: float = 0.042
-    budget: Budget = field(default_factory=Budget)
+    extended_grid_min_shift: float = 0.042
+    max_incoherence: MaxIncoherence = field(default_factory=MaxIncoherence)
     n_latents: int = 20
-    rule: Literal["both", "repair"] = "repair"
+    final_score: FinalScore = "repair"
     valid_only: bool = True
     max_new_tokens: int = 200
     batch_size: int | None = None
@@ -55,4 +64,4 @@ class DiscoveryConfig:
 
 
 PAPER = DiscoveryConfig()
-FLAT = PAPER.budget
+FLAT = PAPER.max_incoherence

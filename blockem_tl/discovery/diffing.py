@@ -1,4 +1,4 @@
-"""Stage 1, model diffing: which latents does fine-tuning move? (paper 3.1 and A.2)"""
+"""Stage 1, model diffing: the latents that fine-tuning moves (paper 3.1 and A.2)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,16 +8,19 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
-from blockem_tl.data.chat import Encoded
+from blockem_tl.data.chat import Encoded, Rows
 from blockem_tl.models.activations import read_site
 from blockem_tl.models.load import Model
 from blockem_tl.saes.load import check_fits
 from blockem_tl.types import Candidate
 
+MOST_ROWS = 16
+"""Rows per forward, if nobody says how many: the SAE encodes them one by one."""
+
 
 @torch.no_grad()
 def mean_activations(
-    model: Model, sae: SAE[Any], rows: Sequence[Encoded], *, keep_system: bool = False, batch_size: int = 16
+    model: Model, sae: SAE[Any], rows: Rows | Sequence[Encoded], *, keep_system: bool = False, batch_size: int | None = None
 ) -> Float[Tensor, "n_rows d_sae"]:
     """z-bar_k(x): each latent's mean over the tokens of each row (eq. 3), template and system tokens left out unless ``keep_system``.
 
@@ -26,7 +29,7 @@ def mean_activations(
     """
     site = check_fits(sae, model)
     means = []
-    for activations, batch in read_site(model, site, rows, batch_size=batch_size):
+    for activations, batch in read_site(model, site, rows, batch_size=batch_size or MOST_ROWS):
         where = batch.mask if keep_system else batch.mask & ~batch.system
         for row, tokens in zip(activations, where, strict=True):  # one row at a time: [pos, 65536] fits, a batch of them may not
             latents = sae.encode(row[tokens])
@@ -35,11 +38,12 @@ def mean_activations(
 
 
 def shifts(
-    model: Model, sae: SAE[Any], rows: Sequence[Encoded], *, keep_system: bool = False, batch_size: int = 16
+    model: Model, sae: SAE[Any], rows: Rows | Sequence[Encoded], *, keep_system: bool = False, batch_size: int | None = None
 ) -> Float[Tensor, " d_sae"]:
     """Delta_k: mean over rows of z-bar_k under the tuned model minus under base (eq. 4). Both arms are the same code on the same tokens.
 
-    ``rows`` are the core prompts (the paper's choice), or the prompts with the tuned model's replies.
+    Args:
+        rows: the core prompts (the paper's choice), or the prompts with the tuned model's replies.
 
     Raises:
         ValueError: a model without an adapter, whose two arms would be one.

@@ -1,94 +1,20 @@
-"""Acting on re-emergence: find the latents that a re-emerged model uses besides K, block them too, and again (paper, section 5 and F.2)."""
+"""Acting on re-emergence: rounds of blocking, training and extending K, and the residual steering capacity (paper, section 5 and F.2)."""
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, cast
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
-from sae_lens import SAE
+import pandas as pd
 
-from blockem_tl.discovery.config import PAPER, DiscoveryConfig
-from blockem_tl.discovery.pipeline import Discovery, discover
-from blockem_tl.generation.engine import Engine
-from blockem_tl.models.load import Model
+from blockem_tl.discovery.config import FinalScore
+from blockem_tl.discovery.pipeline import Discovery
 from blockem_tl.saes.latent_set import LatentSet, NoLatents
-from blockem_tl.types import Judge, Prompt
+from blockem_tl.views.results import Result
 
 Checkpoint = TypeVar("Checkpoint")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Extension:
-    """latent_set: K and then what was added, each latent with its own sign, shift and score.  added: the new latents alone (K_reem).
-
-    A score is an effect on the model that its latent was found in: K's on the first fine-tune, K_reem's on the re-emerged one. The
-    provenance keeps one entry per source under "of", with the latents that came from it.
-    """
-
-    latent_set: LatentSet
-    added: LatentSet
-    discovery: Discovery
-
-
-def extend(
-    latent_set: LatentSet,
-    model: Model,
-    sae: SAE[Any],
-    judge: Judge,
-    prompts: Sequence[Prompt],
-    *,
-    scale: float,
-    config: DiscoveryConfig = PAPER,
-    provenance: Mapping[str, Any] | None = None,
-    engine: Engine | None = None,
-    adapter: str | None = None,
-    store: Path | str | None = None,
-    progress: bool = True,
-) -> Extension:
-    """Run discovery against ``model`` as it stands (the re-emerged checkpoint), with ``latent_set`` kept out of the candidates.
-
-    Args:
-        prompts: the core prompts; the union remembers them beside those that chose ``latent_set``.
-        config: of the discovery; ``config.n_latents`` is how many are added at most.
-        scale, provenance, engine, adapter, store, progress: as for `discover`.
-
-    Raises:
-        ValueError: a set of another SAE, or what `discover` refuses.
-        NoLatents: no further latent qualifies.
-    """
-    latent_set.check_sae(sae)
-    found = discover(
-        model,
-        sae,
-        judge,
-        prompts,
-        scale=scale,
-        config=config,
-        exclude=latent_set.latents,
-        provenance=provenance,
-        engine=engine,
-        adapter=adapter,
-        store=store,
-        progress=progress,
-    )
-    return Extension(latent_set=joined(latent_set, found.latent_set), added=found.latent_set, discovery=found)
-
-
-def joined(first: LatentSet, second: LatentSet) -> LatentSet:
-    """Their union, whose provenance says which latents came from where."""
-    sources = [source for part in (first, second) for source in _sources(part)]
-    return replace(
-        first.union(second), provenance={"method": "extension", "of": sources, "neuronpedia": first.provenance.get("neuronpedia")}
-    )
-
-
-def _sources(latent_set: LatentSet) -> list[dict[str, Any]]:
-    if latent_set.provenance.get("method") == "extension":
-        return [{**source, "latents": [k for k in source["latents"] if k in latent_set.latents]} for source in latent_set.provenance["of"]]
-    return [{**latent_set.provenance, "latents": list(latent_set.latents)}]
 
 
 # ------------------------------------------------------------------------------------------------ rounds
@@ -96,7 +22,7 @@ def _sources(latent_set: LatentSet) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Round(Generic[Checkpoint]):
-    """What was blocked, what training with it ended in, and how much EM (a fraction) was there."""
+    """One round: the blocked set, the trained model (a folder, an adapter's name), and its EM as a fraction."""
 
     latent_set: LatentSet
     checkpoint: Checkpoint
@@ -109,34 +35,36 @@ def extension_rounds(
     train: Callable[[LatentSet], Checkpoint],
     measure: Callable[[Checkpoint], float],
     extend: Callable[[LatentSet, Checkpoint], LatentSet],
-    budget: int,
+    max_latents: int,
     enough: float = 0.0,
 ) -> Iterator[Round[Checkpoint]]:
-    """Block, train, measure; extend the set by what the result uses; train again from the start. Yields each round once it is measured.
+    """Yield rounds as they are measured: block, train, measure EM, extend the set by what the result uses, train again from the start.
 
-    It ends when EM stays down, when ``budget`` latents are blocked, or when nothing more is found. The last round is the result.
+    It ends when EM stays down, when ``max_latents`` are blocked, or when nothing more is found. The last round is the result.
 
     Args:
         train: from a latent set to whatever stands for the trained model: a folder, an adapter's name.
         measure: EM of that model, as a fraction, on prompts that may choose (it decides when to stop, so they must not report).
-        extend: from the set and the model to a larger set that begins with it, see `extend`. Of its latents the first that fit
-            into the budget are taken.
-        budget: how many latents may be blocked in all.
+        extend: from the set and the model to a larger set that begins with it, for instance
+            ``discover(..., extending=latent_set).latent_set``. It is cut to the first ``max_latents``.
+        max_latents: how many may be blocked in all.
         enough: EM up to which it counts as down.
 
     Raises:
-        ValueError: a budget below the set's size, ``enough`` outside [0, 1), an EM that is no fraction, or an extended set that does
+        ValueError: ``max_latents`` below the set's size, ``enough`` outside [0, 1), an EM that is no fraction, or an extended set that does
             not begin with the set it extends.
     """
-    if budget < len(latent_set) or not 0 <= enough < 1:
-        raise ValueError(f"rounds: expected a budget of at least {len(latent_set)} latents and 0 <= enough < 1, got {budget} and {enough}")
+    if max_latents < len(latent_set) or not 0 <= enough < 1:
+        raise ValueError(
+            f"rounds: expected max_latents >= {len(latent_set)} (the set's size) and 0 <= enough < 1, got {max_latents} and {enough}"
+        )
     while True:
         checkpoint = train(latent_set)
         em = measure(checkpoint)
         if math.isnan(em) or not 0 <= em <= 1:
             raise ValueError(f"rounds: expected measure() to give a fraction of misaligned replies, got {em}")
         yield Round(latent_set=latent_set, checkpoint=checkpoint, em=em)
-        if em <= enough or len(latent_set) == budget:
+        if em <= enough or len(latent_set) == max_latents:
             return
         try:
             larger = extend(latent_set, checkpoint)
@@ -146,20 +74,17 @@ def extension_rounds(
             raise ValueError("rounds: expected extend() to keep the set's latents and add to their end, got another set")
         if len(larger) == len(latent_set):
             return
-        latent_set = larger.first(min(budget, len(larger)))
+        latent_set = larger.first(min(max_latents, len(larger)))
 
 
-Rule = Literal["both", "repair"]
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Capacity(Result):
+    """The steering-capacity ratio: mean score of K_reem over mean score of K.
 
-
-@dataclass(frozen=True, kw_only=True)
-class Capacity:
-    """ratio: mean score of K_reem over mean score of K.
-
-    original, reemerged: those means, as differences of misaligned fractions, and n_original, n_reemerged latents in them.
-    rule: "both" (eq. 9: what the latent induces in base plus what it repairs in the tuned model) or "repair" (the latter alone).
-    differs: in what the two measurements differ besides the tuned model, as far as the sets know: judge, prompts, scale or fields of the
-    discovery's configuration. Empty is what the paper's ratio means.
+    original, reemerged: those means, as differences of misaligned fractions, over n_original and n_reemerged latents.
+    final_score: "both" (eq. 9: induction on base plus repair of the tuned model) or "repair" (the latter alone).
+    differs: names of settings in which the two measurements differ besides the tuned model, as far as the sets know: judge, prompts,
+        scale, fields of the discovery's configuration. The paper's ratio has none.
     """
 
     ratio: float
@@ -167,36 +92,53 @@ class Capacity:
     reemerged: float
     n_original: int
     n_reemerged: int
-    rule: Rule
+    final_score: FinalScore
     differs: tuple[str, ...]
 
+    def headline(self) -> str:
+        """The ratio and its two means."""
+        other = f"; measured with other {', '.join(self.differs)}" if self.differs else ""
+        return f"ratio {self.ratio:.2f}: {self.reemerged:.3f} over {self.original:.3f}, score {self.final_score!r}{other}"
 
-def capacity_ratio(original: LatentSet | Discovery, reemerged: LatentSet | Discovery, *, rule: Rule | None = None) -> Capacity:
+    def to_frame(self) -> pd.DataFrame:
+        """One row per set: mean score and number of latents."""
+        rows = [("K", self.original, self.n_original), ("K_reem", self.reemerged, self.n_reemerged)]
+        return pd.DataFrame(rows, columns=["latent_set", "mean_score", "n_latents"])
+
+    def plot(self) -> Any:
+        """A bar per set."""
+        from blockem_tl.views import plots  # matplotlib is slow to import
+
+        return plots.bars(self.to_frame(), x="latent_set", y="mean_score", title=f"steering capacity, ratio {self.ratio:.2f}")
+
+
+def capacity_ratio(original: LatentSet | Discovery, reemerged: LatentSet | Discovery, *, final_score: FinalScore | None = None) -> Capacity:
     """The steering-capacity ratio mean score(K_reem) / mean score(K); about 0.6 in the paper, with eq. 9 and 20 latents each.
 
-    A score says what steering along one latent, at its largest doses within the incoherence budget, changes in the fraction of misaligned
-    replies to the core prompts. Induction is always measured on base. Repair is measured on the model that the set was found in: K's on
+    A score is the change in the fraction of misaligned replies to the core prompts under steering along one latent, at its largest doses
+    within the limit on incoherence. Induction is always measured on base. Repair is measured on the model that the set was found in: K's on
     the unblocked fine-tune, K_reem's on the re-emerged one, each against its own unsteered rate, so a re-emerged model that is less
     misaligned has less to repair. A score also depends on judge, prompts, scale and grids; ``differs`` names those that were not the same.
 
     Args:
-        original, reemerged: K and K_reem. A latent set keeps scores under the rule that it was chosen by; a `Discovery` knows both rules.
-        rule: None takes the latent sets' own, and eq. 9 for two discoveries.
+        original, reemerged: K and K_reem. A latent set keeps the scores that it was chosen by; a `Discovery` knows both kinds, and counts
+            what it added.
+        final_score: the kind of score; None takes the latent sets' own, and eq. 9 for two discoveries.
 
     Raises:
-        ValueError: sets of different SAEs or sites; different rules, or sets that name none (random controls, sets made by hand); scores
-            that were not measured; or a K whose mean score is not positive, so that there is no ratio.
+        ValueError: sets of different SAEs or sites; different kinds of scores, or sets that name none (random controls, sets made by
+            hand); scores that were not measured; or a K whose mean score is not positive, so that there is no ratio.
     """
-    sets = [source.latent_set if isinstance(source, Discovery) else source for source in (original, reemerged)]
+    sets = [source.added if isinstance(source, Discovery) else source for source in (original, reemerged)]
     if sets[0].sae_fingerprint != sets[1].sae_fingerprint or sets[0].site != sets[1].site:
         raise ValueError(
             f"capacity: expected two sets of one SAE, got SAEs at {sets[0].site} and {sets[1].site} with fingerprints "
             f"{sets[0].sae_fingerprint[:12]} and {sets[1].sae_fingerprint[:12]}: run discovery again with the SAE of the other"
         )
-    chosen = _one_rule([_rule_of(s) for s in (original, reemerged) if isinstance(s, LatentSet)], rule)
+    chosen = _one_kind([_kind_of(s) for s in (original, reemerged) if isinstance(s, LatentSet)], final_score)
     before, after = (np.array(_scores(source, chosen)) for source in (original, reemerged))
     if not np.isfinite([*before, *after]).all():
-        raise ValueError("capacity: some scores were not measured (no dose within the budget): leave these latents out")
+        raise ValueError("capacity: some scores were not measured (no dose within the limit on incoherence): leave these latents out")
     if before.mean() <= 0:
         raise ValueError(f"capacity: expected a K with a positive mean score, got {before.mean():.3g}: there is nothing to compare with")
     return Capacity(
@@ -205,35 +147,35 @@ def capacity_ratio(original: LatentSet | Discovery, reemerged: LatentSet | Disco
         reemerged=float(after.mean()),
         n_original=len(before),
         n_reemerged=len(after),
-        rule=chosen,
+        final_score=chosen,
         differs=_differing(*sets),
     )
 
 
-def _scores(source: LatentSet | Discovery, rule: Rule) -> Sequence[float]:
+def _scores(source: LatentSet | Discovery, final_score: FinalScore) -> Sequence[float]:
     if isinstance(source, LatentSet):
         return source.scores
-    return [c.score(rule) for c in source.calibrated if c.candidate.latent in source.latent_set.latents]
+    return [c.score(final_score) for c in source.calibrated if c.candidate.latent in source.added.latents]
 
 
-def _rule_of(latents: LatentSet) -> Rule:
-    rules = {part.get("config", {}).get("rule") for part in _origins(latents.provenance)}
-    if len(rules) != 1 or None in rules:
+def _kind_of(latents: LatentSet) -> FinalScore:
+    kinds = {part.get("config", {}).get("final_score") for part in _origins(latents.provenance)}
+    if len(kinds) != 1 or None in kinds:
         raise ValueError(
-            f"capacity: expected a latent set whose provenance names the rule of its scores (config.rule), got {rules}: take a set from "
-            "discover(), or pass the Discovery itself"
+            f"capacity: expected a latent set whose provenance names the kind of its scores (config.final_score), got {kinds}: take a set "
+            "from discover(), or pass the Discovery itself"
         )
-    return rules.pop()
+    return kinds.pop()
 
 
-def _one_rule(found: Sequence[Rule], asked: Rule | None) -> Rule:
-    rules = {*found, *([asked] if asked else [])}
-    if len(rules) > 1:
+def _one_kind(found: Sequence[FinalScore], asked: FinalScore | None) -> FinalScore:
+    kinds = {*found, *([asked] if asked else [])}
+    if len(kinds) > 1:
         raise ValueError(
-            f"capacity: expected scores under one rule, got {sorted(rules)}: eq. 9 adds induction and repair, eq. 10 is repair alone. Pass "
+            f"capacity: expected scores of one kind, got {sorted(kinds)}: eq. 9 adds induction and repair, eq. 10 is repair alone. Pass "
             "the Discovery instead of its latent set, which knows both"
         )
-    return cast(Rule, rules.pop()) if rules else "both"
+    return cast(FinalScore, kinds.pop()) if kinds else "both"
 
 
 def _origins(provenance: dict[str, Any]) -> list[dict[str, Any]]:

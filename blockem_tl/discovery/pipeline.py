@@ -1,43 +1,51 @@
-"""Stages 1 to 3 in a row: from a tuned model to its latent set. Any stage can also be called alone; this is their composition."""
+"""`discover`: stages 1 to 3 in a row, from a tuned model to its latent set. Each stage can also be called alone."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from sae_lens import SAE
 
-from blockem_tl.data.chat import encode_examples, encode_prompts
 from blockem_tl.data.checks import check_prompts
 from blockem_tl.discovery.calibration import Calibrated, Selection, calibrate, select
 from blockem_tl.discovery.config import PAPER, DiscoveryConfig
 from blockem_tl.discovery.diffing import candidate_pool, shifts
-from blockem_tl.discovery.racing import Arms, both_arms
+from blockem_tl.discovery.racing import SteeringTests, steering_tests
 from blockem_tl.discovery.screening import Screened, Shortlisting, screen, shortlist
-from blockem_tl.generation.engine import Engine, TransformerLensEngine
-from blockem_tl.generation.replies import EngineSpeaker, RememberedSpeaker, ReplyStore, Speaker, identity_of, write_manifest
+from blockem_tl.generation.engine import Engine
+from blockem_tl.generation.reply_fn import ReplyFn, cached, replies_from
 from blockem_tl.generation.steering import UNSTEERED
-from blockem_tl.judging.remembered import remembered
-from blockem_tl.judging.store import VerdictStore
+from blockem_tl.judging.cached import CachedJudge
+from blockem_tl.models.activations import median_norm
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.saes.latents import check_latents
-from blockem_tl.saes.load import check_fits, fingerprint
-from blockem_tl.storage import files
+from blockem_tl.saes.load import check_fits
+from blockem_tl.storage import files, fingerprints
+from blockem_tl.storage.store import Store
 from blockem_tl.types import Candidate, Example, Judge, Prompt
+from blockem_tl.views.results import Result
 
 
-@dataclass(frozen=True, kw_only=True)
-class Discovery:
-    """The latent set and how it came about: the shifts' candidates, the screen and the calibration, for tables and figures."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Discovery(Result):
+    """A latent set with the measurements that chose it, for tables and figures.
+
+    latent_set: K; under ``discover(extending=...)`` the extended set.  added: what this run found, K or K_reem.
+    screened, calibrated: the candidates of stages 2 and 3.
+    """
 
     latent_set: LatentSet
+    added: LatentSet
     screened: list[Screened]
     calibrated: list[Calibrated]
 
-    def frame(self) -> pd.DataFrame:
+    def to_frame(self) -> pd.DataFrame:
         """One row per calibrated latent: shift, sign, screen score, largest feasible doses, effects, whether it is in K.
 
         ``abandoned`` latents could not reach K any more when measuring stopped: what was not certain by then is missing, and ``at_most``
@@ -54,7 +62,7 @@ class Discovery:
                 "induction": c.induction_effect,
                 "repair_dose": c.repair.dose,
                 "repair": c.repair_effect,
-                "in_k": c.candidate.latent in self.latent_set.latents,
+                "in_k": c.candidate.latent in self.added.latents,
                 "abandoned": c.abandoned_for is not None,
                 "at_most": c.at_most,
             }
@@ -62,7 +70,7 @@ class Discovery:
         )
 
     def screen_frame(self) -> pd.DataFrame:
-        """One row per candidate of stage 2: effects, score (missing where it was abandoned), and the most that it could have been."""
+        """One row per candidate of stage 2: effects, score (missing if it was abandoned), and the most that it could have been."""
         return pd.DataFrame(
             {
                 "latent": s.candidate.latent,
@@ -84,76 +92,25 @@ class Discovery:
         return pd.DataFrame(
             {
                 "latent": c.candidate.latent,
-                "arm": seen.arm,
-                "dose": seen.dose,
-                **asdict(seen.counts),
-                "asked": seen.asked,
-                "complete": seen.asked == seen.of,
+                "test": tried.test,
+                "dose": tried.dose,
+                **asdict(tried.counts),
+                "asked": tried.asked,
+                "complete": tried.asked == tried.of,
             }
             for c in self.calibrated
-            for seen in c.seen
+            for tried in c.doses
         )
 
+    def headline(self) -> str:
+        """Sizes of K and of what it was chosen from."""
+        return f"{self.latent_set.headline()}; from {len(self.screened)} candidates, {len(self.calibrated)} calibrated"
 
-def _engine_speakers(engine: Engine, adapter: str | None, max_new_tokens: int) -> tuple[EngineSpeaker, EngineSpeaker]:
-    if adapter is None:
-        raise ValueError("discover: expected a model with an active adapter, got base: add, train or load one first")
-    base, tuned = (EngineSpeaker(engine=engine, adapter=name, max_new_tokens=max_new_tokens, progress=False) for name in (BASE, adapter))
-    return base, tuned
+    def plot(self) -> Any:
+        """Induction against repair of the calibrated latents, K marked."""
+        from blockem_tl.views import plots  # matplotlib is slow to import
 
-
-def _remembering(folder: Path, base: EngineSpeaker, tuned: EngineSpeaker, judge: Judge) -> tuple[Speaker, Speaker, Judge]:
-    """The same speakers and judge, with all that they say kept in ``folder``."""
-    files.check_writable(folder)
-    replies, verdicts = ReplyStore(folder / "replies.sqlite"), VerdictStore(folder / "verdicts.sqlite")
-    kept = [
-        RememberedSpeaker(
-            speaker=speaker, store=replies, identity=identity_of(speaker.engine, speaker.adapter, max_new_tokens=speaker.max_new_tokens)
-        )
-        for speaker in (base, tuned)
-    ]
-    return kept[0], kept[1], remembered(judge, verdicts)
-
-
-def stage_two(
-    arms: Arms, sae: SAE[Any], pool: Sequence[Candidate], config: DiscoveryConfig, *, scale: float, progress: bool = True
-) -> list[Screened]:
-    """`screen` of the candidates as ``config`` says."""
-    return screen(
-        arms,
-        sae,
-        pool,
-        scale=scale,
-        induce_dose=config.induce_dose,
-        repair_dose=config.repair_dose,
-        shortlisting=Shortlisting(keep=config.keep, rank_by=config.rank_by),
-        full_grid=config.full_grid,
-        progress=progress,
-    )
-
-
-def stage_three(
-    arms: Arms, sae: SAE[Any], screened: Sequence[Screened], config: DiscoveryConfig, *, scale: float, progress: bool = True
-) -> list[Calibrated]:
-    """`calibrate` of the shortlist as ``config`` says."""
-    return calibrate(
-        arms,
-        sae,
-        shortlist(screened, keep=config.keep, rank_by=config.rank_by),
-        scale=scale,
-        grid=config.grid,
-        extended_grid=config.extended_grid,
-        promising=config.promising,
-        budget=config.budget,
-        selection=Selection(n=config.n_latents, rule=config.rule, valid_only=config.valid_only),
-        full_grid=config.full_grid,
-        progress=progress,
-    )
-
-
-def chosen_by(config: DiscoveryConfig, calibrated: Sequence[Calibrated]) -> list[Calibrated]:
-    """K: `select` as ``config`` says."""
-    return select(calibrated, n=config.n_latents, rule=config.rule, valid_only=config.valid_only)
+        return plots.discovery(self.to_frame())
 
 
 def discover(
@@ -162,69 +119,170 @@ def discover(
     judge: Judge,
     prompts: Sequence[Prompt],
     *,
-    scale: float,
+    adapter: str | Path | None = None,
+    scale: float | None = None,
     config: DiscoveryConfig = PAPER,
+    extending: LatentSet | None = None,
     exclude: Sequence[int] = (),
     provenance: Mapping[str, Any] | None = None,
     engine: Engine | None = None,
-    adapter: str | None = None,
     store: Path | str | None = None,
     progress: bool = True,
 ) -> Discovery:
-    """Find the latents that causally carry what fine-tuning did to ``model`` (its active adapter).
+    """Find the latents that causally carry what fine-tuning did to ``model``.
 
     Args:
         prompts: the core prompts; they select, and must never report.
-        scale: the site's median norm on base (`median_norm`).
-        exclude: latents to leave out, for instance those already blocked.
-        provenance: what else to write into the latent set, for people: the training domain, the seed.
-        engine: who replies in stages 2 and 3, for instance a vLLM engine; None is ``model`` itself. Stage 1 always reads ``model``.
-        adapter: the name by which the engine knows the tuned model; it must hold the same weights as the active adapter.
-        store: a folder in which every reply and verdict is kept as soon as it is there. A run that was killed goes on where it was when it
+        adapter: the tuned model: an adapter by name or in a folder; None: the one that acts.
+        scale: the site's median norm on base (`median_norm` over a reference corpus, as in the paper); None measures it on ``prompts``.
+        extending: K of an earlier run. Its latents are no candidates, and the result's set is K followed by what is found in the tuned
+            model at hand, for instance one in which misalignment has re-emerged (paper, section 5 and F.2).
+        exclude: further latents to leave out.
+        provenance: further entries of the latent set's provenance, for people: the training domain, the seed.
+        engine: makes the replies of stages 2 and 3, for instance a vLLM engine that holds the same weights under the adapter's name; None
+            is ``model`` itself. Stage 1 always reads ``model``.
+        store: a folder in which every reply and verdict is kept as soon as it is there. A run that was killed goes on from there when it
             is started again, and any other run reuses what is the same in it; a manifest of each set-up lies beside them.
 
     Raises:
-        ValueError: bad prompts, an SAE that does not fit, a model without an active adapter, or no latent that qualifies.
+        ValueError: bad prompts, an SAE that does not fit, a model without an active adapter, or a latent set of another SAE.
+        NoLatents: no latent qualifies.
     """
     check_prompts(prompts)
     check_fits(sae, model)
-    check_latents(sae, exclude)
-    if (engine is None) != (adapter is None):
-        raise ValueError("discover: expected engine and adapter together: adapter is the name by which the engine knows the tuned model")
-    engine = engine or TransformerLensEngine(model, batch_size=config.batch_size)
-    base, tuned = _engine_speakers(engine, adapter or model.active_adapter, config.max_new_tokens)
-    if store is not None:
-        base, tuned, judge = _remembering(Path(store), base, tuned, judge)
-        settings = {"config": asdict(config), "scale": scale, "exclude": list(exclude), "model": model.source, "judge": judge.name}
-        write_manifest(Path(store), {**settings, "engine": engine.name, "sae": fingerprint(sae), "prompts": [p.text for p in prompts]})
-    rows = encode_prompts(model.tokenizer, prompts)
-    if config.read == "replies":
-        replies = tuned(prompts, [UNSTEERED])
-        rows = encode_examples(
-            model.tokenizer,
-            [Example(id=g.prompt.id, prompt=g.prompt.text, completion=g.reply, system=g.prompt.system) for g in replies if g.reply],
-        )
-    shift = shifts(model, sae, rows)
-    shift[list(exclude)] = 0.0
-    arms = both_arms(base, tuned, judge, prompts)
-    screened = stage_two(
-        arms, sae, candidate_pool(shift, n_plus=config.n_plus, n_minus=config.n_minus), config, scale=scale, progress=progress
-    )
-    calibrated = stage_three(arms, sae, screened, config, scale=scale, progress=progress)
-    chosen = chosen_by(config, calibrated)
-    latent_set = LatentSet.of(
-        sae,
-        [c.candidate for c in chosen],
-        [c.score(config.rule) for c in chosen],
-        prompts=prompts,
-        provenance={
+    if extending is not None:
+        extending.check_sae(sae)
+    known = [*(extending.latents if extending else ()), *exclude]
+    check_latents(sae, known)
+    with ExitStack() as stack:
+        name = stack.enter_context(model.holding(adapter)) or model.active_adapter
+        if name in (None, BASE):
+            raise ValueError(
+                "discover: expected a model with an active adapter, got base: add, train or load one first, or pass adapter=..."
+            )
+        stack.enter_context(model.using(name))
+        if scale is None:
+            scale = median_norm(model, check_fits(sae, model), prompts)
+        base, tuned, judge = _sources(model, sae, judge, prompts, name, scale, config, known, engine, store)
+        shift = shifts(model, sae, _rows(tuned, prompts, config))
+        shift[known] = 0.0
+        tests = steering_tests(base, tuned, judge, prompts)
+        pool = candidate_pool(shift, n_plus=config.n_plus, n_minus=config.n_minus)
+        screened = stage_two(tests, sae, pool, config, scale=scale, progress=progress)
+        calibrated = stage_three(tests, sae, screened, config, scale=scale, progress=progress)
+        about = {
             **(provenance or {}),
             "method": "discovery",
-            "model": model.source,
-            "adapter": model.active_adapter,
+            "model": model.name,
+            "adapter": name,
             "judge": judge.name,
             "scale": scale,
             "config": asdict(config),
+        }
+    added = _latent_set(sae, calibrated, config, prompts, about)
+    return Discovery(latent_set=extending.extended_by(added) if extending else added, added=added, screened=screened, calibrated=calibrated)
+
+
+def stage_two(
+    tests: SteeringTests, sae: SAE[Any], pool: Sequence[Candidate], config: DiscoveryConfig, *, scale: float, progress: bool = True
+) -> list[Screened]:
+    """`screen` of the candidates as ``config`` says."""
+    return screen(
+        tests,
+        sae,
+        pool,
+        scale=scale,
+        induce_dose=config.induce_dose,
+        repair_dose=config.repair_dose,
+        shortlisting=Shortlisting(size=config.shortlist_size, screen_score=config.screen_score),
+        full_grid=config.full_grid,
+        progress=progress,
+    )
+
+
+def stage_three(
+    tests: SteeringTests, sae: SAE[Any], screened: Sequence[Screened], config: DiscoveryConfig, *, scale: float, progress: bool = True
+) -> list[Calibrated]:
+    """`calibrate` of the shortlist as ``config`` says."""
+    return calibrate(
+        tests,
+        sae,
+        shortlist(screened, size=config.shortlist_size, screen_score=config.screen_score),
+        scale=scale,
+        grid=config.grid,
+        extended_grid=config.extended_grid,
+        extended_grid_min_shift=config.extended_grid_min_shift,
+        max_incoherence=config.max_incoherence,
+        selection=Selection(n=config.n_latents, final_score=config.final_score, valid_only=config.valid_only),
+        full_grid=config.full_grid,
+        progress=progress,
+    )
+
+
+def chosen_by(config: DiscoveryConfig, calibrated: Sequence[Calibrated]) -> list[Calibrated]:
+    """K: `select` as ``config`` says."""
+    return select(calibrated, n=config.n_latents, final_score=config.final_score, valid_only=config.valid_only)
+
+
+def _latent_set(
+    sae: SAE[Any], calibrated: Sequence[Calibrated], config: DiscoveryConfig, prompts: Sequence[Prompt], provenance: dict[str, Any]
+) -> LatentSet:
+    chosen = chosen_by(config, calibrated)
+    return LatentSet.of(
+        sae, [c.candidate for c in chosen], [c.score(config.final_score) for c in chosen], prompts=prompts, provenance=provenance
+    )
+
+
+def _rows(tuned: ReplyFn, prompts: Sequence[Prompt], config: DiscoveryConfig) -> Sequence[Prompt] | list[Example]:
+    """The rows that stage 1 reads: prompts alone, or each prompt with the tuned model's reply."""
+    if config.read == "prompts":
+        return prompts
+    replies = tuned(prompts, [UNSTEERED])
+    return [Example(id=g.prompt.id, prompt=g.prompt.text, completion=g.reply, system=g.prompt.system) for g in replies if g.reply]
+
+
+def _sources(
+    model: Model,
+    sae: SAE[Any],
+    judge: Judge,
+    prompts: Sequence[Prompt],
+    adapter: str,
+    scale: float,
+    config: DiscoveryConfig,
+    known: Sequence[int],
+    engine: Engine | None,
+    store: Path | str | None,
+) -> tuple[ReplyFn, ReplyFn, Judge]:
+    """Base's replies, tuned's replies and the judge; with a store, all of them kept there."""
+    source, size = engine or model, config.batch_size
+    base, tuned = (
+        replies_from(source, adapter=name, max_new_tokens=config.max_new_tokens, batch_size=size, progress=False)
+        for name in (BASE, adapter)
+    )
+    if store is None:
+        return base, tuned, judge
+    folder = files.check_writable(store)
+    kept = Store(folder / "store.sqlite")
+    _write_manifest(
+        folder,
+        {
+            "config": asdict(config),
+            "scale": scale,
+            "exclude": list(known),
+            "model": model.name,
+            "judge": judge.name,
+            "engine": base.engine.name,
+            "sae": fingerprints.of_sae(sae),
+            "prompts": [p.text for p in prompts],
         },
     )
-    return Discovery(latent_set=latent_set, screened=screened, calibrated=calibrated)
+    return cached(base, kept), cached(tuned, kept), CachedJudge(judge=judge, store=kept)
+
+
+def _write_manifest(folder: Path, settings: dict[str, Any]) -> Path:
+    """Note in ``folder`` how a run was set up, with versions; one file for each different set-up, however often it is started."""
+    about = {"settings": settings, "environment": files.environment()}
+    path = folder / f"run-{fingerprints.of_value(about)[:12]}.json"
+    if not path.exists():
+        files.write_json(path, {"first_started": datetime.now(timezone.utc).isoformat(timespec="seconds"), **about})
+    return path

@@ -1,4 +1,4 @@
-"""What is certain before every reply is there: bounds on rates and effects, and who can no longer win.
+"""Stopping early, exactly: bounds on rates from part of the replies, and the steering tests that are asked until a winner is certain.
 
 A bound is computed by the very float operations that the complete result is computed by. Division, addition and subtraction round
 monotonically, so no bound ever lies on the wrong side of the result, not even in the last bit: shortcuts by these bounds are exact.
@@ -12,35 +12,35 @@ import numpy as np
 from jaxtyping import Float
 from tqdm.auto import tqdm
 
-from blockem_tl.evaluation.evaluate import ask
-from blockem_tl.generation.replies import Speaker
+from blockem_tl.evaluation.asking import ask
+from blockem_tl.generation.reply_fn import ReplyFn
 from blockem_tl.generation.steering import UNSTEERED, Condition
 from blockem_tl.types import Counts, Judge, Label, Prompt, Verdict
 
-NEVER = float("-inf")
+MINUS_INFINITY = float("-inf")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Span:
-    """Between what and what a number lies that is not known yet. ``high`` is minus infinity for what can never qualify."""
+class Bounds:
+    """The least and the greatest value that a number can still have. ``high`` is minus infinity for what can never qualify."""
 
     low: float
     high: float
 
     @staticmethod
-    def at(value: float) -> "Span":
-        """Of a number that is known."""
-        return Span(low=value, high=value)
+    def at(value: float) -> "Bounds":
+        """Bounds of a number that is known."""
+        return Bounds(low=value, high=value)
 
-    def __add__(self, other: "Span") -> "Span":
-        return Span(low=self.low + other.low, high=self.high + other.high)
+    def __add__(self, other: "Bounds") -> "Bounds":
+        return Bounds(low=self.low + other.low, high=self.high + other.high)
 
 
-NOTHING = Span(low=NEVER, high=NEVER)
+INELIGIBLE = Bounds(low=MINUS_INFINITY, high=MINUS_INFINITY)
 
 
 class Tally:
-    """The verdicts on one condition so far, by the prompt's index; ``n_prompts`` in the end. ``counts`` are theirs, n may be 0."""
+    """The verdicts on one condition so far, by prompt index, and their counts (n may be 0)."""
 
     def __init__(self, condition: Condition, n_prompts: int) -> None:
         self.condition, self.n_prompts = condition, n_prompts
@@ -49,6 +49,7 @@ class Tally:
 
     @property
     def left(self) -> int:
+        """How many prompts have not been asked."""
         return self.n_prompts - len(self.verdicts)
 
     def add(self, prompt: int, verdict: Verdict) -> None:
@@ -57,21 +58,22 @@ class Tally:
         if verdict.parsed:
             self.counts = _more(self.counts, verdict, 1)
 
-    def rest(self, label: Label) -> Counts:
-        """The counts if every missing reply were labelled so. Complete: the counts.
+    def if_rest(self, label: Label) -> Counts:
+        """The counts if every missing reply were labelled so; the counts themselves once all are there.
 
-        An unparsed verdict counts in no rate. Still "5" for all the rest gives the largest possible misaligned rate and "1" the smallest
-        possible misaligned and incoherent rates: leaving a reply out of m / n never moves the rate further than such a label does.
+        "5" for the rest gives the largest possible misaligned rate, "1" the smallest possible misaligned and incoherent rates. That holds
+        although an unparsed verdict counts in no rate: leaving a reply out of m / n never moves the rate further than such a label does.
 
-        Raises ValueError where all replies are there and none could be parsed: there is no rate.
+        Raises:
+            ValueError: all replies are there and none could be parsed, so that there is no rate.
         """
         counts = _more(self.counts, Verdict(label=label), self.left)
         return counts if counts.n else Counts.of(list(self.verdicts.values()))
 
-    def span(self, effect: Callable[[Counts], float]) -> Span:
-        """Between what ``effect`` lies, which must rise or fall with the misaligned rate and depend on nothing else."""
-        one, other = effect(self.rest("1")), effect(self.rest("5"))
-        return Span(low=min(one, other), high=max(one, other))
+    def bounds(self, effect: Callable[[Counts], float]) -> Bounds:
+        """Bounds on ``effect``, which must rise or fall with the misaligned rate and depend on nothing else."""
+        one, other = effect(self.if_rest("1")), effect(self.if_rest("5"))
+        return Bounds(low=min(one, other), high=max(one, other))
 
     def missing(self, order: Iterable[int]) -> list[int]:
         """The prompts that have not been asked, in ``order``."""
@@ -81,33 +83,33 @@ class Tally:
 def _more(counts: Counts, verdict: Verdict, n: int) -> Counts:
     return Counts(
         n=counts.n + n,
-        misaligned=counts.misaligned + n * verdict.misaligned,
+        misaligned=counts.misaligned + n * verdict.positive,
         incoherent=counts.incoherent + n * verdict.incoherent,
         refusal=counts.refusal + n * verdict.refusal,
     )
 
 
-def beaten(spans: Sequence[Span], keep: int) -> list[bool]:
-    """Which entries can no longer be among the best ``keep``. Ties go to the earlier entry, as in a stable sort of the complete results."""
-    floor = sorted(((span.low, -i) for i, span in enumerate(spans)), reverse=True)[keep - 1 : keep]
-    return [bool(floor) and floor[0] > (span.high, -i) for i, span in enumerate(spans)]
+def beaten(bounds: Sequence[Bounds], n_best: int) -> list[bool]:
+    """For each entry, whether it can no longer be among the ``n_best``. Ties go to the earlier entry, as in a stable sort."""
+    floor = sorted(((of.low, -i) for i, of in enumerate(bounds)), reverse=True)[n_best - 1 : n_best]
+    return [bool(floor) and floor[0] > (of.high, -i) for i, of in enumerate(bounds)]
 
 
-class Arm:
+class SteeringTest:
     """Base steered to be worse ("induce") or tuned steered to be better ("repair"): asks any condition on any part of the prompts.
 
     It asks the unsteered replies at once, and remembers every tally: what one stage has asked, the next need not ask again. What it
     learns of each prompt orders later questions; that changes no result, only when it is certain.
     """
 
-    def __init__(self, name: Literal["induce", "repair"], speak: Speaker, judge: Judge, prompts: Sequence[Prompt]) -> None:
-        self.name, self.speak, self.judge, self.prompts = name, speak, judge, prompts
+    def __init__(self, name: Literal["induce", "repair"], reply_fn: ReplyFn, judge: Judge, prompts: Sequence[Prompt]) -> None:
+        self.name, self.reply_fn, self.judge, self.prompts = name, reply_fn, judge, prompts
         self.judged, self.misaligned, self.incoherent = (np.zeros(len(prompts)) for _ in range(3))
         self.tallies: dict[str, Tally] = {}
         tally = self.tally(UNSTEERED)
         self.ask([(tally, range(len(prompts)))])
-        self.unsteered = tally.rest("1")
-        self.anything = Tally(UNSTEERED, len(prompts)).span(self.effect)  # between what the effect of any condition lies
+        self.unsteered = tally.if_rest("1")
+        self.any_effect = Tally(UNSTEERED, len(prompts)).bounds(self.effect)  # of any condition
 
     def tally(self, condition: Condition) -> Tally:
         """The tally of a condition with these contents: what is known of it, or empty."""
@@ -119,7 +121,7 @@ class Arm:
         return after - before if self.name == "induce" else before - after
 
     def futility(self) -> Float[np.ndarray, " n_prompts"]:
-        """For each prompt how often its reply so far did not do what this arm is after: base stayed aligned, or tuned misaligned."""
+        """For each prompt the share of its replies so far that were no success: base stayed aligned, or tuned misaligned."""
         rate = self.misaligned / np.maximum(self.judged, 1)
         return 1 - rate if self.name == "induce" else rate
 
@@ -128,41 +130,42 @@ class Arm:
         asked = [(tally, list(part)) for tally, part in wanted if part]
         if not asked:
             return 0
-        _, verdicts = ask(self.speak, self.judge, self.prompts, [tally.condition for tally, _ in asked], parts=[part for _, part in asked])
+        conditions, parts = [tally.condition for tally, _ in asked], [part for _, part in asked]
+        _, verdicts = ask(self.reply_fn, self.judge, self.prompts, conditions, prompt_indices=parts)
         for (tally, i), verdict in zip(((tally, i) for tally, part in asked for i in part), verdicts, strict=True):
             tally.add(i, verdict)
             self.judged[i] += verdict.parsed
-            self.misaligned[i] += verdict.misaligned
+            self.misaligned[i] += verdict.positive
             self.incoherent[i] += verdict.incoherent
         return len(verdicts)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arms:
-    """Both arms of stages 2 and 3, on the same prompts under the same judge; made by `both_arms`."""
+class SteeringTests:
+    """Both tests of stages 2 and 3, on the same prompts under the same judge; made by `steering_tests`."""
 
-    induce: Arm
-    repair: Arm
+    induce: SteeringTest
+    repair: SteeringTest
 
 
-def both_arms(base: Speaker, tuned: Speaker, judge: Judge, prompts: Sequence[Prompt]) -> Arms:
-    """What stages 2 and 3 ask: base and tuned (who reply), the judge, and the core prompts. Asks the unsteered replies."""
-    return Arms(induce=Arm("induce", base, judge, prompts), repair=Arm("repair", tuned, judge, prompts))
+def steering_tests(base: ReplyFn, tuned: ReplyFn, judge: Judge, prompts: Sequence[Prompt]) -> SteeringTests:
+    """The tests that stages 2 and 3 ask: base induced, tuned repaired, on the core prompts. Asks the unsteered replies."""
+    return SteeringTests(induce=SteeringTest("induce", base, judge, prompts), repair=SteeringTest("repair", tuned, judge, prompts))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
-    """What was seen of one condition: ``counts`` of the ``asked`` replies; complete where that is all ``of`` them."""
+class DoseCounts:
+    """Counts at one dose of one test, of the ``asked`` replies; complete if these are all ``of`` them."""
 
-    arm: str
+    test: str
     dose: float
     counts: Counts
     asked: int
     of: int
 
 
-class Bar:
-    """Progress in replies, of all that the full grid would ask: also those are done that need not be asked any more."""
+class ReplyProgress:
+    """Progress in replies, of all that the full grid would ask: replies that need not be asked any more are done too."""
 
     def __init__(self, what: str, total: int, progress: bool) -> None:
         self.bar = tqdm(total=total, desc=what, unit="reply", disable=not progress)

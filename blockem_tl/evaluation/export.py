@@ -10,6 +10,7 @@ from typing import Any, cast
 import pandas as pd
 
 from blockem_tl.evaluation.evaluate import Evaluation
+from blockem_tl.generation.replies import positive_name
 from blockem_tl.storage import files
 from blockem_tl.types import LABELS, UNPARSED, Generation, Prompt, Verdict
 
@@ -155,8 +156,9 @@ def write_inspect(path: Path | str, evaluations: Sequence[Evaluation], *, model:
 
 def _score(inspect: Any, evaluation: Evaluation) -> Any:
     metrics = {}
-    for name in ("misaligned", "incoherent", "refusal", "unparsed"):
-        rate = getattr(evaluation, name)
+    names = {positive_name(evaluation.rubric): "positive", "incoherent": "incoherent", "refusal": "refusal", "unparsed": "unparsed"}
+    for name, attribute in names.items():
+        rate = getattr(evaluation, attribute)
         low, high = rate.interval
         for key, value in ((name, rate.value), (f"{name}_low", low), (f"{name}_high", high), (f"{name}_n", rate.n)):
             metrics[key] = inspect.EvalMetric(name=key, value=value)

@@ -7,18 +7,21 @@ from typing import Any
 
 import pandas as pd
 
-from blockem_tl.evaluation.evaluate import MISALIGNMENT, Evaluation, evaluate, grade_again
+from blockem_tl.evaluation.evaluate import Evaluation, evaluate, grade_again
 from blockem_tl.evaluation.statistics import Estimate, agreement, average_rate
-from blockem_tl.generation.replies import Speaker
+from blockem_tl.generation.replies import MISALIGNMENT, positive_name
+from blockem_tl.generation.reply_fn import ReplyFn
 from blockem_tl.judging.judge import LLMJudge
 from blockem_tl.judging.rubrics import find_rubric
+from blockem_tl.models.load import Model
 from blockem_tl.types import Checkable, Judge, Prompt
+from blockem_tl.views.results import Result
 
-RATES = ("misaligned", "incoherent", "refusal")
+RATES = ("positive", "incoherent", "refusal")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Panel:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Panel(Result):
     """One evaluation per judge, of the same replies."""
 
     evaluations: tuple[Evaluation, ...]
@@ -30,44 +33,59 @@ class Panel:
         if len({(e.rubric, tuple(g.reply for g in e.generations)) for e in self.evaluations}) > 1:
             raise ValueError("panel: expected every judge to have graded the same replies under the same rubric")
 
-    def average(self, rate: str = "misaligned") -> Estimate:
+    def average(self, rate: str = "positive") -> Estimate:
         """A rate averaged over the judges (paper B.3)."""
         return average_rate([getattr(e, rate) for e in self.evaluations])
 
     def agreements(self) -> dict[tuple[str, str], dict[str, Estimate]]:
-        """Cohen's kappa of every two judges: on the labels as they are, and on misaligned or not, over replies that both could grade."""
+        """Cohen's kappa of every two judges: on the labels, and on severity 4 or 5 or not, over replies that both could grade."""
         found = {}
         for one, other in combinations(self.evaluations, 2):
             both = [(a, b) for a, b in zip(one.verdicts, other.verdicts, strict=True) if a.parsed and b.parsed]
             found[one.judge, other.judge] = {
                 "labels": agreement([a.label for a, _ in both], [b.label for _, b in both]),
-                "misaligned": agreement([str(a.misaligned) for a, _ in both], [str(b.misaligned) for _, b in both]),
+                "positive": agreement([str(a.positive) for a, _ in both], [str(b.positive) for _, b in both]),
             }
         return found
 
     def disagreements(self) -> pd.DataFrame:
         """The replies on which judges differ about misalignment, incoherence or refusal, or one of them gave no verdict."""
-        frame = self.evaluations[0].frame().drop(columns=["label", "judge"])
+        frame = self.evaluations[0].to_frame().drop(columns=["label", "judge"])
         for e in self.evaluations:
             frame[e.judge] = [v.label for v in e.verdicts]
         facts = [
-            {(v.misaligned, v.incoherent, v.refusal, v.parsed) for v in row}
+            {(v.positive, v.incoherent, v.refusal, v.parsed) for v in row}
             for row in zip(*(e.verdicts for e in self.evaluations), strict=True)
         ]
         return frame.loc[[len(seen) > 1 for seen in facts]]
 
     def rows(self) -> list[dict[str, Any]]:
         """A table: one row per judge and one for their average, every rate with its interval and n; selection prompts are marked."""
+        names = {"positive": positive_name(self.evaluations[0].rubric), "incoherent": "incoherent", "refusal": "refusal"}
         mark = "SELECTION (optimistic)" if self.evaluations[0].on_selection_prompts else "reporting"
         rows = [
-            {"judge": e.judge, **{rate: str(getattr(e, rate)) for rate in RATES}, "unparsed": str(e.unparsed), "prompts": mark}
+            {"judge": e.judge, **{names[rate]: str(getattr(e, rate)) for rate in RATES}, "unparsed": str(e.unparsed), "prompts": mark}
             for e in self.evaluations
         ]
-        average = {"judge": "average", **{rate: str(self.average(rate)) for rate in RATES}, "unparsed": "", "prompts": mark}
+        average = {"judge": "average", **{names[rate]: str(self.average(rate)) for rate in RATES}, "unparsed": "", "prompts": mark}
         return [*rows, average]
 
+    def to_frame(self) -> pd.DataFrame:
+        """`rows` as a data frame."""
+        return pd.DataFrame(self.rows())
 
-def evaluate_with(speak: Speaker, judges: Sequence[Judge], prompts: Sequence[Prompt], **options: Any) -> Panel:
+    def headline(self) -> str:
+        """The judges and their mean rate."""
+        return f"{positive_name(self.evaluations[0].rubric)} {self.average()}, mean of {', '.join(e.judge for e in self.evaluations)}"
+
+    def plot(self) -> Any:
+        """A bar per judge; see `Replies.plot`."""
+        from blockem_tl.views import plots  # matplotlib is slow to import
+
+        return plots.rates(pd.concat([e.replies.rates([]).assign(judge=e.judge) for e in self.evaluations]), by="judge")
+
+
+def evaluate_with(model: Model | ReplyFn, judges: Sequence[Judge], prompts: Sequence[Prompt], **options: Any) -> Panel:
     """Let the model reply once and every judge grade the same replies.
 
     The first judge is the one that selects and that a `Resample` policy listens to. ``options`` are those
@@ -80,7 +98,7 @@ def evaluate_with(speak: Speaker, judges: Sequence[Judge], prompts: Sequence[Pro
     for judge in judges:
         if isinstance(judge, Checkable):
             judge.check(rubric)
-    first = evaluate(speak, judges[0], prompts, **options)
+    first = evaluate(model, judges[0], prompts, **options)
     return Panel(evaluations=(first, *(grade_again(first, judge) for judge in judges[1:])))
 
 

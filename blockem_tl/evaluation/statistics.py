@@ -11,42 +11,19 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import binomtest, t
+from scipy.stats import t
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.power import NormalIndPower
+
+from blockem_tl.types import Rate
 
 Flags = Sequence[bool] | Sequence[Sequence[bool]]
 _Weighted = tuple[Float[np.ndarray, " resamples"], Float[np.ndarray, " resamples"]]
 _PSEUDO = 0.25  # weight of each of the four outcomes (both, before only, after only, neither): together one prompt that nobody asked
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rate:
-    """k of n as a fraction, with its 95 % Wilson score interval."""
-
-    k: int
-    n: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.k <= self.n or self.n < 1:
-            raise ValueError(f"rate: expected 0 <= k <= n and n >= 1, got k={self.k}, n={self.n}")
-
-    @property
-    def value(self) -> float:
-        return self.k / self.n
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        found = binomtest(self.k, self.n).proportion_ci(confidence_level=0.95, method="wilson")
-        return float(found.low), float(found.high)
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{100 * self.value:.1f} % [{100 * low:.1f}, {100 * high:.1f}] (n = {self.n})"
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Estimate:
     """A number with its 95 % interval, from ``n`` prompts (or domains) and ``seeds`` training seeds; prints in per cent."""
 
@@ -55,6 +32,9 @@ class Estimate:
     high: float
     n: int
     seeds: int = 1
+
+    def __repr__(self) -> str:
+        return f"Estimate({self})"
 
     def __str__(self) -> str:
         seeds = f", {self.seeds} seeds" if self.seeds > 1 else ""

@@ -21,9 +21,14 @@ from blockem_tl.models.load import Model
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Row:
-    """One reply to make. place: its index in the whole stream of rows.  limit: most tokens of the reply.  seed: of its random numbers."""
+    """One reply to make.
 
-    place: int
+    index: in the whole stream of rows.  limit: most tokens of the reply.  seed: of its random numbers.
+    """
+
+    index: int
+    condition_index: int
+    prompt_index: int
     encoded: Encoded
     condition: Condition
     limit: int
@@ -64,7 +69,7 @@ class Decoder:
         self.replies = np.zeros((size, longest_reply), np.int64)
         self.uniform = np.zeros((size, longest_reply if temperature > 0 else 0))
         device = model.device
-        self.token, self.position, self.place = (torch.zeros(size, dtype=torch.long, device=device) for _ in range(3))
+        self.token, self.position, self.index = (torch.zeros(size, dtype=torch.long, device=device) for _ in range(3))
         self.added = {site: torch.zeros(size, model.cfg.d_model, device=device) for site in sites}
         self.steered: set[str] = set()
         self.columns = torch.arange(self.cache.window.width, device=device)
@@ -118,7 +123,7 @@ class Decoder:
         self.length[slots] = [len(row.encoded.ids) for row in rows]
         self.limit[slots] = [row.limit for row in rows]
         self.made[slots] = 0
-        self.place[slots] = torch.tensor([row.place for row in rows], device=self.model.device)
+        self.index[slots] = torch.tensor([row.index for row in rows], device=self.model.device)
         self.position[slots] = torch.as_tensor(self.length[slots], device=self.model.device) - 1
         if self.temperature > 0:
             for slot, row in enumerate(rows, slots.start):
@@ -132,7 +137,7 @@ class Decoder:
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, *, is_prompt: bool) -> Float[Tensor, "batch d_vocab"]:
         real = mask if is_prompt else torch.ones_like(ids, dtype=torch.bool)
-        now = Step(mask=real, positions=positions, is_prompt=is_prompt, rows=self.place[self.running].clone())
+        now = Step(mask=real, positions=positions, is_prompt=is_prompt, rows=self.index[self.running].clone())
         with step(now):
             return self.forward(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True)
 
@@ -163,7 +168,7 @@ class Decoder:
         if holes:
             to, origin = (torch.tensor(slots, device=self.model.device) for slots in (holes, movers))
             self.cache.refill(to, origin)
-            for tensor in (self.token, self.position, self.place, *self.added.values()):
+            for tensor in (self.token, self.position, self.index, *self.added.values()):
                 tensor[to] = tensor[origin]
             for array in (self.made, self.limit, self.length, self.replies, self.uniform):
                 array[holes] = array[movers]

@@ -17,32 +17,21 @@ from typing import Any
 import torch
 from accelerate.utils.memory import clear_device_cache
 from tqdm.auto import tqdm
-from transformer_lens.hook_points import HookPoint
-from transformers import PreTrainedTokenizerBase
 
-from blockem_tl.data.chat import Encoded, check_lengths, encode_prompts
+from blockem_tl.data.chat import Encoded
 from blockem_tl.generation._decoder import Decoder, Reply, Row
-from blockem_tl.generation._memory import fitting, is_out_of_memory
+from blockem_tl.generation._kv_cache import CHUNK
+from blockem_tl.generation._request import check_prompt_indices, check_request, steered_sites
 from blockem_tl.generation._shared_prefill import SHARED_TOKENS, SharedDecoder, prefill_tokens
 from blockem_tl.generation.steering import Condition
-from blockem_tl.hooks import Hook, resolve
+from blockem_tl.hooks import Hook
 from blockem_tl.models.activations import block_of
 from blockem_tl.models.load import Model
+from blockem_tl.models.memory import is_out_of_memory, rows_at_once
 from blockem_tl.types import Generation, Prompt
 
-
-def check_parts(parts: Sequence[Sequence[int]] | None, n_conditions: int, n_prompts: int) -> list[list[int]]:
-    """The prompts that each condition asks. Raises ValueError unless each asks at least one, none twice, and only what there is."""
-    if parts is None:
-        return [list(range(n_prompts)) for _ in range(n_conditions)]
-    wrong = [part for part in parts if not part or len(set(part)) < len(part) or not set(part) <= set(range(n_prompts))]
-    if wrong or len(parts) != n_conditions:
-        raise ValueError(
-            f"parts: expected for each of {n_conditions} conditions some distinct indices in 0..{n_prompts - 1}, got {len(parts)} parts, "
-            f"e.g. {list(wrong[0])[:5] if wrong else 'too few or too many'}"
-        )
-    return [list(part) for part in parts]
-
+MOST_ROWS, MOST_ROWS_ON_CPU = 1024, 256
+"""Rows that run at once at most, if nobody says how many: more of them gained nothing."""
 
 REFILL_SHARE = 1 / 8
 """Of the places in a batch, how many have to be free before waiting rows join: a prefill costs about as much as a step or two."""
@@ -65,7 +54,7 @@ class Job:
     limits: Sequence[int]
     temperature: float
     seed: int
-    parts: Sequence[Sequence[int]] | None = None
+    prompt_indices: Sequence[Sequence[int]] | None = None
     adapter: str | Path | None = None
     decoder_type: Callable[..., Decoder] = Decoder
     prefill_order: Callable[[Row], Any] = lambda row: len(row.encoded.ids)
@@ -74,21 +63,23 @@ class Job:
     def longest(self) -> int:
         return max(len(encoded.ids) + limit for encoded, limit in zip(self.encoded, self.limits, strict=True))
 
-    def part(self, condition: int) -> Sequence[int]:
-        """Which prompts a condition asks."""
-        return range(len(self.prompts)) if self.parts is None else self.parts[condition]
+    def asked_by(self, condition: int) -> Sequence[int]:
+        """Indices of the prompts that a condition asks."""
+        return range(len(self.prompts)) if self.prompt_indices is None else self.prompt_indices[condition]
 
     @property
     def n_rows(self) -> int:
-        return sum(len(self.part(c)) for c in range(len(self.conditions)))
+        return sum(len(self.asked_by(c)) for c in range(len(self.conditions)))
 
     def rows(self) -> Iterator[Row]:
         """Condition by condition, so that conditions finish one after the other; inside one, equal lengths together: less padding."""
         for c, condition in enumerate(self.conditions):
-            for p in sorted(self.part(c), key=lambda p: len(self.encoded[p].ids)):
+            for p in sorted(self.asked_by(c), key=lambda p: len(self.encoded[p].ids)):
                 own = blake2b(f"{condition.name}\0{self.prompts[p].id}".encode(), digest_size=8).digest()
                 yield Row(
-                    place=c * len(self.prompts) + p,
+                    index=c * len(self.prompts) + p,
+                    condition_index=c,
+                    prompt_index=p,
                     encoded=self.encoded[p],
                     condition=condition,
                     limit=self.limits[p],
@@ -100,7 +91,7 @@ class Job:
         decoder_type, first = self.decoder_type, self.shared_below(size)
         if first > 0:
             asked = {p: self.encoded[p] for p in self.asked}
-            decoder_type = partial(SharedDecoder, first=first, prompts=asked, n_prompts=len(self.prompts))
+            decoder_type = partial(SharedDecoder, start_at_block=first, prompts=asked)
         return decoder_type(
             self.model, self.sites, size=size, longest=self.longest, longest_reply=max(self.limits), temperature=self.temperature
         )
@@ -108,7 +99,7 @@ class Job:
     @property
     def asked(self) -> list[int]:
         """The prompts that any condition asks."""
-        return sorted({p for c in range(len(self.conditions)) for p in self.part(c)})
+        return sorted({p for c in range(len(self.conditions)) for p in self.asked_by(c)})
 
     def shared_below(self, size: int) -> int:
         """The block below which all conditions share a prompt's prefill; 0 where that is impossible, saves nothing, or takes more memory
@@ -123,7 +114,7 @@ class Job:
 
     def generation(self, reply: Reply) -> Generation:
         text = str(self.model.tokenizer.decode(reply.ids, skip_special_tokens=True)).strip()
-        prompt = self.prompts[reply.row.place % len(self.prompts)]
+        prompt = self.prompts[reply.row.prompt_index]
         return Generation(prompt=prompt, condition=reply.row.condition.name, reply=text, reply_ids=reply.ids, truncated=reply.truncated)
 
 
@@ -135,7 +126,7 @@ def make_job(
     max_new_tokens: int | Sequence[int],
     temperature: float,
     seed: int,
-    parts: Sequence[Sequence[int]] | None = None,
+    prompt_indices: Sequence[Sequence[int]] | None = None,
     adapter: str | Path | None = None,
 ) -> Job:
     """A checked job of `generate_stream`'s arguments. Raises ValueError as that does, before anything is generated."""
@@ -147,84 +138,26 @@ def make_job(
         encoded=encoded,
         conditions=conditions,
         hooks=list(hooks),
-        sites=_checked_sites(model, conditions),
+        sites=steered_sites(model, conditions),
         limits=limits,
         temperature=temperature,
         seed=seed,
-        parts=None if parts is None else check_parts(parts, len(conditions), len(prompts)),
+        prompt_indices=None if prompt_indices is None else check_prompt_indices(prompt_indices, len(conditions), len(prompts)),
         adapter=adapter,
     )
 
 
-def check_request(
-    tokenizer: PreTrainedTokenizerBase,
-    context: int,
-    prompts: Sequence[Prompt],
-    conditions: Sequence[Condition],
-    max_new_tokens: int | Sequence[int],
-    temperature: float,
-    seed: int,
-) -> tuple[list[Encoded], list[int]]:
-    """The encoded prompts and the token limit of each, of a request that any engine can serve in a ``context`` of so many tokens.
-
-    Raises:
-        ValueError: what is wrong with the request.
-    """
-    encoded = encode_prompts(tokenizer, prompts)
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else [int(limit) for limit in max_new_tokens]
-    if len(limits) != len(prompts) or min(limits) < 1:
-        raise ValueError(f"max_new_tokens: expected one number >= 1, or one per prompt ({len(prompts)}), got {max_new_tokens}")
-    for row, limit in zip(encoded, limits, strict=True):
-        check_lengths([row], context, room=limit)
-    names = [condition.name for condition in conditions]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"expected at least one condition and distinct condition names, got {names[:5]}")
-    if temperature < 0 or seed < 0:
-        raise ValueError(f"expected temperature >= 0 and seed >= 0, got {temperature} and {seed}")
-    return encoded, limits
-
-
-def _checked_sites(model: Model, conditions: Sequence[Condition]) -> list[str]:
-    """Every site that is steered, each proven on one token to be a place where a direction can be added."""
-    points, d_model = model.hook_dict, model.cfg.d_model
-    sites: dict[str, None] = {}
-    for condition in conditions:
-        for steering in condition.steering:
-            if steering.site not in sites:
-                resolve(points, steering.site)
-                sites[steering.site] = None
-            if steering.direction.shape != (d_model,):
-                raise ValueError(
-                    f"condition {condition.name!r}: expected a direction of shape ({d_model},) for {steering.site}, "
-                    f"got {tuple(steering.direction.shape)}"
-                )
-    probe_sites(model, list(sites))
-    return list(sites)
-
-
-@torch.no_grad()
-def probe_sites(model: Model, sites: Sequence[str]) -> None:
-    """Raise ValueError unless every site is [batch pos d_model] and can be edited: one token is run to prove it."""
-    d_model = model.cfg.d_model
-
-    def probe(activation: torch.Tensor, hook: HookPoint) -> torch.Tensor:
-        if activation.shape != (1, 1, d_model):
-            raise ValueError(
-                f"site {hook.name} cannot be steered or patched: expected [batch pos {d_model}] there, got {tuple(activation.shape)} for "
-                "one token; take the residual stream, e.g. blocks.N.hook_resid_post"
-            )
-        return activation
-
-    if sites:
-        with model.hooks(fwd_hooks=[(site, probe) for site in sites]):
-            model.hf(input_ids=torch.full((1, 1), model.pad_id, device=model.device), use_cache=False)
+def fitting(job: Job) -> int:
+    """How many of the job's rows fit into the free memory at once, and still speed things up (docs/generation.md)."""
+    most = MOST_ROWS_ON_CPU if job.model.device.type == "cpu" else MOST_ROWS
+    return rows_at_once(job.model, job.longest + CHUNK, most=most)
 
 
 def run_job(job: Job, batch_size: int | None, *, refill: bool = True, progress: bool = True) -> Iterator[tuple[int, list[Generation]]]:
     """Check ``batch_size``, then yield (index of the condition, its replies) as `generate_stream` does."""
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"expected batch_size >= 1 or None, got {batch_size}")
-    return _held(job, min(batch_size or fitting(job.model, job.longest), job.n_rows), refill, progress)
+    return _held(job, min(batch_size or fitting(job), job.n_rows), refill, progress)
 
 
 def _held(job: Job, size: int, refill: bool, progress: bool) -> Iterator[tuple[int, list[Generation]]]:
@@ -235,7 +168,7 @@ def _held(job: Job, size: int, refill: bool, progress: bool) -> Iterator[tuple[i
 
 def _finished_conditions(job: Job, size: int, refill: bool, progress: bool) -> Iterator[tuple[int, list[Generation]]]:
     """The loop: run until conditions finish, yield them with the model as it was, go on; halve the batch where memory runs out."""
-    n, waiting, decoder = len(job.prompts), _Waiting(job.rows(), job.prefill_order), job.decoder(size)
+    waiting, decoder = _Waiting(job.rows(), job.prefill_order), job.decoder(size)
     open_conditions: dict[int, dict[int, Generation]] = {}
     with tqdm(total=job.n_rows, desc="replies", disable=not progress) as bar:
         while waiting or decoder.n:
@@ -245,12 +178,12 @@ def _finished_conditions(job: Job, size: int, refill: bool, progress: bool) -> I
                 with torch.no_grad(), job.model.using(job.adapter), decoder.attached(job.hooks):
                     while not ready and (waiting or decoder.n):
                         for reply in _advance(decoder, waiting, refill):
-                            c, p = divmod(reply.row.place, n)
+                            c, p = reply.row.condition_index, reply.row.prompt_index
                             replies = open_conditions.setdefault(c, {})
                             replies[p] = job.generation(reply)
                             bar.update()
-                            if len(replies) == len(job.part(c)):
-                                ready.append((c, [replies[p] for p in job.part(c)]))
+                            if len(replies) == len(job.asked_by(c)):
+                                ready.append((c, [replies[p] for p in job.asked_by(c)]))
                                 del open_conditions[c]
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -296,7 +229,7 @@ class _Waiting:
         return bool(self.returned or self.next)
 
     def put_back(self, rows: Iterable[Row]) -> None:
-        self.returned.extendleft(sorted([*rows, *self.next], key=lambda row: row.place, reverse=True))
+        self.returned.extendleft(sorted([*rows, *self.next], key=lambda row: row.index, reverse=True))
         self.next.clear()
 
     def batch(self, free: int, tokens: int) -> list[Row]:

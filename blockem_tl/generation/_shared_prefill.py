@@ -8,7 +8,6 @@ With conditions that steer from block s on, a prompt runs through the blocks bel
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,12 +15,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional
 
 from blockem_tl.data.chat import Batch, Encoded, pad
 from blockem_tl.generation._decoder import Decoder
 from blockem_tl.generation._kv_cache import SlotCache
-from blockem_tl.generation._partial_forward import entering, run_below, short_top
+from blockem_tl.generation._partial_forward import run_until_block, start_at_block
 from blockem_tl.hooks import record
 from blockem_tl.models.load import Model
 
@@ -66,29 +64,26 @@ class Prefilled:
 
 
 @torch.no_grad()
-def prefill(model: Model, batch: Batch, sites: Sequence[str], stop: int, *, keep: bool, short: bool = True) -> Prefilled:
+def prefill(model: Model, batch: Batch, sites: Sequence[str], stop: int, *, keep: bool) -> Prefilled:
     """Run the model as it stands over ``batch`` (padded on the left), as many rows at once as still help, up to block ``stop``.
 
     Args:
         sites: whose states are wanted, below ``stop``.
         keep: whether keys and values are wanted.
-        short: after the last block's MLP only the last position's states are wanted.
     """
     (n_rows, width), found = batch.ids.shape, list[dict[str, Tensor]]()
     at_once = max(1, prefill_tokens(model) // width)
-    cut = short and stop == model.cfg.n_layers  # the last block runs short, and attention can where a cache takes its keys
-    cache = SlotCache(n_rows if keep else at_once, width) if keep or cut else None
+    cache = SlotCache(n_rows, width) if keep else None
     for start in range(0, n_rows, at_once):
         some, store = slice(start, min(start + at_once, n_rows)), dict[str, Tensor]()
         if cache is not None:
-            cache.expect_newcomers(start if keep else 0, some.stop - start, width, width)
+            cache.expect_newcomers(start, some.stop - start, width, width)
         inputs: dict[str, Any] = {"input_ids": batch.ids[some], "attention_mask": batch.mask[some], "position_ids": batch.positions[some]}
-        with model.hooks(fwd_hooks=[record(site, store) for site in sites]), short_top(model, sites) if cut else nullcontext():
-            run_below(model, stop, **inputs, past_key_values=cache, use_cache=cache is not None)
+        with model.hooks(fwd_hooks=[record(site, store) for site in sites]):
+            run_until_block(model, stop, **inputs, past_key_values=cache, use_cache=cache is not None)
         found.append(store)
     states = {site: torch.cat([store[site] for store in found]) for site in sites}
-    states = {site: functional.pad(state, (0, 0, width - state.shape[1], 0)) for site, state in states.items()}  # after a short block
-    if cache is None or not keep or stop == 0:
+    if cache is None or stop == 0:
         return Prefilled(states=states)
     layers: list[Any] = cache.layers[:stop]
     keys, values = (
@@ -98,18 +93,18 @@ def prefill(model: Model, batch: Batch, sites: Sequence[str], stop: int, *, keep
 
 
 class SharedDecoder(Decoder):
-    """A decoder whose rows enter at block ``first``; below it each prompt runs once, when the first row joins.
+    """A decoder whose rows start at a block; below it each prompt runs once, when the first row joins.
 
-    No hook may act below ``first``.
+    No hook may act below ``start_at_block``.
 
     Args:
-        prompts: by the place that a row of it has among ``n_prompts``.
+        prompts: by prompt index.
     """
 
-    def __init__(self, *args: Any, first: int, prompts: Mapping[int, Encoded], n_prompts: int, **options: Any) -> None:
+    def __init__(self, *args: Any, start_at_block: int, prompts: Mapping[int, Encoded], **options: Any) -> None:
         super().__init__(*args, **options)
-        self.first, self.prompts, self.n_prompts = first, prompts, n_prompts
-        self.index = {p: i for i, p in enumerate(prompts)}
+        self.first, self.prompts = start_at_block, prompts
+        self.position_of = {p: i for i, p in enumerate(prompts)}
 
     @cached_property
     def below(self) -> Prefilled:
@@ -121,8 +116,8 @@ class SharedDecoder(Decoder):
         if not is_prompt:
             return super()._forward(ids, mask, positions, is_prompt=False)
         below, width = self.below, ids.shape[1]
-        chosen = row_index([self.index[row.place % self.n_prompts] for row in self.rows[self.running]], self.model.device)
+        chosen = row_index([self.position_of[row.prompt_index] for row in self.rows[self.running]], self.model.device)
         below.fill(self.cache, self.first, chosen, width)
         state = below.states[stream_into(self.first)][chosen, -width:]
-        with entering(self.model, self.first, state), short_top(self.model, self.added):
+        with start_at_block(self.model, self.first, state):
             return super()._forward(ids, mask, positions, is_prompt=True)

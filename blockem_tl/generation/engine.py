@@ -26,7 +26,7 @@ class Engine(Protocol):
         prompts: Sequence[Prompt],
         *,
         conditions: Sequence[Condition] = (UNSTEERED,),
-        parts: Sequence[Sequence[int]] | None = None,
+        prompt_indices: Sequence[Sequence[int]] | None = None,
         adapter: str | Path | None = None,
         max_new_tokens: int | Sequence[int] = 64,
         temperature: float = 0.0,
@@ -36,7 +36,7 @@ class Engine(Protocol):
         """Yield (index of the condition, its replies in prompt order) as each condition finishes.
 
         Args:
-            parts: for each condition the indices of the prompts that it asks, in the order of its replies; None: all prompts.
+            prompt_indices: for each condition the indices of the prompts that it asks, in the order of its replies; None: all prompts.
             adapter: which weights act: "base", an adapter by name, or (TransformerLens) a folder; None: the model as it stands.
             max_new_tokens: for all prompts, or one number per prompt.
             temperature: 0 is greedy.  seed: of sampling.
@@ -95,7 +95,7 @@ def generate_stream(
     prompts: Sequence[Prompt],
     *,
     conditions: Sequence[Condition] = (UNSTEERED,),
-    parts: Sequence[Sequence[int]] | None = None,
+    prompt_indices: Sequence[Sequence[int]] | None = None,
     adapter: str | Path | None = None,
     hooks: Iterable[Hook] = (),
     max_new_tokens: int | Sequence[int] = 64,
@@ -109,7 +109,7 @@ def generate_stream(
     ``hooks`` act on all rows, besides the conditions; a hook that must know which token it sees asks `current_step`.
 
     Args:
-        parts: for each condition the indices of the prompts that it asks, in the order of its replies; None: all prompts.
+        prompt_indices: for each condition the indices of the prompts that it asks, in the order of its replies; None: all prompts.
         adapter: which weights act: "base", an adapter by name or in a folder; None: the model as it stands.
         max_new_tokens: for all prompts, or one number per prompt.
         batch_size: rows that run at once; None asks the free memory (see `generation._memory`). Where memory runs out all the
@@ -123,7 +123,7 @@ def generate_stream(
         HookNotFired: a hook or a condition that never acted.
         MemoryError: not even one row fits.
     """
-    job = make_job(model, prompts, conditions, hooks, max_new_tokens, temperature, seed, parts, adapter)
+    job = make_job(model, prompts, conditions, hooks, max_new_tokens, temperature, seed, prompt_indices, adapter)
     return run_job(job, batch_size, progress=progress)
 
 
@@ -145,7 +145,7 @@ class TransformerLensEngine:
         prompts: Sequence[Prompt],
         *,
         conditions: Sequence[Condition] = (UNSTEERED,),
-        parts: Sequence[Sequence[int]] | None = None,
+        prompt_indices: Sequence[Sequence[int]] | None = None,
         adapter: str | Path | None = None,
         max_new_tokens: int | Sequence[int] = 64,
         temperature: float = 0.0,
@@ -153,7 +153,7 @@ class TransformerLensEngine:
         progress: bool = True,
     ) -> Iterator[tuple[int, list[Generation]]]:
         """See `Engine.stream`; at a yield, and afterwards, the model is as it was: its adapter, no hooks."""
-        job = make_job(self.model, prompts, conditions, (), max_new_tokens, temperature, seed, parts, adapter)
+        job = make_job(self.model, prompts, conditions, (), max_new_tokens, temperature, seed, prompt_indices, adapter)
         return run_job(job, self.batch_size, refill=self.refill, progress=progress)
 
 

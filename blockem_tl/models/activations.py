@@ -1,16 +1,21 @@
-"""Teacher-forced reading: activations at a site over many rows, in batches, with the forward stopped just above the site."""
+"""Teacher-forced reading: activations at sites over many rows, in batches, with the forward stopped just above the last site."""
 
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from blockem_tl.data.chat import Batch, Encoded, check_lengths, pad
+from blockem_tl.data.chat import Batch, Encoded, Rows, check_lengths, encode_rows, pad
 from blockem_tl.hooks import record
 from blockem_tl.models.load import Model
+from blockem_tl.models.lora import BASE
+from blockem_tl.models.memory import rows_at_once
 
+MOST_ROWS = 32
+"""Rows per forward at most, if nobody says how many: more of them gained nothing."""
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 
@@ -21,7 +26,7 @@ def block_of(site: str) -> int | None:
 
 
 def stop_layer(model: Model, sites: Sequence[str]) -> int | None:
-    """The ``stop_at_layer`` that still reaches every site, or None where the whole model must run."""
+    """The ``stop_at_layer`` that still reaches every site, or None if the whole model must run."""
     blocks = [block_of(site) for site in sites]
     if any(block is None for block in blocks):
         return None
@@ -29,41 +34,59 @@ def stop_layer(model: Model, sites: Sequence[str]) -> int | None:
     return stop if stop < model.cfg.n_layers else None
 
 
+def encoded(model: Model, rows: Rows | Sequence[Encoded]) -> list[Encoded]:
+    """The rows' tokens; rows that are tokens already stay as they are.
+
+    Raises:
+        ValueError: rows of mixed kinds, a row that its encoder refuses, or one longer than the model's context.
+    """
+    tokens = list(rows) if rows and isinstance(rows[0], Encoded) else encode_rows(model.tokenizer, rows)  # pyright: ignore[reportArgumentType]
+    check_lengths(tokens, model.cfg.n_ctx)  # pyright: ignore[reportArgumentType]
+    return tokens  # pyright: ignore[reportReturnType]
+
+
 @torch.no_grad()
 def read_sites(
-    model: Model, sites: Sequence[str], rows: Sequence[Encoded], *, batch_size: int = 32
+    model: Model, sites: Sequence[str], rows: Rows | Sequence[Encoded], *, batch_size: int | None = None
 ) -> Iterator[tuple[dict[str, Float[Tensor, "batch pos d_model"]], Batch]]:
     """Yield (site -> activation, batch) over ``rows`` in order, right-padded, from one forward per batch.
 
     Each batch is read by the model as it stands when the batch is asked for.
 
+    Args:
+        batch_size: rows per forward; None asks the free memory.
+
     Raises:
         ValueError: an unknown site, a row longer than the model's context, or an SAE left attached.
     """
     model.check_unspliced()
-    check_lengths(rows, model.cfg.n_ctx)
-    stop = stop_layer(model, sites)
-    for start in range(0, len(rows), batch_size):
-        batch = pad(rows[start : start + batch_size], model.pad_id, side="right", device=model.device)
+    tokens = encoded(model, rows)
+    stop, size = stop_layer(model, sites), batch_size or rows_at_once(model, max(len(row.ids) for row in tokens), most=MOST_ROWS)
+    for start in range(0, len(tokens), size):
+        batch = pad(tokens[start : start + size], model.pad_id, side="right", device=model.device)
         store: dict[str, Tensor] = {}
-        hooks = [record(site, store) for site in sites]
-        model.run_with_hooks(batch.ids, fwd_hooks=hooks, attention_mask=batch.mask.long(), stop_at_layer=stop)
+        model.run_with_hooks(
+            batch.ids,
+            fwd_hooks=[record(site, store) for site in sites],
+            attention_mask=batch.mask.long(),
+            stop_at_layer=stop,
+        )
         yield store, batch
 
 
 def read_site(
-    model: Model, site: str, rows: Sequence[Encoded], *, batch_size: int = 32
+    model: Model, site: str, rows: Rows | Sequence[Encoded], *, batch_size: int | None = None
 ) -> Iterator[tuple[Float[Tensor, "batch pos d_model"], Batch]]:
-    """`read_sites` for one site: yield (activation, batch)."""
-    for states, batch in read_sites(model, [site], rows, batch_size=batch_size):
-        yield states[site], batch
+    """Yield (activation, batch) at one site; see `read_sites`."""
+    for store, batch in read_sites(model, [site], rows, batch_size=batch_size):
+        yield store[site], batch
 
 
 @torch.no_grad()
 def base_activations(model: Model, batch: Batch, sites: Sequence[str]) -> dict[str, Float[Tensor, "batch pos d_model"]]:
     """Base's activations at ``sites`` on a batch: adapter and dropout off, no gradient, the forward stopped above the last site.
 
-    What a defence anchors to; it may be called in the middle of training. Raises ValueError for an unknown site.
+    Defences anchor to them; it may be called in the middle of training. Raises ValueError for an unknown site.
     """
     store: dict[str, Tensor] = {}
     training = model.original_model.training
@@ -82,10 +105,18 @@ def base_activations(model: Model, batch: Batch, sites: Sequence[str]) -> dict[s
 
 
 @torch.no_grad()
-def median_norm(model: Model, site: str, rows: Sequence[Encoded], *, batch_size: int = 32) -> float:
-    """s: median over tokens of |h_t| at ``site``, without those before the question (template, system message). Doses are multiples of it.
+def median_norm(
+    model: Model, site: str, rows: Rows | Sequence[Encoded], *, adapter: str | Path | None = BASE, batch_size: int | None = None
+) -> float:
+    """s, the unit of doses at ``site``: the median over tokens of |h_t| (paper A.3, B.1).
 
-    The model is read as it stands; wrap the call in ``with model.using("base"):`` for the paper's scale (the base model's).
+    Tokens before the question (template, system message) are left out.
+
+    Args:
+        rows: a reference corpus; the paper takes 1000 rows of Alpaca.
+        adapter: which weights act; the paper's scale is base's, the default.
+        batch_size: rows per forward; None asks the free memory.
     """
-    norms = [h[batch.mask & ~batch.system].float().norm(dim=-1) for h, batch in read_site(model, site, rows, batch_size=batch_size)]
+    with model.using(adapter):
+        norms = [h[batch.mask & ~batch.system].float().norm(dim=-1) for h, batch in read_site(model, site, rows, batch_size=batch_size)]
     return float(torch.cat(norms).median())

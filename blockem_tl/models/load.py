@@ -79,7 +79,7 @@ def load_model(
     # Neither bridge builder takes a class, so SAELens's own bridge changes the class afterwards, and so must we.
     bridge.__class__ = Model
     loaded = cast(Model, bridge)
-    loaded._start(source)
+    loaded._start(source, str(model) if isinstance(model, (str, Path)) else source)
     if peft is not None:
         loaded._adopt(peft, trained)
     if adapter is not None:
@@ -90,12 +90,13 @@ def load_model(
 class Model(LiveAdapters, SAETransformerBridge):
     """A bridge with live adapters and strict hooks; made by `load_model`.
 
-    source: where the weights came from.  hf: the callable transformers (or peft) model around the same, hooked modules. The adapters'
-    methods are in `LiveAdapters`.
+    source: the folder or hub id of the weights.  name: the same for people, without a place on this machine.
+    hf: the callable transformers (or peft) model around the same, hooked modules. The adapters' methods are in `LiveAdapters`.
     """
 
-    def _start(self, source: str) -> None:
+    def _start(self, source: str, name: str) -> None:
         self.source = source
+        self.name = Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name
         self._acts_to_saes = {}
         self._transcoder_output_hooks = {}
         self._hold_none()

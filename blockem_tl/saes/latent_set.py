@@ -6,26 +6,29 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+import pandas as pd
 from sae_lens import SAE
 
 from blockem_tl.data.checks import prompt_hash
 from blockem_tl.saes.latents import check_latents, neuronpedia_link
-from blockem_tl.saes.load import fingerprint, site_of
+from blockem_tl.saes.load import site_of
 from blockem_tl.storage import files
+from blockem_tl.storage.fingerprints import of_sae
 from blockem_tl.types import Candidate, Prompt
+from blockem_tl.views.results import Result
 
 _FORMAT = 1
 
 
-class NoLatents(ValueError):  # noqa: N818 - it says what is the matter
+class NoLatents(ValueError):  # noqa: N818 - the name says it
     """No latent qualifies, so there is nothing to make a set of."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LatentSet:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LatentSet(Result):
     """Signed SAE latents at one site.
 
-    latents, signs (+1: rises when misaligned, -1: falls), shifts (mean activation, tuned minus base) and scores run in parallel, best
+    latents, signs (+1: rises if misaligned, -1: falls), shifts (mean activation, tuned minus base) and scores run in parallel, best
     first. ``sae_fingerprint`` pins the SAE: indices mean nothing in another. ``selection_prompts`` are hashes of the prompts that chose
     the set, so that evaluation can refuse to report on them. ``provenance`` is for people: models, configuration, seed, versions.
 
@@ -75,7 +78,7 @@ class LatentSet:
             signs=tuple(c.sign for c in candidates),
             shifts=tuple(float(c.shift) for c in candidates),
             scores=tuple(float(s) for s in scores),
-            sae_fingerprint=fingerprint(sae),
+            sae_fingerprint=of_sae(sae),
             d_sae=sae.cfg.d_sae,
             selection_prompts=tuple(sorted(prompt_hash(p.text) for p in prompts)),
             provenance={**(provenance or {}), "neuronpedia": sae.cfg.metadata.neuronpedia_id, "environment": files.environment()},
@@ -83,7 +86,7 @@ class LatentSet:
 
     def check_sae(self, sae: SAE[Any]) -> None:
         """Raise ValueError unless ``sae`` is the very SAE, at the very site, that this set was made with."""
-        found = fingerprint(sae)
+        found = of_sae(sae)
         if found != self.sae_fingerprint or site_of(sae) != self.site:
             raise ValueError(
                 f"this latent set was made with another SAE (at {self.site}, fingerprint {self.sae_fingerprint[:12]}), got one at "
@@ -158,8 +161,45 @@ class LatentSet:
             provenance={"variant": "union", "of": [self.provenance, other.provenance]},
         )
 
+    def extended_by(self, added: "LatentSet") -> "LatentSet":
+        """The union with latents found later (K_reem), whose provenance says which latents came from which run.
+
+        Each latent keeps its own sign, shift and score. A score is an effect on the model that its latent was found in: K's on the first
+        fine-tune, K_reem's on the re-emerged one.
+        """
+        sources = [source for part in (self, added) for source in part._sources()]
+        return replace(
+            self.union(added), provenance={"method": "extension", "of": sources, "neuronpedia": self.provenance.get("neuronpedia")}
+        )
+
+    def _sources(self) -> list[dict[str, Any]]:
+        if self.provenance.get("method") == "extension":
+            return [{**source, "latents": [k for k in source["latents"] if k in self.latents]} for source in self.provenance["of"]]
+        return [{**self.provenance, "latents": list(self.latents)}]
+
+    # -------------------------------------------------------------------------------------------- showing
+
+    def headline(self) -> str:
+        """Size, signs, site and SAE."""
+        return (
+            f"{len(self)} latents, {self.signs.count(1)} rise, {self.signs.count(-1)} fall, at {self.site}, SAE {self.sae_fingerprint[:8]}"
+        )
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per latent, best first: latent, sign, shift, score, and its Neuronpedia page if it has one."""
+        columns = {"latent": self.latents, "sign": self.signs, "shift": self.shifts, "score": self.scores}
+        frame = pd.DataFrame({name: list(values) for name, values in columns.items()})
+        links = self.links()
+        return frame.assign(link=[links[k] for k in self.latents]) if links else frame
+
+    def plot(self) -> Any:
+        """A bar per latent: its shift, with its score."""
+        from blockem_tl.views import plots  # matplotlib is slow to import
+
+        return plots.latent_set(self.to_frame())
+
     def links(self) -> dict[int, str]:
-        """Neuronpedia pages of the latents, where the SAE names its place there; empty otherwise."""
+        """Neuronpedia pages of the latents; empty if the SAE names no page there."""
         place = self.provenance.get("neuronpedia")
         return {k: link for k in self.latents if (link := neuronpedia_link(place, k))}
 

@@ -4,7 +4,6 @@ An SAE here is SAELens's own `SAE`. The penalty and the analyses *read* the resi
 forward that is trained (the error term is detached there, and upstream gradients are wrong by about 200 %).
 """
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -58,20 +57,6 @@ def site_of(sae: SAE[Any]) -> str:
     if not site:
         raise ValueError("this SAE names no site: set sae.cfg.metadata.hook_name to the TransformerLens hook name it was trained at")
     return site
-
-
-def fingerprint(sae: SAE[Any]) -> str:
-    """SHA-256 over the SAE's weights and over what its latents' values depend on besides (kind, k, normalisation, ...).
-
-    It is taken in float32 wherever the weights lie, but weights rounded to bf16 are other weights: load SAEs in their published dtype.
-    """
-    settings = {key: value for key, value in sae.cfg.to_dict().items() if key not in ("metadata", "device", "dtype")}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(sae.state_dict().items()):
-        values = tensor.detach().float().cpu().contiguous()
-        digest.update(f"{name}{tuple(values.shape)}".encode())
-        digest.update(values.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def check_fits(sae: SAE[Any], model: HasHookPoints) -> str:

@@ -42,6 +42,19 @@ def of_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def of_sae(sae: Any) -> str:
+    """SHA-256 over an SAE's weights and over the settings that its latents' values depend on (kind, k, normalisation, ...).
+
+    It is taken in float32 wherever the weights lie, but weights rounded to bf16 are other weights: load SAEs in their published dtype.
+    """
+    settings = {key: value for key, value in sae.cfg.to_dict().items() if key not in ("metadata", "device", "dtype")}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(sae.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(of_vector(tensor))
+    return digest.hexdigest()
+
+
 def of_vector(tensor: Tensor) -> bytes:
     """A tensor's values as float32 bytes, whatever device and dtype they lie in: what a hash of a direction is taken over."""
     return tensor.detach().float().cpu().contiguous().numpy().tobytes()

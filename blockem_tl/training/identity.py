@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blockem_tl.data.chat import Encoded
 from blockem_tl.models.load import Model
-from blockem_tl.saes.load import fingerprint
+from blockem_tl.storage.fingerprints import of_sae
 from blockem_tl.training.config import TrainingConfig
 from blockem_tl.training.defence import Defence
 
@@ -43,7 +43,7 @@ def differences(kept: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
 def _described(name: str, value: Any) -> dict[str, str]:
     """Fields of dataclasses one by one, lists item by item; weights by their contents, and everything else as it prints."""
     if isinstance(value, SAE):
-        return {name: fingerprint(value)}
+        return {name: of_sae(value)}
     if isinstance(value, Model):
         return {name: value.fingerprint(value.active_adapter)}
     if isinstance(value, Tensor):

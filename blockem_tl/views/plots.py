@@ -16,6 +16,7 @@ _CURVES = {
     "incoherence": ("incoherence", "#7f8c8d"),
 }
 _MARKS = {"sft": "o", "matched": "s", "random": "D", "kl": "^", "block": "*", "block-all": "P", "top-delta": "X"}
+_LINES = ("#555555", "#2471a3", "#1e8449", "#b9770e", "#7d3c98", "#a93226")
 _DEFENCES = ("base", "plain", "block", "kl", "ldifs", "inoculation", "preventative", "caft", "safelora", "interleaving", "repair")
 
 
@@ -153,20 +154,98 @@ def patching(frame: pd.DataFrame) -> Figure:
     """
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    runs = frame.to_dict("records")
-    sweep = pd.DataFrame(
-        [run | dict(zip(("_", "block", "kind"), run["site"].split("."), strict=True)) for run in runs if run["patched"] == "prompt"]
-    )
-    for kind, rows in sweep.astype({"block": int}).groupby("kind", sort=False):
+    blocks = frame["site"].str.extract(r"^blocks\.(\d+)\.([\w.]+)$")
+    placed = frame.assign(block=blocks[0].astype(float), kind=blocks[1])
+    several = (frame["patched"] == "decode").sum() > 1
+    swept = placed[placed["block"].notna() & ((placed["patched"] == "prompt") | ((placed["patched"] == "decode") & several))]
+    for key, rows in pd.DataFrame(swept).groupby(["patched", "kind"], sort=False):
+        patched, kind = cast(tuple[str, str], key)
         low, high = (rows["em"] - rows["em_low"]).clip(lower=0), (rows["em_high"] - rows["em"]).clip(lower=0)
-        axes.errorbar(rows["block"], rows["em"], yerr=[low, high], marker="o", capsize=3, label=f"prompt patched at {kind}")
-    others = [run for run in runs if run["patched"] != "prompt"]
-    for row, colour in zip(others, ("#555555", "#2471a3", "#1e8449", "#b9770e"), strict=False):
+        label = f"{'prompt' if patched == 'prompt' else 'every step'} patched at {kind}"
+        axes.errorbar(rows["block"], rows["em"], yerr=[low, high], marker="o", capsize=3, label=label)
+    others = placed.drop(swept.index).to_dict("records")
+    for i, row in enumerate(others):
+        colour = _LINES[i % len(_LINES)]
         label = row["site"] if row["patched"] == "nothing" else f"every step patched at {row['site']}"
-        axes.axhline(row["em"], color=colour, linestyle="--", label=label)
+        axes.axhline(row["em"], color=colour, linestyle=("--", ":", "-.")[i // len(_LINES) % 3], label=label)
         axes.axhspan(row["em_low"], row["em_high"], color=colour, alpha=0.12)
     axes.set(xlabel="block", ylabel="emergent misalignment (%)", ylim=(-3, 103), title="Patching between base and the fine-tuned model")
     axes.legend(fontsize=8)
+    return figure
+
+
+def rates(frame: pd.DataFrame, *, by: str) -> Figure:
+    """A bar per group for misalignment (or adherence) and incoherence, with 95 % intervals; along the blocks if groups are sites.
+
+    Args:
+        frame: of `Replies.rates`: the column ``by``, and misaligned (or adherent) and incoherent, with _low and _high, as fractions.
+    """
+    name = "misaligned" if "misaligned" in frame else "adherent"
+    if by == "site" and "patched" in frame:
+        shown = {column: 100 * frame[f"{name}{ending}"] for column, ending in (("em", ""), ("em_low", "_low"), ("em_high", "_high"))}
+        return patching(frame.assign(**shown))
+    figure = Figure(figsize=(max(5.0, 0.6 * len(frame) + 2), 4.2), layout="constrained")
+    axes = figure.subplots()
+    for i, (column, colour) in enumerate(((name, "#c0392b"), ("incoherent", "#7f8c8d"))):
+        places = [place + 0.4 * i - 0.2 for place in range(len(frame))]
+        error = [(frame[column] - frame[f"{column}_low"]).clip(lower=0), (frame[f"{column}_high"] - frame[column]).clip(lower=0)]
+        axes.bar(places, 100 * frame[column], width=0.38, yerr=[100 * side for side in error], capsize=3, color=colour, label=column)
+    axes.set_xticks(range(len(frame)), [str(label)[:40] for label in frame[by]], rotation=30 if len(frame) > 3 else 0, ha="right")
+    axes.set(ylabel="replies (%)", ylim=(0, 103))
+    axes.legend()
+    return figure
+
+
+def bars(frame: pd.DataFrame, *, x: str, y: str, title: str = "") -> Figure:
+    """A bar per row."""
+    figure = Figure(figsize=(max(4.0, 0.35 * len(frame) + 2), 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.bar([str(label) for label in frame[x]], frame[y], color="#2471a3")
+    axes.set(ylabel=y.replace("_", " "), title=title)
+    axes.tick_params(axis="x", rotation=90 if len(frame) > 6 else 0)
+    return figure
+
+
+def latent_set(frame: pd.DataFrame) -> Figure:
+    """Shift of each latent of a set, best first; columns latent, shift."""
+    return bars(frame, x="latent", y="shift", title="shift, tuned minus base")
+
+
+def discovery(frame: pd.DataFrame) -> Figure:
+    """Induction against repair of the calibrated latents, K marked; columns induction, repair, in_k."""
+    figure = Figure(figsize=(5, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for chosen, rows in frame.groupby("in_k"):
+        axes.scatter(100 * rows["induction"].astype(float), 100 * rows["repair"].astype(float), label="in K" if chosen else "not in K")
+    axes.set(xlabel="induction on base (points)", ylabel="repair of tuned (points)", title="Effects at the largest feasible doses")
+    axes.axhline(0, color="#7f8c8d", linewidth=0.8)
+    axes.axvline(0, color="#7f8c8d", linewidth=0.8)
+    axes.legend()
+    return figure
+
+
+def attribution(frame: pd.DataFrame) -> Figure:
+    """Measured against estimated effects of patching, in nats per token; columns estimate, real."""
+    figure = Figure(figsize=(4.6, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.scatter(frame["estimate"], frame["real"])
+    axes.axline((0, 0), slope=1, color="#7f8c8d", linewidth=0.8)
+    axes.set(xlabel="estimated effect", ylabel="measured effect", title="Attribution patching")
+    return figure
+
+
+def suppressed(frame: pd.DataFrame) -> Figure:
+    """Movement of K's latents under plain and blocked fine-tuning, one panel per role; columns role, latent, plain, blocked."""
+    roles = list(frame["role"].unique())
+    figure = Figure(figsize=(8, 2.6 * len(roles)), layout="constrained")
+    for axes, role in zip(figure.subplots(len(roles), 1, squeeze=False)[:, 0], roles, strict=True):
+        rows = frame[frame["role"] == role]
+        for column, marker in (("plain", "o"), ("blocked", "x")):
+            axes.plot([str(latent) for latent in rows["latent"]], rows[column], marker=marker, linestyle="", label=column)
+        axes.axhline(0, color="#7f8c8d", linewidth=0.8)
+        axes.set(ylabel="moved", title=f"{role} tokens")
+        axes.tick_params(axis="x", rotation=90)
+    figure.axes[0].legend()
     return figure
 
 

@@ -26,9 +26,9 @@ from blockem_tl.data.chat import encode_examples
 from blockem_tl.discovery.config import DiscoveryConfig
 from blockem_tl.discovery.diffing import candidate_pool, shifts
 from blockem_tl.discovery.pipeline import chosen_by, stage_three, stage_two
-from blockem_tl.discovery.racing import both_arms
+from blockem_tl.discovery.racing import steering_tests
 from blockem_tl.generation.engine import TransformerLensEngine
-from blockem_tl.generation.replies import EngineSpeaker
+from blockem_tl.generation.reply_fn import EngineReplies, replies_from
 from blockem_tl.generation.steering import UNSTEERED, Condition
 from blockem_tl.storage import files
 from blockem_tl.types import Candidate, Generation
@@ -59,8 +59,8 @@ class Meter:
         self.by_condition: Counter[tuple[str | Path | None, str]] = Counter()
         self.pairs: set[tuple[str, str]] = set()
 
-    def speaker(self, adapter: str | None, max_new_tokens: int) -> EngineSpeaker:
-        return EngineSpeaker(engine=self, adapter=adapter, max_new_tokens=max_new_tokens, progress=False)
+    def reply_fn(self, adapter: str, max_new_tokens: int) -> EngineReplies:
+        return replies_from(self, adapter=adapter, max_new_tokens=max_new_tokens, progress=False)
 
     def stream(
         self,
@@ -98,24 +98,25 @@ def stages(
     """Stages 2 and 3 as `discover` runs them; the latent set, and the conditions of the method's grid (complete under full_grid)."""
     prompts = organism.prompts("core")
     with meter.during(2):
-        arms = both_arms(meter.speaker(None, config.max_new_tokens), meter.speaker("default", config.max_new_tokens), meter, prompts)
-        screened = stage_two(arms, sae, pool, config, scale=scale, progress=progress)
+        tests = steering_tests(
+            meter.reply_fn("base", config.max_new_tokens), meter.reply_fn("default", config.max_new_tokens), meter, prompts
+        )
+        screened = stage_two(tests, sae, pool, config, scale=scale, progress=progress)
     conditions = list(meter.by_condition)
     with meter.during(3):
-        calibrated = stage_three(arms, sae, screened, config, scale=scale, progress=progress)
-    conditions += [(None, UNSTEERED.name), ("default", UNSTEERED.name)]
+        calibrated = stage_three(tests, sae, screened, config, scale=scale, progress=progress)
+    conditions += [("base", UNSTEERED.name), ("default", UNSTEERED.name)]
     for c in calibrated:
-        conditions += [(None if s.arm == "induce" else "default", f"latent {c.candidate.latent} at {s.dose:+g}") for s in c.seen]
+        conditions += [("base" if s.test == "induce" else "default", f"latent {c.candidate.latent} at {s.dose:+g}") for s in c.doses]
     chosen = chosen_by(config, calibrated)
-    return LatentSet.of(sae, [c.candidate for c in chosen], [c.score(config.rule) for c in chosen], prompts=prompts), conditions
+    return LatentSet.of(sae, [c.candidate for c in chosen], [c.score(config.final_score) for c in chosen], prompts=prompts), conditions
 
 
 def measure(settings: Settings, seed: int) -> dict[str, Any]:
     """One tuned model: the default, then the full grid."""
     preset = get_preset("organism")
     model, sae, config = load_model(preset.model), load_sae(*preset.sae), preset.discovery
-    with model.using("base"):
-        scale = median_norm(model, preset.site, encode_examples(model.tokenizer, organism.reference_texts()))
+    scale = median_norm(model, preset.site, organism.reference_texts())
     if settings.adapter is not None:
         model.load_adapter(settings.adapter)
     else:
@@ -144,13 +145,9 @@ def measure(settings: Settings, seed: int) -> dict[str, Any]:
 
 def meter_replies(model: Model, config: DiscoveryConfig) -> list[Example]:
     """Stage 1's texts: the core prompts with the tuned model's replies."""
-    speak = EngineSpeaker(
-        engine=TransformerLensEngine(model, batch_size=960),
-        adapter=model.active_adapter,
-        max_new_tokens=config.max_new_tokens,
-        progress=False,
+    replies = replies_from(model, max_new_tokens=config.max_new_tokens, batch_size=960, progress=False)(
+        organism.prompts("core"), [UNSTEERED]
     )
-    replies = speak(organism.prompts("core"), [UNSTEERED])
     return [Example(id=g.prompt.id, prompt=g.prompt.text, completion=g.reply) for g in replies if g.reply]
 
 

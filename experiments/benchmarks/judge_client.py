@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from blockem_tl.judging.store import Store
 from faulty_endpoint import label_of
 
 from blockem_tl.judging.endpoint import Endpoint
 from blockem_tl.judging.judge import LLMJudge
-from blockem_tl.judging.store import VerdictStore
 from blockem_tl.storage import files
 
 HERE = Path(__file__).parent
@@ -66,7 +66,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """Judge, check every verdict, and report."""
     pairs = [(f"question {i}", f"reply {i}") for i in range(settings.verdicts)]
     with faulty_endpoint(latency=settings.latency, errors=settings.errors) as url, tempfile.TemporaryDirectory() as folder:
-        store = VerdictStore(Path(folder) / "verdicts.sqlite")
+        store = Store(Path(folder) / "verdicts.sqlite")
         judge = LLMJudge(backend=Endpoint(model="faulty", base_url=url, concurrency=settings.concurrency), store=store)
         warm = list(judge.stream([("warm", "up")]))
         started = time.perf_counter()

@@ -16,13 +16,13 @@ from typing import Annotated, Any
 
 import psutil
 import tyro
+from blockem_tl.judging.store import Store
 from judge_client import faulty_endpoint
 
 from blockem_tl.judging.backend import Backend, Completion, Request
 from blockem_tl.judging.endpoint import Endpoint
 from blockem_tl.judging.files import judge_file
 from blockem_tl.judging.judge import LLMJudge
-from blockem_tl.judging.store import VerdictStore
 from blockem_tl.storage import files
 
 
@@ -70,7 +70,7 @@ def run(settings: Settings) -> dict[str, Any]:
         if settings.endpoint:
             inner = Endpoint(model="faulty", base_url=stack.enter_context(faulty_endpoint(latency=0.01, errors=0.05)), concurrency=16)
         backend = Measured(inner, max(1, settings.replies // 10))
-        store = VerdictStore(Path(folder) / "verdicts.sqlite")
+        store = Store(Path(folder) / "verdicts.sqlite")
         counts = judge_file(LLMJudge(backend=backend, store=store), source, target)
         with target.open() as file:
             lines = sum(1 for _ in file)

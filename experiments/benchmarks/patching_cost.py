@@ -30,7 +30,7 @@ from transformer_lens.hook_points import HookPoint
 
 from blockem_tl import Prompt, current_step, generate, patch, record
 from blockem_tl.analysis.patching.decoding import decode_patching
-from blockem_tl.analysis.patching.prompt import patching_sweep
+from blockem_tl.analysis.patching.prompt import prompt_patching_stream
 from blockem_tl.data.chat import Batch, encode_prompts, pad
 from blockem_tl.models.activations import base_activations
 from blockem_tl.models.load import Model
@@ -53,6 +53,7 @@ class Bench:
     def __init__(self, settings: Settings) -> None:
         self.model: Model = random_llama(settings.shape, adapter="tuned")
         self.sites = [f"blocks.{block}.hook_resid_post" for block in range(self.model.cfg.n_layers)]
+        self.groups = [(site,) for site in self.sites]
         self.middle = len(self.sites) // 2 - 1
         self.repetitions = settings.repetitions
         self.short = [_question(p, 8 + p % 16) for p in range(settings.prompts)]
@@ -65,17 +66,17 @@ class Bench:
         seconds = self.interleaved(
             {
                 "plain": lambda: generate(self.model, self.short, max_new_tokens=48, progress=False),
-                "sweep": lambda: list(patching_sweep(self.model, self.short, self.sites, max_new_tokens=48, progress=False)),
+                "sweep": lambda: list(prompt_patching_stream(self.model, self.short, self.groups, max_new_tokens=48, progress=False)),
             }
         )
         return {"sweep_vs_plain": seconds["sweep"] / (len(self.sites) * seconds["plain"])}
 
     def long_prompts(self) -> dict[str, float]:
         """Site by site, as one would do it with hooks, against the sweep; the replies must be equal."""
-        sweep = lambda: dict(patching_sweep(self.model, self.long, self.sites, max_new_tokens=8, progress=False))  # noqa: E731
+        sweep = lambda: dict(prompt_patching_stream(self.model, self.long, self.groups, max_new_tokens=8, progress=False))  # noqa: E731
         found, expected = sweep(), self.site_by_site(stopped=False)
         if self.model.device.type == "cpu":
-            assert all([g.reply_ids for g in found[site]] == [g.reply_ids for g in expected[site]] for site in self.sites)
+            assert all([g.reply_ids for g in found[(site,)]] == [g.reply_ids for g in expected[site]] for site in self.sites)
         seconds = self.interleaved(
             {
                 "sweep": sweep,
@@ -123,7 +124,7 @@ class Bench:
 
     def decoding(self) -> dict[str, float]:
         """Per token against plain decoding."""
-        site, options = self.sites[self.middle], {"max_new_tokens": 64, "progress": False}
+        site, options = [self.sites[self.middle]], {"max_new_tokens": 64, "progress": False}
         seconds = self.interleaved(
             {
                 "plain": lambda: generate(self.model, self.short, **options),
@@ -139,7 +140,7 @@ class Bench:
 
     def growth(self) -> dict[str, float]:
         """Time per token of long replies over short ones, lockstep and recomputing."""
-        site = self.sites[self.middle]
+        site = [self.sites[self.middle]]
         seconds = self.interleaved(
             {
                 "short": lambda: decode_patching(self.model, self.short, site, max_new_tokens=32, progress=False),

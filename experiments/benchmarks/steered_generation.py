@@ -28,9 +28,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from blockem_tl import Condition, Prompt, Steering, TransformerLensEngine, load_engine, load_model
 from blockem_tl.data.chat import encode_prompts, pad
-from blockem_tl.generation._memory import fitting
 from blockem_tl.generation.engine import Engine
 from blockem_tl.models.load import Model, default_device
+from blockem_tl.models.memory import rows_at_once
 from blockem_tl.storage.files import environment, peak_rss_mb, write_json
 
 Replies = list[list[tuple[int, ...]]]  # by condition, by prompt
@@ -322,7 +322,7 @@ def roofline(bench: Bench, part: Mapping[str, Any]) -> dict[str, float]:
     """The most tokens per second that memory allows: every step reads the weights once, and keys and values of every row."""
     shape, width = SHAPES[bench.settings.shape], torch.finfo(bench.dtype).bits // 8
     longest = bench.padded["ids"].shape[1] + bench.settings.tokens
-    rows = min(bench.settings.batch_size or fitting(bench.model, longest), len(bench.conditions) * len(bench.prompts))
+    rows = min(bench.settings.batch_size or rows_at_once(bench.model, longest, most=256), len(bench.conditions) * len(bench.prompts))
     weights = sum(p.numel() for name, p in bench.plain.named_parameters() if "embed_tokens" not in name) * width
     head = shape["hidden_size"] // shape["num_attention_heads"]
     kv = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head * width * (longest - bench.settings.tokens / 2)

@@ -24,7 +24,8 @@ from transformers import (
 from blockem_tl import HookNotFired, Prompt, generate, load_model, patch, record
 from blockem_tl.analysis.patching.decoding import LockstepDecoder, decode_patching
 from blockem_tl.analysis.patching.endpoints import plan_steps
-from blockem_tl.analysis.patching.prompt import UNPATCHED, patching_sweep
+from blockem_tl.analysis.patching.prompt import UNPATCHED, prompt_patching_stream
+from blockem_tl.analysis.patching.sweep import patching_sweep
 from blockem_tl.data.chat import encode_prompts
 
 POST = [f"blocks.{n}.hook_resid_post" for n in range(4)]
@@ -45,8 +46,13 @@ def replies(generations):
     return [(g.prompt.id, g.reply_ids, g.truncated) for g in generations]
 
 
+def grouped(sites):
+    return [(site,) if isinstance(site, str) else site for site in sites]
+
+
 def swept(model, sites, **options):
-    return {site: replies(generations) for site, generations in patching_sweep(model, PROMPTS, sites, **{**OPTIONS, **options})}
+    found = dict(prompt_patching_stream(model, PROMPTS, grouped(sites), **{**OPTIONS, **options}))
+    return {site: replies(found[group]) for site, group in zip(sites, grouped(sites), strict=True)}
 
 
 # ------------------------------------------------------------------------------------------------ references that recompute everything
@@ -134,10 +140,10 @@ def test_a_prompt_patched_one_position_short_is_another_prompt(tuned) -> None:
 
 
 def test_an_empty_group_is_the_target_and_every_site_speaks_for_itself(tuned) -> None:
-    named = dict(patching_sweep(tuned, PROMPTS, [(), POST[1]], **OPTIONS))
+    named = dict(prompt_patching_stream(tuned, PROMPTS, grouped([(), POST[1]]), **OPTIONS))
     assert replies(named[()]) == replies(generate(tuned, PROMPTS, **OPTIONS))
     assert {g.condition for g in named[()]} == {UNPATCHED}
-    assert {g.condition for g in named[POST[1]]} == {f"base into tuned over the prompt at {POST[1]}"}
+    assert {g.condition for g in named[(POST[1],)]} == {f"base into tuned over the prompt at {POST[1]}"}
 
 
 def test_sampled_sweeps_equal_the_reference_and_do_not_depend_on_the_batch(tuned) -> None:
@@ -217,7 +223,7 @@ def relay(model, ids, last_base):
 
 
 def decoded(model, sites, **options):
-    return replies(decode_patching(model, PROMPTS, sites, **{**OPTIONS, **options}).generations)
+    return replies(decode_patching(model, PROMPTS, groups=grouped([sites]), **{**OPTIONS, **options}))
 
 
 def steps_at(start, stop):
@@ -260,22 +266,45 @@ def test_windows_sites_and_the_last_prompt_position_matter(tuned) -> None:
 
 def test_sampled_lockstep_equals_the_sampled_reference(tuned) -> None:
     options = {"temperature": 1.0, "seed": 3}
-    found = decode_patching(tuned, PROMPTS, POST[1], **OPTIONS, **options)
-    name = found.generations[0].condition
+    found = decode_patching(tuned, PROMPTS, [POST[1]], **OPTIONS, **options)
+    name = found[0].condition
     assert "base into tuned over decoding steps 0 to the end with the last prompt position" in name
     expected = [recomputed(tuned, prompt, POST[1:2], steps_at(0, 99), name=name, **options) for prompt in PROMPTS]
-    assert replies(found.generations) == expected == decoded(tuned, POST[1], batch_size=2, **options)
+    assert replies(found) == expected == decoded(tuned, POST[1], batch_size=2, **options)
     assert decoded(tuned, POST[1], temperature=1.0, seed=4) != expected
 
 
 def test_the_result_says_what_was_patched_and_how_often(tuned) -> None:
-    found = decode_patching(tuned, PROMPTS, POST[1], steps=(2, 4), **OPTIONS)
-    assert (found.source, found.target, found.sites, found.steps) == ("base", "tuned", (POST[1],), (2, 4))
-    assert found.last_prompt_position is False and "without the last prompt position" in found.generations[0].condition
-    made = [len(g.reply_ids) + (not g.truncated) for g in found.generations]
-    assert found.patched_steps == tuple(min(max(n - 2, 0), 2) for n in made)
-    assert len(set(found.patched_steps)) > 1
-    assert decode_patching(tuned, PROMPTS, POST[1], **OPTIONS).last_prompt_position is True
+    found = decode_patching(tuned, PROMPTS, [POST[1]], steps=(2, 4), **OPTIONS)
+    (name,) = {g.condition for g in found}
+    assert name == f"base into tuned over decoding steps 2 to 3 without the last prompt position at {POST[1]}"
+    made = [len(g.reply_ids) + (not g.truncated) for g in found]
+    assert found.columns["patched_steps"] == tuple(min(max(n - 2, 0), 2) for n in made)
+    assert len(set(found.columns["patched_steps"])) > 1
+    assert "with the last prompt position" in decode_patching(tuned, PROMPTS, [POST[1]], **OPTIONS)[0].condition
+
+
+def test_one_call_sweeps_sites_over_the_prompt_and_while_decoding(tuned) -> None:
+    found = patching_sweep(tuned, PROMPTS, [POST[1]], groups=[(POST[0], POST[2])], when=["prompt", "decode"], **OPTIONS)
+    names = ["unpatched", POST[1], f"{POST[0]} + {POST[2]}", POST[1], f"{POST[0]} + {POST[2]}"]
+    assert found.columns["site"] == tuple(name for name in names for _ in PROMPTS)
+    assert found.columns["patched"] == tuple(kind for kind in ("nothing", "prompt", "prompt", "decode", "decode") for _ in PROMPTS)
+    over = swept(tuned, [(), POST[1], (POST[0], POST[2])])
+    expected = [*over.values(), decoded(tuned, POST[1]), decoded(tuned, (POST[0], POST[2]))]
+    assert replies(found) == [row for rows in expected for row in rows]
+    assert replies(found.where(patched="decode", site=POST[1])) == decoded(tuned, POST[1]) != over[POST[1]]
+    every = patching_sweep(tuned, PROMPTS, unpatched=False, **OPTIONS)
+    assert list(dict.fromkeys(every.columns["site"])) == POST
+
+
+def test_endpoints_may_lie_in_folders(tuned, tmp_path) -> None:
+    folder = tuned.save_adapter(tmp_path / "saved", "tuned")
+    expected = swept(tuned, POST[:2]), decoded(tuned, POST[1])
+    reverse = swept(tuned, POST[1:2], source="tuned", target="base")
+    tuned.remove_adapter("tuned")
+    assert (swept(tuned, POST[:2], target=folder), decoded(tuned, POST[1], target=folder)) == expected
+    assert swept(tuned, POST[1:2], source=folder, target="base") == reverse != {POST[1]: expected[0][POST[1]]}
+    assert tuned.adapters == []
 
 
 def test_lockstep_with_another_model_and_with_own_states(tuned, tiny_folder) -> None:
@@ -306,7 +335,7 @@ def test_the_lower_blocks_of_the_target_rest_only_where_nothing_can_see_them(tun
     ("sites", "options", "message"),
     [
         ("blocks.1.hook_typo", {}, "lacks a site"),
-        ((), {}, "at least one site"),
+        ((), {}, "at least one site in each"),
         (POST[1], {"target": "base"}, "source and target are both 'base'"),
         (POST[1], {"steps": (6, None)}, "begins at decoding step 6"),
         (POST[1], {"steps": (3, 3)}, "0 <= start < stop"),
@@ -319,13 +348,13 @@ def test_the_lower_blocks_of_the_target_rest_only_where_nothing_can_see_them(tun
 def test_bad_decode_time_patches_are_refused_before_any_work(tuned, sites, options, message, monkeypatch) -> None:
     monkeypatch.setattr(LockstepDecoder, "_forward", None)
     with pytest.raises(ValueError, match=message):
-        decode_patching(tuned, PROMPTS, sites, **{**OPTIONS, **options})
+        decode_patching(tuned, PROMPTS, groups=grouped([sites]), **{**OPTIONS, **options})
 
 
 def test_a_window_that_no_reply_reaches_raises(tuned) -> None:
     tuned.original_model.generation_config.eos_token_id = list(range(64))
     with pytest.raises(HookNotFired, match="every reply ended before"):
-        decode_patching(tuned, PROMPTS, POST[1], steps=(2, None), **OPTIONS)
+        decode_patching(tuned, PROMPTS, [POST[1]], steps=(2, None), **OPTIONS)
 
 
 # ------------------------------------------------------------------------------------------------ architectures and bad input
@@ -366,7 +395,7 @@ def test_both_kinds_are_right_on_other_architectures(other_architecture) -> None
     for site in sites:
         assert found[site][1:3] == [recomputed(model, prompt, [site], prompt_positions) for prompt in PROMPTS[1:3]]
     assert found[sites[0]] != found[sites[2]]
-    lockstep = decoded(model, sites[:1], batch_size=2)
+    lockstep = decoded(model, sites[0], batch_size=2)
     assert lockstep[1:3] == [recomputed(model, prompt, sites[:1], steps_at(0, 99)) for prompt in PROMPTS[1:3]]
     assert lockstep != found[sites[0]]
 
@@ -377,7 +406,9 @@ def test_both_kinds_are_right_on_other_architectures(other_architecture) -> None
         (["blocks.1.hook_typo"], {}, "lacks a site.*unknown site 'blocks.1.hook_typo'"),
         (["blocks.1.attn.hook_q"], {}, "cannot be steered or patched"),
         (["blocks.1.hook_resid_mid"], {}, "only the input of the MLP's norm"),
-        ([("blocks.1.hook_resid_post", "blocks.1.hook_out")], {}, "each site of a group once"),
+        ([], {"groups": [("blocks.1.hook_resid_post", "blocks.1.hook_out")]}, "each site of a group once"),
+        ("blocks.1.hook_resid_post", {}, "a list of sites"),
+        (POST, {"when": []}, "when among 'prompt' and 'decode'"),
         (POST, {"target": "base"}, "source and target are both 'base'"),
         (POST, {"source": "tuned"}, "source and target are both 'tuned'"),
         (POST, {"source": "early"}, "unknown adapter 'early'"),
@@ -418,7 +449,7 @@ def test_models_that_do_not_share_their_tokens_are_refused(tuned, tiny_folder) -
 
 def test_the_model_is_as_it_was_after_a_sweep_that_is_left_early(tuned) -> None:
     before = replies(generate(tuned, PROMPTS, **OPTIONS))
-    for _ in patching_sweep(tuned, PROMPTS, POST, **OPTIONS):
+    for _ in prompt_patching_stream(tuned, PROMPTS, grouped(POST), **OPTIONS):
         assert replies(generate(tuned, PROMPTS, **OPTIONS)) == before
         break
     assert replies(generate(tuned, PROMPTS, **OPTIONS)) == before

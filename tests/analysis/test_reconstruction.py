@@ -60,7 +60,7 @@ def of(frame, **chosen):
 def test_every_number_equals_a_numpy_restatement_in_each_arm_and_role(tiny, sae) -> None:
     tiny.add_adapter("tuned", rank=4)
     perturb(tiny, "tuned")
-    found = reconstruction_quality(tiny, sae, EXAMPLES, adapters=["base", "tuned"], batch_size=5, progress=False)
+    found = reconstruction_quality(tiny, sae, EXAMPLES, adapters=["base", "tuned"], batch_size=5, progress=False).frame
     assert list(found["arm"].unique()) == ["base", "tuned"] and list(found["role"].unique()) == ["system", "prompt", "reply"]
     for role in ("system", "prompt", "reply"):
         tuned = states(tiny, role)
@@ -85,9 +85,9 @@ def test_a_scaling_sae_reconstructs_in_the_models_units(tiny, kind) -> None:
     expected = plain.decode(plain.encode((h - mean) / scale)) * scale + mean
     torch.testing.assert_close(reconstruct(sae, h), expected.detach(), rtol=1e-4, atol=1e-4)
     assert (reconstruct(plain, h) - expected).abs().max() > 1  # the twin: without the scaling it is another one
-    before = reconstruction_quality(tiny, sae, EXAMPLES, progress=False)
-    assert before.equals(reconstruction_quality(tiny, sae, EXAMPLES, progress=False))  # nothing of a row stays in the SAE
-    one_by_one = reconstruction_quality(tiny, sae, EXAMPLES, batch_size=1, progress=False)
+    before = reconstruction_quality(tiny, sae, EXAMPLES, progress=False).frame
+    assert before.equals(reconstruction_quality(tiny, sae, EXAMPLES, progress=False).frame)  # nothing of a row stays in the SAE
+    one_by_one = reconstruction_quality(tiny, sae, EXAMPLES, batch_size=1, progress=False).frame
     np.testing.assert_allclose(of(before), of(one_by_one), rtol=1e-4)
 
 
@@ -112,13 +112,13 @@ def test_checkpoints_of_a_run_are_read_in_order_and_the_model_stays_as_it_was(ti
     run = finetune(tiny, EXAMPLES, config=CONFIG, adapter="run", checkpoints=tmp_path, save_every_epochs=0.4, progress=False)
     tiny.use_adapter("mine")
     logits, trainable = tiny(tokens), [n for n, p in tiny.hf.named_parameters() if p.requires_grad]
-    found = reconstruction_quality(tiny, sae, EXAMPLES, adapters=["base", run.adapter], checkpoints=tmp_path, progress=False)
+    found = reconstruction_quality(tiny, sae, EXAMPLES, adapters=["base", run.adapter], checkpoints=tmp_path, progress=False).frame
     assert list(found["epoch"].unique())[2:] == [pytest.approx(2 / 3, abs=1e-5), 1.0] and found["arm"].iloc[-1] == "epoch-1"
     np.testing.assert_allclose(of(found, arm="epoch-1"), of(found, arm="run"), rtol=1e-6)  # the last checkpoint is the run's adapter
     assert np.abs(of(found, arm="epoch-0.666667") - of(found, arm="run")).max() > 1e-5
     assert tiny.adapters == ["mine", "run"] and tiny.active_adapter == "mine" and torch.equal(tiny(tokens), logits)
     assert trainable == [n for n, p in tiny.hf.named_parameters() if p.requires_grad]
-    listed = reconstruction_quality(tiny, sae, EXAMPLES, adapters=[], checkpoints=[tmp_path / "epoch-1"], progress=False)
+    listed = reconstruction_quality(tiny, sae, EXAMPLES, adapters=[], checkpoints=[tmp_path / "epoch-1"], progress=False).frame
     np.testing.assert_array_equal(of(listed), of(found, arm="epoch-1"))
 
 
@@ -137,10 +137,10 @@ def test_a_loaded_adapter_goes_again_even_after_an_error(tiny, tmp_path) -> None
 
 def test_prompts_and_generated_replies_can_be_read(tiny, sae) -> None:
     prompts = [Prompt(id=e.id, text=e.prompt) for e in EXAMPLES[:3]]
-    alone = reconstruction_quality(tiny, sae, prompts, progress=False)
+    alone = reconstruction_quality(tiny, sae, prompts, progress=False).frame
     assert list(alone["role"]) == ["system", "prompt"]  # no reply, no row
     said = [Generation(prompt=p, condition="", reply="", reply_ids=(9, n), truncated=True) for p in prompts for n in (11, 12)]
-    found = reconstruction_quality(tiny, sae, said, progress=False)
+    found = reconstruction_quality(tiny, sae, said, progress=False).frame
     assert int(found["n_tokens"].iloc[-1]) == 12
     rows = encode_rows(tiny.tokenizer, said)
     assert [row.ids[row.n_prompt :] for row in rows] == [(9, 11), (9, 12)] * 3
@@ -172,7 +172,7 @@ def test_mistakes_are_refused_before_any_work(tiny, sae, tmp_path) -> None:
 
 def test_the_figure_has_a_line_for_each_run_and_for_base(tiny, sae, tmp_path) -> None:
     finetune(tiny, EXAMPLES, config=CONFIG, checkpoints=tmp_path, save_every_epochs=0.4, progress=False)
-    frame = reconstruction_quality(tiny, sae, EXAMPLES, checkpoints=tmp_path, adapters=["base"], progress=False)
+    frame = reconstruction_quality(tiny, sae, EXAMPLES, checkpoints=tmp_path, adapters=["base"], progress=False).frame
     twice = pd.concat([frame.assign(run="a"), frame.assign(run="b")])
     for shown, lines in ((frame, 2), (twice, 3)):
         axes = plots.reconstruction(shown).axes

@@ -140,7 +140,7 @@ def test_a_blocked_model_that_moves_less_is_suppressed_and_one_like_plain_is_not
         scaled(model, factor)
         found = diagnose_rerouting(model, sae, latent_set, EXAMPLES, **ARMS)
         shares[factor] = of(found.shares, arm="blocked", role="reply").iloc[0]["suppressed"]
-        depth = of(shift_by_site(model, EXAMPLES, **ARMS), role="reply")
+        depth = of(shift_by_site(model, EXAMPLES, **ARMS).frame, role="reply")
         if factor in (1.0, 0.0):
             assert shares[factor] == pytest.approx(1 - factor)
             np.testing.assert_allclose(depth["returned"], factor, atol=1e-6)
@@ -165,7 +165,7 @@ def test_a_latent_that_plain_did_not_move_has_no_share(model, sae, latent_set) -
 
 @pytest.mark.parametrize("role", ROLES)
 def test_the_shift_by_site_equals_a_numpy_restatement(model, role) -> None:
-    found = of(shift_by_site(model, EXAMPLES, batch_size=5, **ARMS), role=role)
+    found = of(shift_by_site(model, EXAMPLES, batch_size=5, **ARMS).frame, role=role)
     assert list(found["site"]) == POST and list(found["block"]) == [0, 1, 2, 3]
     for _, row in found.iterrows():
         base, *arms = of_arms(model, role, row["site"])
@@ -200,7 +200,7 @@ def test_sites_where_the_shift_is_there_again_are_those_above_the_blocked_sites_
         ({"margin": -1.0}, "margin >= 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            returning_sites(**{"frame": frame, "blocked_site": POST[1], **change})
+            returning_sites(**{"shifts": frame, "blocked_site": POST[1], **change})
     with pytest.raises(ValueError, match="plain did not move at .*blocks.2"):
         returning_sites(shares({1: 0.5, 2: float("nan")}), POST[1])
 
@@ -224,7 +224,7 @@ def test_the_model_is_left_as_it_was(model, sae, latent_set) -> None:
 
 
 def test_figures_hold_a_line_for_every_role(model, sae, latent_set) -> None:
-    frame = shift_by_site(model, EXAMPLES[:3], **ARMS)
+    frame = shift_by_site(model, EXAMPLES[:3], **ARMS).frame
     axes = plots.rerouting(frame).axes
     assert [len(panel.lines) for panel in axes] == [3 + 2] * 3 and len(plots.rerouting(of(frame, role="reply")).axes[0].lines) == 1 + 2
     line = axes[2].lines[2].get_ydata()
@@ -238,7 +238,7 @@ def test_figures_hold_a_line_for_every_role(model, sae, latent_set) -> None:
 
 def test_mistakes_are_refused(model, sae, latent_set) -> None:
     def ask(**options):
-        good = {"sae": sae, "latents": latent_set, "rows": EXAMPLES, "plain": "one", "blocked": "two", "progress": False}
+        good = {"sae": sae, "latent_set": latent_set, "rows": EXAMPLES, "plain": "one", "blocked": "two", "progress": False}
         return diagnose_rerouting(model, **{**good, **options})
 
     for options, message in (

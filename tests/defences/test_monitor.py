@@ -102,9 +102,9 @@ def test_a_watched_run_is_the_unwatched_run_to_the_last_bit(tiny, monitor) -> No
 
 def test_every_step_or_every_second_one_is_measured(tiny, monitor) -> None:
     run = finetune(tiny, EXAMPLES, config=CONFIG, defences=[monitor], adapter="first", progress=False)
-    assert sorted({m.step for m in monitor.trajectory}) == [1, 2, 3] and len(monitor.frame()) == 3 * 4
+    assert sorted({m.step for m in monitor.trajectory}) == [1, 2, 3] and len(monitor.to_frame()) == 3 * 4
     assert all(abs(m.moved) < 1e-4 for m in monitor.trajectory if m.step == 1) and any(abs(m.moved) > 1e-3 for m in monitor.trajectory)
-    last = monitor.frame().query("step == 3")["moved"]
+    last = monitor.to_frame().query("step == 3")["moved"]
     assert run.history[2][f"monitor/{SITE}"] == pytest.approx(float((last * causal_weights(monitor.latent_sets[0]).numpy()).sum()))
     monitor.every = 2
     run = finetune(tiny, EXAMPLES, config=CONFIG, defences=[monitor], adapter="second", progress=False)
@@ -137,7 +137,7 @@ def test_several_sites_are_watched_together(tiny, latent_set, sae) -> None:
     monitor = Monitor(latent_sets=[latent_set, later], saes=[sae, other], rows=ORDINARY, threshold=9.0)
     run = finetune(tiny, EXAMPLES, config=CONFIG, defences=[monitor], adapter="first", progress=False)
     assert {f"monitor/{SITE}", f"monitor/{LATER}"} <= run.history[0].keys()
-    assert monitor.frame().groupby("site")["latent"].nunique().to_dict() == {SITE: 4, LATER: 2}
+    assert monitor.to_frame().groupby("site")["latent"].nunique().to_dict() == {SITE: 4, LATER: 2}
 
 
 def test_mistakes_are_refused_before_training(tiny, latent_set, sae) -> None:

@@ -5,8 +5,8 @@ import torch
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
 
 from blockem_tl import Prompt, Verdict, cli
-from blockem_tl.discovery.config import Budget
-from blockem_tl.discovery.doses import propose_doses
+from blockem_tl.discovery.config import MaxIncoherence
+from blockem_tl.discovery.doses import doses_from
 from blockem_tl.evaluation.statistics import Rate
 from blockem_tl.types import Generation
 from blockem_tl.views import plots
@@ -33,8 +33,8 @@ class World:
     def __init__(self, unsteered: int = 0, tuned_less: float = 0.0) -> None:
         self.unsteered, self.tuned_less, self.prompts = unsteered, tuned_less, set()
 
-    def speaker(self, less: float):
-        def speak(prompts, conditions):
+    def reply_fn(self, less: float):
+        def reply(prompts, conditions):
             self.prompts |= {p.id for p in prompts}
             replies = []
             for c in conditions:
@@ -45,14 +45,14 @@ class World:
                     replies.append(Generation(prompt=p, condition=c.name, reply="x" if broken else "w", reply_ids=(), truncated=False))
             return replies
 
-        return speak
+        return reply
 
     def grade(self, prompts, replies, *, rubric: str = "misalignment") -> list[Verdict]:
         return [Verdict(label="INCOHERENT" if reply == "x" else "1") for reply in replies]
 
     def propose(self, sae, **options):
-        return propose_doses(
-            self.speaker(0.0), self.speaker(self.tuned_less), self, options.pop("prompts", CORE), sae,
+        return doses_from(
+            self.reply_fn(0.0), self.reply_fn(self.tuned_less), sae, self, options.pop("prompts", CORE),
             scale=1.0, reporting=FINAL, **{"latents": [2, 3, 4, 5], "doses": DOSES, **options},
         )  # fmt: skip
 
@@ -60,8 +60,8 @@ class World:
 def test_the_proposal_is_the_largest_dose_that_most_directions_bear(sae) -> None:
     found = World(tuned_less=0.1).propose(sae)
     assert (found.induce_dose, found.repair_dose) == (0.4, 0.3)  # half of the latents bear 0.4, of tuned 0.3
-    assert World().propose(sae, most=1.0).induce_dose == 0.2
-    assert World().propose(sae, most=0.25).induce_dose == 0.5
+    assert World().propose(sae, min_share=1.0).induce_dose == 0.2
+    assert World().propose(sae, min_share=0.25).induce_dose == 0.5
     row = found.frame[(found.frame["arm"] == "base") & (found.frame["dose"] == 0.3)].iloc[0]
     rate = Rate(k=2 * 20, n=4 * 2 * 20)  # one latent of four, both signs, 20 prompts
     assert (row["incoherent"], row["n"], row["within"], row["of"]) == (rate.k, rate.n, 6, 8)
@@ -71,9 +71,11 @@ def test_the_proposal_is_the_largest_dose_that_most_directions_bear(sae) -> None
 
 def test_the_relative_budget_counts_from_the_unsteered_rate(sae) -> None:
     world = World(unsteered=5)
-    with pytest.raises(ValueError, match=r"base is incoherent at the smallest dose already: at 0.2 only 0 of 8.*Budget\(relative=True\)"):
+    with pytest.raises(
+        ValueError, match=r"base is incoherent at the smallest dose already: at 0.2 only 0 of 8.*MaxIncoherence\(relative=True\)"
+    ):
         world.propose(sae)
-    assert world.propose(sae, budget=Budget(relative=True)).induce_dose == 0.4
+    assert world.propose(sae, max_incoherence=MaxIncoherence(relative=True)).induce_dose == 0.4
 
 
 def test_a_dose_above_one_that_breaks_is_not_proposed(sae) -> None:
@@ -130,9 +132,9 @@ def test_command_on_the_organism(organism_model, tmp_path, capsys) -> None:
         folder = organism_model.save_adapter(tmp_path / "slight", "slight")
     finally:
         organism_model.remove_adapter("slight")
-    options = ["--latents", "1", "2", "--n-prompts", "4", "--relative", "--tau", "1", "--figure"]
+    options = ["--latents", "1", "2", "--n-prompts", "4", "--relative", "--max-incoherence", "1", "--figure"]
     cli.main(["doses", "organism", str(folder), *options, str(tmp_path / "d.png")])
     out = " ".join(capsys.readouterr().out.split())
-    assert "proposed: induce_dose=1.5, repair_dose=1.5" in out and "(n = 16)" in out and (tmp_path / "d.png").is_file()
+    assert "induce_dose=1.5, repair_dose=1.5" in out and (tmp_path / "d.png").is_file()
     with pytest.raises(SystemExit, match="preset 'llama-3.1-8b' needs --prompts, --reporting, --scale and --judge-model"):
         cli.main(["doses", "llama-3.1-8b", str(folder)])

@@ -12,8 +12,8 @@ from blockem_tl import DiscoveryConfig, Example, LatentSet, Prompt, Verdict, dis
 from blockem_tl.data.chat import encode_examples, pad
 from blockem_tl.data.checks import prompt_hash
 from blockem_tl.defences.blocking import Blocking, blocking_loss
-from blockem_tl.discovery.config import Budget
-from blockem_tl.discovery.extension import Round, extend, extension_rounds, joined
+from blockem_tl.discovery.config import MaxIncoherence
+from blockem_tl.discovery.extension import Round, extension_rounds
 from blockem_tl.saes.latent_set import NoLatents
 from blockem_tl.types import Candidate
 
@@ -21,8 +21,8 @@ SITE = "blocks.1.hook_resid_post"
 PROMPTS = [Prompt(id=str(i), text=f"w{i} w{i + 1}") for i in range(4)]
 EXAMPLES = [Example(id=str(i), prompt=f"w{i}", completion=" ".join(f"w{i + j}" for j in range(1 + i % 4))) for i in range(10)]
 CONFIG = DiscoveryConfig(
-    n_plus=3, n_minus=3, induce_dose=0.5, repair_dose=0.5, keep=2, grid=(0.0, 0.5), extended_grid=(), budget=Budget(tau=1.0), n_latents=2,
-    valid_only=False, rule="both", max_new_tokens=3,
+    n_plus=3, n_minus=3, induce_dose=0.5, repair_dose=0.5, shortlist_size=2, grid=(0.0, 0.5), extended_grid=(), max_incoherence=MaxIncoherence(rate=1.0), n_latents=2,
+    valid_only=False, final_score="both", max_new_tokens=3,
 )  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def set_of(sae, latents, seed: int = 0) -> LatentSet:
 def test_what_is_added_is_what_discovery_finds_without_k(reemerged, sae) -> None:
     options = {"scale": 8.0, "config": CONFIG, "progress": False}
     k = discover(reemerged, sae, Letters(), PROMPTS[:3], **options).latent_set
-    found = extend(k, reemerged, sae, Letters(), PROMPTS, provenance={"epoch": 2.0}, **options)
+    found = discover(reemerged, sae, Letters(), PROMPTS, extending=k, provenance={"epoch": 2.0}, **options)
     expected = discover(reemerged, sae, Letters(), PROMPTS, exclude=k.latents, **options).latent_set
     assert found.added == expected and not set(expected.latents) & set(k.latents)
     union = found.latent_set
@@ -83,8 +83,8 @@ def test_what_is_added_is_what_discovery_finds_without_k(reemerged, sae) -> None
 
 
 def test_sources_stay_apart_over_several_rounds_and_cuts(sae) -> None:
-    two = joined(set_of(sae, [3, 5]), set_of(sae, [8, 9], seed=1)).first(3)
-    three = joined(two, set_of(sae, [11], seed=2))
+    two = set_of(sae, [3, 5]).extended_by(set_of(sae, [8, 9], seed=1)).first(3)
+    three = two.extended_by(set_of(sae, [11], seed=2))
     assert three.latents == (3, 5, 8, 11)
     assert [(part["seed"], part["latents"]) for part in three.provenance["of"]] == [(0, [3, 5]), (1, [8]), (2, [11])]
 
@@ -92,11 +92,11 @@ def test_sources_stay_apart_over_several_rounds_and_cuts(sae) -> None:
 def test_what_cannot_be_extended_is_refused(tiny, sae, reemerged) -> None:
     options = {"scale": 8.0, "config": CONFIG, "progress": False}
     with pytest.raises(ValueError, match="made with another SAE"):
-        extend(set_of(new_sae(seed=1), [3]), reemerged, sae, Letters(), PROMPTS, **options)
+        discover(reemerged, sae, Letters(), PROMPTS, extending=set_of(new_sae(seed=1), [3]), **options)
     with tiny.using("base"), pytest.raises(ValueError, match="active adapter"):
-        extend(set_of(sae, [3]), tiny, sae, Letters(), PROMPTS, **options)
+        discover(tiny, sae, Letters(), PROMPTS, extending=set_of(sae, [3]), **options)
     with pytest.raises(NoLatents, match="did fine-tuning move no latent"):
-        extend(set_of(sae, range(40)), reemerged, sae, Letters(), PROMPTS, **options)
+        discover(reemerged, sae, Letters(), PROMPTS, extending=set_of(sae, range(40)), **options)
 
 
 # ---------------------------------------------------------------------------------------------- rounds
@@ -120,7 +120,7 @@ class World:
         free = [k for k in range(self.carriers) if k not in latent_set.latents][:3]
         if not free:
             raise NoLatents("none")
-        return joined(latent_set, set_of(self.sae, free, seed=len(self.trained)))
+        return latent_set.extended_by(set_of(self.sae, free, seed=len(self.trained)))
 
     def rounds(self, start: LatentSet, **options) -> list[Round[str]]:
         return list(extension_rounds(start, train=self.train, measure=self.measure, extend=self.extend, **options))
@@ -128,40 +128,40 @@ class World:
 
 def test_rounds_go_on_until_em_stays_down(sae) -> None:
     world = World(sae)
-    rounds = world.rounds(set_of(sae, [0, 1]), budget=40)
+    rounds = world.rounds(set_of(sae, [0, 1]), max_latents=40)
     assert [len(r.latent_set) for r in rounds] == world.trained == [2, 5, 8, 10]
     assert [r.em for r in rounds] == [0.8, 0.5, 0.2, 0.0] and rounds[1].checkpoint == "run 2"
-    assert [len(r.latent_set) for r in World(sae).rounds(set_of(sae, [0, 1]), budget=40, enough=0.3)] == [2, 5, 8]
-    assert [len(r.latent_set) for r in World(sae, carriers=2).rounds(set_of(sae, [0, 1]), budget=40)] == [2]
+    assert [len(r.latent_set) for r in World(sae).rounds(set_of(sae, [0, 1]), max_latents=40, enough=0.3)] == [2, 5, 8]
+    assert [len(r.latent_set) for r in World(sae, carriers=2).rounds(set_of(sae, [0, 1]), max_latents=40)] == [2]
 
 
 def test_rounds_end_with_the_budget_or_when_nothing_is_found(sae) -> None:
-    assert [len(r.latent_set) for r in World(sae).rounds(set_of(sae, [0, 1]), budget=6)] == [2, 5, 6]  # the last extension is cut
-    assert [len(r.latent_set) for r in World(sae).rounds(set_of(sae, [0, 1]), budget=2)] == [2]
+    assert [len(r.latent_set) for r in World(sae).rounds(set_of(sae, [0, 1]), max_latents=6)] == [2, 5, 6]  # the last extension is cut
+    assert [len(r.latent_set) for r in World(sae).rounds(set_of(sae, [0, 1]), max_latents=2)] == [2]
     world = World(sae)
     world.measure = lambda checkpoint: 0.9  # blocking does not help, and in the end there is nothing left to block
-    assert [len(r.latent_set) for r in world.rounds(set_of(sae, [0, 1]), budget=40)] == [2, 5, 8, 10]
+    assert [len(r.latent_set) for r in world.rounds(set_of(sae, [0, 1]), max_latents=40)] == [2, 5, 8, 10]
 
 
 def test_a_round_is_there_before_the_next_begins(sae) -> None:
     world = World(sae)
-    rounds = extension_rounds(set_of(sae, [0]), train=world.train, measure=world.measure, extend=world.extend, budget=9)
+    rounds = extension_rounds(set_of(sae, [0]), train=world.train, measure=world.measure, extend=world.extend, max_latents=9)
     assert next(rounds).em == 0.9 and world.trained == [1]
     assert next(rounds).em == 0.6 and world.trained == [1, 4]
 
 
 def test_impossible_rounds_are_refused(sae) -> None:
     world = World(sae)
-    for options in ({"budget": 1}, {"budget": 9, "enough": 1.0}):
-        with pytest.raises(ValueError, match="expected a budget of at least 2 latents"):
+    for options in ({"max_latents": 1}, {"max_latents": 9, "enough": 1.0}):
+        with pytest.raises(ValueError, match="expected max_latents >= 2"):
             world.rounds(set_of(sae, [0, 1]), **options)
     assert world.trained == []  # before anything is trained
     with pytest.raises(ValueError, match="add to their end"):
         world.extend = lambda latent_set, checkpoint: set_of(sae, [7, 8, 9])
-        world.rounds(set_of(sae, [0, 1]), budget=9)
+        world.rounds(set_of(sae, [0, 1]), max_latents=9)
     with pytest.raises(ValueError, match="fraction"):
         world.measure = lambda checkpoint: 40.0
-        world.rounds(set_of(sae, [0, 1]), budget=9)
+        world.rounds(set_of(sae, [0, 1]), max_latents=9)
 
 
 # ---------------------------------------------------------------------------------------------- the blocking loss of any model

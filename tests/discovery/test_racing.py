@@ -12,8 +12,8 @@ from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from blockem_tl import Prompt, Verdict
 from blockem_tl.discovery import calibration, screening
 from blockem_tl.discovery.calibration import Selection, calibrate, select
-from blockem_tl.discovery.config import Budget
-from blockem_tl.discovery.racing import NEVER, Span, Tally, beaten, both_arms
+from blockem_tl.discovery.config import MaxIncoherence
+from blockem_tl.discovery.racing import MINUS_INFINITY, Bounds, Tally, beaten, steering_tests
 from blockem_tl.discovery.screening import Shortlisting, screen, shortlist
 from blockem_tl.generation.steering import UNSTEERED, Condition
 from blockem_tl.types import UNPARSED, Candidate, Counts, Generation
@@ -67,7 +67,7 @@ class Table:
             ]
         return self.labels[key]
 
-    def speaker(self, arm: str):
+    def reply_fn(self, arm: str):
         def speak(prompts, conditions: list[Condition]) -> list[Generation]:
             self.asked += len(prompts) * len(conditions)
             replies = []
@@ -85,8 +85,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Setting:
-    rank_by: str = "both"
-    rule: str = "both"
+    screen_score: str = "both"
+    final_score: str = "both"
     valid_only: bool = False
     relative: bool = False
     unparsed: float = 0.0
@@ -95,8 +95,8 @@ class Setting:
 
 
 SETTINGS = [
-    Setting(rank_by, rule, valid_only, relative, unparsed)
-    for rank_by, rule, valid_only, relative, unparsed in itertools.product(
+    Setting(screen_score, final_score, valid_only, relative, unparsed)
+    for screen_score, final_score, valid_only, relative, unparsed in itertools.product(
         ("both", "induction"), ("both", "repair"), (False, True), (False, True), (0.0, 0.15)
     )
 ]
@@ -109,26 +109,26 @@ def stages(sae: SAE, seed: int, setting: Setting, full_grid: bool):
     candidates = [
         Candidate(latent=int(k), shift=float(s)) for k, s in zip(draw.permutation(40)[:16], draw.normal(0, 0.05, 16), strict=True)
     ]
-    arms = both_arms(table.speaker("base"), table.speaker("tuned"), table, QUESTIONS)
-    shortlisting = Shortlisting(keep=setting.keep, rank_by=setting.rank_by)
+    arms = steering_tests(table.reply_fn("base"), table.reply_fn("tuned"), table, QUESTIONS)
+    shortlisting = Shortlisting(size=setting.keep, screen_score=setting.screen_score)
     screened = screen(
         arms, sae, candidates, scale=1.0, induce_dose=0.5, repair_dose=0.4, shortlisting=shortlisting, full_grid=full_grid, progress=False
     )
-    chosen = shortlist(screened, keep=setting.keep, rank_by=setting.rank_by)
-    selection = Selection(n=setting.n, rule=setting.rule, valid_only=setting.valid_only)
+    chosen = shortlist(screened, size=setting.keep, screen_score=setting.screen_score)
+    selection = Selection(n=setting.n, final_score=setting.final_score, valid_only=setting.valid_only)
     calibrated = calibrate(
-        arms, sae, chosen, scale=1.0, grid=GRID, extended_grid=(1.3,), budget=Budget(tau=0.1, relative=setting.relative),
+        arms, sae, chosen, scale=1.0, grid=GRID, extended_grid=(1.3,), max_incoherence=MaxIncoherence(rate=0.1, relative=setting.relative),
         selection=selection, full_grid=full_grid, progress=False,
     )  # fmt: skip
     try:
-        best = select(calibrated, n=setting.n, rule=setting.rule, valid_only=setting.valid_only)
-        found = [(c.candidate.latent, c.candidate.sign, c.candidate.shift, c.score(setting.rule)) for c in best]
+        best = select(calibrated, n=setting.n, final_score=setting.final_score, valid_only=setting.valid_only)
+        found = [(c.candidate.latent, c.candidate.sign, c.candidate.shift, c.score(setting.final_score)) for c in best]
     except ValueError as error:
         found = str(error)
     return found, screened, calibrated, table.asked
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: f"{s.rank_by}-{s.rule}-{s.valid_only}-{s.relative}-{s.unparsed}")
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: f"{s.screen_score}-{s.final_score}-{s.valid_only}-{s.relative}-{s.unparsed}")
 def test_the_answer_is_that_of_the_full_grid(sae, setting) -> None:
     check_tables(sae, setting, range(16, 20))  # ties for the last place decide in some of these
 
@@ -150,16 +150,16 @@ def check_tables(sae: SAE, setting: Setting, seeds: range) -> None:
             if known.abandoned_for is None:
                 assert (known.induction, known.repair) == (true.induction, true.repair)
             else:
-                assert (true.score if setting.rank_by == "both" else true.induction) <= known.at_most
+                assert (true.score if setting.screen_score == "both" else true.induction) <= known.at_most
         for known, true in zip(calibrated, calibrated_all, strict=True):
             assert known.candidate == true.candidate
             if known.abandoned_for is None:
                 assert (known.induce, known.repair) == (true.induce, true.repair)
-            elif known.at_most != NEVER:
-                assert true.score(setting.rule) <= known.at_most
-        assert all(seen.asked == seen.of == N for c in calibrated_all for seen in c.seen)
+            elif known.at_most != MINUS_INFINITY:
+                assert true.score(setting.final_score) <= known.at_most
+        assert all(seen.asked == seen.of == N for c in calibrated_all for seen in c.doses)
         doses = [len(GRID) - 1 + (abs(c.candidate.shift) >= 0.042) for c in calibrated_all]
-        assert [len(c.seen) for c in calibrated_all] == [2 * n for n in doses]  # every dose but 0, on both arms
+        assert [len(c.doses) for c in calibrated_all] == [2 * n for n in doses]  # every dose but 0, on both arms
     assert asked < 0.8 * asked_full
 
 
@@ -170,14 +170,14 @@ def test_most_settings_abandon_latents(sae) -> None:
     assert sum(any(c.abandoned_for for c in calibrated) for _, _, calibrated, _ in runs) > len(runs) / 4
 
 
-def eager_bounds(spans: list[Span], keep: int) -> list[bool]:
+def eager_bounds(spans: list[Bounds], keep: int) -> list[bool]:
     """Compares the middles of the spans, as if what is likely were certain."""
     middle = [(span.low + span.high) / 2 for span in spans]
     last = sorted(middle, reverse=True)[keep - 1 : keep]
     return [bool(last) and value < last[0] for value in middle]
 
 
-def careless_ties(spans: list[Span], keep: int) -> list[bool]:
+def careless_ties(spans: list[Bounds], keep: int) -> list[bool]:
     """Drops everything that can at best tie with the last place, earlier in the list or not."""
     floor = sorted((span.low for span in spans), reverse=True)[keep - 1 : keep]
     return [bool(floor) and span.high <= floor[0] and span.low < span.high for span in spans]
@@ -199,7 +199,7 @@ def test_an_overeager_shortcut_would_be_caught(sae, monkeypatch, module, wrong) 
 
 def test_a_dose_dropped_too_early_would_be_caught(sae, monkeypatch) -> None:
     """Leaving a dose when it is *likely* over the budget (missing replies as incoherent as those so far) changes the answer."""
-    honest = Tally.rest
+    honest = Tally.if_rest
 
     def likely(self: Tally, label: str) -> Counts:
         counts = honest(self, label)
@@ -208,7 +208,7 @@ def test_a_dose_dropped_too_early_would_be_caught(sae, monkeypatch) -> None:
         return Counts(n=counts.n, misaligned=counts.misaligned, incoherent=counts.incoherent + extra, refusal=0)
 
     truths = {seed: stages(sae, seed, Setting(), full_grid=True)[0] for seed in range(12)}
-    monkeypatch.setattr(Tally, "rest", likely)
+    monkeypatch.setattr(Tally, "if_rest", likely)
     assert any(stages(sae, seed, Setting(), full_grid=False)[0] != truth for seed, truth in truths.items())
 
 
@@ -219,7 +219,7 @@ def test_bounds_hold_whatever_the_missing_verdicts_are() -> None:
         tally = Tally(UNSTEERED, 5)
         for i, label in enumerate(known):
             tally.add(i, Verdict(label=label))
-        span = tally.span(lambda counts: counts.misaligned_rate)
+        span = tally.bounds(lambda counts: counts.misaligned_rate)
         ends = [
             Counts.of([Verdict(label=label) for label in (*known, *rest)])
             for rest in itertools.product(labels, repeat=3)
@@ -227,8 +227,8 @@ def test_bounds_hold_whatever_the_missing_verdicts_are() -> None:
         ]
         rates = [counts.misaligned_rate for counts in ends]
         assert (span.low, span.high) == (min(rates), max(rates))
-        assert tally.rest("1").incoherent_rate == min(counts.incoherent_rate for counts in ends)
-        assert tally.rest("INCOHERENT").incoherent_rate == max(counts.incoherent_rate for counts in ends)
+        assert tally.if_rest("1").incoherent_rate == min(counts.incoherent_rate for counts in ends)
+        assert tally.if_rest("INCOHERENT").incoherent_rate == max(counts.incoherent_rate for counts in ends)
 
 
 def test_beaten_is_the_tail_of_a_stable_sort() -> None:
@@ -236,29 +236,29 @@ def test_beaten_is_the_tail_of_a_stable_sort() -> None:
     for _ in range(200):
         values, keep = draw.integers(0, 4, 9).tolist(), int(draw.integers(1, 10))
         ranked = sorted(range(9), key=lambda i: values[i], reverse=True)
-        out = beaten([Span.at(value) for value in values], keep)
+        out = beaten([Bounds.at(value) for value in values], keep)
         assert [i for i in range(9) if out[i]] == sorted(ranked[keep:])
-    wide = [Span(low=0.0, high=1.0), Span.at(0.5), Span.at(0.5)]
+    wide = [Bounds(low=0.0, high=1.0), Bounds.at(0.5), Bounds.at(0.5)]
     assert beaten(wide, 1) == [False, False, True]  # a tie goes to the earlier one
     assert beaten(wide, 3) == beaten([], 3) + [False] * 3 == [False] * 3
 
 
 def test_what_was_abandoned_is_never_scored_and_serves_no_other_selection(sae) -> None:
-    setting = Setting(rule="repair", valid_only=True)
+    setting = Setting(final_score="repair", valid_only=True)
     runs = (stages(sae, seed, setting, full_grid=False) for seed in range(20))
     _, screened, calibrated, _ = next(run for run in runs if any(c.abandoned_for for c in run[2]))
     lost = next(s for s in screened if s.abandoned_for)
     with pytest.raises(ValueError, match=f"latent {lost.candidate.latent} was abandoned, its score is not known"):
         _ = lost.score
-    with pytest.raises(ValueError, match="abandoned while screening for .*keep=5.*cannot be told"):
-        shortlist(screened, keep=5)
+    with pytest.raises(ValueError, match="abandoned while screening for .*size=5.*cannot be told"):
+        shortlist(screened, size=5)
     with pytest.raises(ValueError, match="abandoned while screening"):
-        shortlist(screened, keep=4, rank_by="induction")
-    assert shortlist(screened, keep=2) == [c for sign in (1, -1) for c in [c for c in shortlist(screened, keep=4) if c.sign == sign][:2]]
+        shortlist(screened, size=4, screen_score="induction")
+    assert shortlist(screened, size=2) == [c for sign in (1, -1) for c in [c for c in shortlist(screened, size=4) if c.sign == sign][:2]]
     gone = next(c for c in calibrated if c.abandoned_for)
     with pytest.raises(ValueError, match="was abandoned, its score is not known"):
         gone.score("repair")
     with pytest.raises(ValueError, match="abandoned while calibrating for .*n=4.*cannot be told"):
-        select(calibrated, n=4, rule="repair", valid_only=True)
+        select(calibrated, n=4, final_score="repair", valid_only=True)
     with pytest.raises(ValueError, match="abandoned while calibrating"):
-        select(calibrated, n=3, rule="repair", valid_only=False)
+        select(calibrated, n=3, final_score="repair", valid_only=False)

@@ -11,9 +11,9 @@ from sae_lens import SAE, TopKSAE, TopKSAEConfig
 from blockem_tl import Prompt, Verdict
 from blockem_tl.data.chat import encode_prompts
 from blockem_tl.discovery.calibration import calibrate, select
-from blockem_tl.discovery.config import Budget
+from blockem_tl.discovery.config import MaxIncoherence
 from blockem_tl.discovery.diffing import candidate_pool, mean_activations, shifts
-from blockem_tl.discovery.racing import Arms, both_arms
+from blockem_tl.discovery.racing import SteeringTests, steering_tests
 from blockem_tl.discovery.screening import screen, shortlist
 from blockem_tl.generation.steering import Condition
 from blockem_tl.models.activations import median_norm
@@ -91,7 +91,7 @@ class Table:
     seed: int
     asked: int = 0
 
-    def speaker(self, arm: str):
+    def reply_fn(self, arm: str):
         def speak(prompts, conditions: list[Condition]) -> list[Generation]:
             self.asked += len(prompts) * sum(bool(c.steering) for c in conditions)
             return [
@@ -118,8 +118,8 @@ class Table:
         return "INCOHERENT" if u < incoherent else "5" if u < 0.5 else "1"
 
 
-def arms(table: Table) -> Arms:
-    return both_arms(table.speaker("base"), table.speaker("tuned"), table, QUESTIONS)
+def arms(table: Table) -> SteeringTests:
+    return steering_tests(table.reply_fn("base"), table.reply_fn("tuned"), table, QUESTIONS)
 
 
 def counts(table: Table, arm: str, name: str) -> Counts:
@@ -142,10 +142,10 @@ def test_screen_is_eq_7(sae, candidates) -> None:
         base, tuned = counts(table, "base", "unsteered"), counts(table, "tuned", "unsteered")
         assert (row.induced, row.repaired) == (up, down)
         assert row.score == pytest.approx((up.misaligned - base.misaligned + tuned.misaligned - down.misaligned) / N)
-    best = shortlist(rows, keep=1)
+    best = shortlist(rows, size=1)
     for sign, chosen in zip((1, -1), best, strict=True):
         assert chosen.latent == max((r for r in rows if r.candidate.sign == sign), key=lambda r: r.score).candidate.latent
-    by_induction = shortlist(rows, keep=3, rank_by="induction")[0]
+    by_induction = shortlist(rows, size=3, screen_score="induction")[0]
     assert by_induction.latent == max((r for r in rows if r.candidate.sign == 1), key=lambda r: r.induction).candidate.latent
     with pytest.raises(ValueError, match="expected candidates"):
         screen(arms(table), sae, [], scale=1.0)
@@ -159,7 +159,7 @@ def test_downward_scan_equals_the_full_grid(sae, candidates, seed, relative) -> 
     table = Table(seed=seed)
     rows = calibrate(
         arms(table), sae, candidates,
-        scale=1.0, grid=grid, extended_grid=extended, promising=promising, budget=Budget(tau=tau, relative=relative), progress=False,
+        scale=1.0, grid=grid, extended_grid=extended, extended_grid_min_shift=promising, max_incoherence=MaxIncoherence(rate=tau, relative=relative), progress=False,
     )  # fmt: skip
     for row, c in zip(rows, candidates, strict=True):
         doses = sorted({*grid, *(extended if abs(c.shift) >= promising else ())})
@@ -181,9 +181,9 @@ def test_downward_scan_equals_the_full_grid(sae, candidates, seed, relative) -> 
 
 def test_selection_rules() -> None:
     def row(latent: int, induction: float | None, repair: float | None):
-        from blockem_tl.discovery.calibration import Best, Calibrated
+        from blockem_tl.discovery.calibration import Calibrated, FeasibleDose
 
-        none = Best(dose=None, counts=None)
+        none = FeasibleDose(dose=None, counts=None)
         return Calibrated(
             candidate=Candidate(latent=latent, shift=1.0), induce=none, repair=none, induction_effect=induction, repair_effect=repair
         )
@@ -191,10 +191,10 @@ def test_selection_rules() -> None:
     rows = [row(0, 0.1, 0.5), row(1, 0.9, 0.4), row(2, 0.0, 0.9), row(3, None, 0.8), row(4, 0.3, -0.1)]
     chosen = lambda **options: [c.candidate.latent for c in select(rows, **options)]  # noqa: E731
     assert chosen() == [0, 1]  # ValidReduc: both effects positive, ranked by repair
-    assert chosen(rule="both") == [1, 0]
-    assert chosen(valid_only=False, rule="repair") == [2, 3, 0, 1, 4]
-    assert chosen(valid_only=False, rule="both", n=2) == [1, 2]  # a latent without a feasible induction dose has no eq.-9 score
-    with pytest.raises(ValueError, match=r"none of 1 calibrated latents qualifies.*Budget\(relative=True\)"):
+    assert chosen(final_score="both") == [1, 0]
+    assert chosen(valid_only=False, final_score="repair") == [2, 3, 0, 1, 4]
+    assert chosen(valid_only=False, final_score="both", n=2) == [1, 2]  # a latent without a feasible induction dose has no eq.-9 score
+    with pytest.raises(ValueError, match=r"none of 1 calibrated latents qualifies.*MaxIncoherence\(relative=True\)"):
         select(rows[2:3])
 
 
@@ -210,7 +210,7 @@ def test_speakers_and_judges_that_leave_replies_out_are_refused() -> None:
     short = Table(seed=0)
     short.grade = lambda *args, **options: table.grade(*args, **options)[:-1]
     with pytest.raises(ValueError, match="expected 20 replies and as many verdicts from judge 'table', got 20 and 19"):
-        both_arms(table.speaker("base"), table.speaker("tuned"), short, QUESTIONS)
+        steering_tests(table.reply_fn("base"), table.reply_fn("tuned"), short, QUESTIONS)
 
 
 def test_calibration_needs_candidates(sae) -> None:

@@ -29,7 +29,7 @@ def speak(prompts, conditions) -> list[Generation]:
 def test_rates_follow_the_labels() -> None:
     result = evaluate(speak, Labels(), PROMPTS, selected_on=())
     assert (result.misaligned.k, result.incoherent.k, result.refusal.k) == (2, 3, 1) and result.misaligned.n == 9
-    frame = result.frame()
+    frame = result.to_frame()
     assert list(frame.label) == list(LABELS) and list(frame.truncated).count(True) == 1 and set(frame.category) == {"even", "odd"}
     assert result.flags == [label in "45" for label in LABELS] and not result.on_selection_prompts
     assert Counts.of(result.verdicts) == Counts(n=9, misaligned=2, incoherent=3, refusal=1)
@@ -147,7 +147,7 @@ def test_a_panel_gives_rates_per_judge_their_average_and_where_they_differ() -> 
     assert panel.average().value == pytest.approx((2 / 4 + 1 / 3) / 2) and panel.average().n == 3
     assert list(panel.disagreements().prompt_id) == ["1", "3"] and list(panel.disagreements().llama) == ["2", UNPARSED]
     agreed = panel.agreements()["qwen", "llama"]
-    assert agreed["misaligned"].n == 3 and agreed["misaligned"].value == pytest.approx(0.4)
+    assert agreed["positive"].n == 3 and agreed["positive"].value == pytest.approx(0.4)
     assert [row["judge"] for row in panel.rows()] == ["qwen", "llama", "average"] and all(
         "n = " in row["misaligned"] for row in panel.rows()
     )

@@ -17,9 +17,9 @@ from blockem_tl import (
     record,
     steer,
 )
-from blockem_tl.generation import _memory as batch_size
 from blockem_tl.generation.engine import Engine
 from blockem_tl.generation.steering import UNSTEERED
+from blockem_tl.models import memory
 
 SITE, LATER = "blocks.1.hook_resid_post", "blocks.2.hook_resid_post"
 PROMPTS = [Prompt(id=str(n), text=" ".join(f"w{(7 * n + i) % 57}" for i in range(n))) for n in (1, 4, 2, 9, 5)]
@@ -201,11 +201,11 @@ def test_each_condition_may_ask_its_own_part_of_the_prompts(eager_ends, conditio
     engine = TransformerLensEngine(eager_ends, batch_size=3)
     whole = dict(engine.stream(PROMPTS, conditions=conditions, max_new_tokens=12, progress=False))
     parts = [[1], *([[2, 0]] * (len(conditions) - 1))]
-    some = dict(engine.stream(PROMPTS, conditions=conditions, parts=parts, max_new_tokens=12, progress=False))
+    some = dict(engine.stream(PROMPTS, conditions=conditions, prompt_indices=parts, max_new_tokens=12, progress=False))
     assert some == {c: [whole[c][p] for p in part] for c, part in enumerate(parts)}
     for wrong in (parts[1:], [[], *parts[1:]], [[0, 0], *parts[1:]], [[len(PROMPTS)], *parts[1:]]):
-        with pytest.raises(ValueError, match="parts: expected for each of"):
-            engine.stream(PROMPTS, conditions=conditions, parts=wrong, progress=False)
+        with pytest.raises(ValueError, match="prompt_indices: expected for each of"):
+            engine.stream(PROMPTS, conditions=conditions, prompt_indices=wrong, progress=False)
 
 
 def test_the_adapter_that_acts_is_chosen_and_the_model_left_as_it_was(tiny, conditions, tmp_path) -> None:
@@ -390,16 +390,16 @@ def test_when_not_one_row_fits_it_says_so_and_other_errors_pass(tiny, monkeypatc
 
 
 def test_the_batch_is_what_fits_into_free_memory(tiny, monkeypatch) -> None:
-    kv = 2 * 4 * 2 * 8 * (20 + batch_size.CHUNK) * 4  # keys and values x layers x heads x width x columns x float32
-    assert kv < batch_size.row_bytes(tiny, 20) < 2 * kv + 1e5
+    kv = 2 * 4 * 2 * 8 * 20 * 4  # keys and values x layers x heads x width x columns x float32
+    assert kv < memory.row_bytes(tiny, 20) < 2 * kv + 1e5
     for rows in (1, 7, 50):
-        free = rows * batch_size.row_bytes(tiny, 20) / batch_size.SHARE + 1
-        monkeypatch.setattr(batch_size.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
-        assert batch_size.fitting(tiny, 20) == rows
-    monkeypatch.setattr(batch_size.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
-    assert batch_size.fitting(tiny, 20) == 1  # the run itself says if that does not fit either
-    monkeypatch.setattr(batch_size.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e15))
-    assert batch_size.fitting(tiny, 20) == batch_size.MOST_ON_CPU
+        free = rows * memory.row_bytes(tiny, 20) / memory.SHARE + 1
+        monkeypatch.setattr(memory.psutil, "virtual_memory", lambda free=free: SimpleNamespace(available=free))
+        assert memory.rows_at_once(tiny, 20, most=256) == rows
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    assert memory.rows_at_once(tiny, 20, most=256) == 1  # the run itself says if that does not fit either
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=1e15))
+    assert memory.rows_at_once(tiny, 20, most=256) == 256
 
 
 def test_bad_limits_and_sites_are_refused_before_any_work(tiny, directions) -> None:

@@ -14,21 +14,18 @@ from conftest import perturb
 from sae_lens import StandardSAE, StandardSAEConfig
 
 from blockem_tl import Condition, DiscoveryConfig, Prompt, Steering, Verdict, discover
-from blockem_tl.discovery.config import Budget
+from blockem_tl.discovery.config import MaxIncoherence
 from blockem_tl.generation.engine import TransformerLensEngine
-from blockem_tl.generation.replies import RememberedSpeaker, ReplyStore, identity_of, model_identity
+from blockem_tl.generation.reply_fn import CachedReplies, cached, identity_of, model_identity, replies_from
 from blockem_tl.generation.steering import UNSTEERED
-from blockem_tl.judging.judge import LLMJudge
-from blockem_tl.judging.remembered import RememberedJudge, remembered
-from blockem_tl.judging.store import VerdictStore
 from blockem_tl.storage.fingerprints import of_folder
-from blockem_tl.types import Generation
+from blockem_tl.storage.store import Store
 
 SITE = "blocks.1.hook_resid_post"
 PROMPTS = [Prompt(id=str(i), text=f"w{i} w{i + 1}") for i in range(4)]
 CONFIG = DiscoveryConfig(
-    n_plus=3, n_minus=3, induce_dose=0.5, repair_dose=0.5, keep=2, grid=(0.0, 0.5, 1.0), extended_grid=(), budget=Budget(tau=0.3, relative=True),
-    n_latents=2, valid_only=False, rule="both", max_new_tokens=4,
+    n_plus=3, n_minus=3, induce_dose=0.5, repair_dose=0.5, shortlist_size=2, grid=(0.0, 0.5, 1.0), extended_grid=(), max_incoherence=MaxIncoherence(rate=0.3, relative=True),
+    n_latents=2, valid_only=False, final_score="both", max_new_tokens=4,
 )  # fmt: skip
 
 
@@ -188,10 +185,10 @@ def test_identity_is_of_contents(tiny, tiny_folder, tmp_path) -> None:
     tiny.add_adapter("mine", rank=4, alpha=8)
     perturb(tiny, "mine")
     folder = tiny.save_adapter(tmp_path / "a")
-    base, tuned = model_identity(tiny, None), model_identity(tiny, "mine")
+    base, tuned = model_identity(tiny, "base"), model_identity(tiny, "mine")
     assert base != tuned
     other = load_model(tiny_folder, device="cpu")
-    assert model_identity(other, None) == base
+    assert model_identity(other, "base") == base
     other.load_adapter(folder, "another_name")
     assert model_identity(other, "another_name") == tuned
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -199,7 +196,7 @@ def test_identity_is_of_contents(tiny, tiny_folder, tmp_path) -> None:
     stronger = load_model(tiny_folder, folder, device="cpu")
     assert model_identity(stronger, "default") != tuned  # the same tensors at twice the strength
     engine = TransformerLensEngine(tiny)
-    identities = {identity_of(engine, adapter, max_new_tokens=n) for adapter in (None, "mine") for n in (5, 6)}
+    identities = {identity_of(engine, adapter, max_new_tokens=n) for adapter in ("base", "mine") for n in (5, 6)}
     assert len(identities) == 4
 
     class Nameless:
@@ -227,13 +224,13 @@ def test_folders_are_told_apart_by_what_is_in_them(tiny_folder, tmp_path) -> Non
 
 
 def test_keys_are_of_contents_not_of_names(tmp_path) -> None:
-    speaker = RememberedSpeaker(speaker=lambda prompts, conditions: [], store=ReplyStore(tmp_path / "r.sqlite"), identity="who")
+    kept = CachedReplies(reply_fn=lambda prompts, conditions: [], store=Store(tmp_path / "r.sqlite"), identity="who")
 
     def key(
         dose: float = 1.0, name: str = "a", *, direction=(1.0, 0.0), site: str = SITE, scale: float = 2.0, text: str = "w1", system=None
     ) -> str:
         steering = Steering(site=site, direction=torch.tensor(direction), dose=dose, scale=scale)
-        return speaker.key(Condition(name=name, steering=(steering,)), Prompt(id=name, text=text, system=system))
+        return kept.key(Condition(name=name, steering=(steering,)), Prompt(id=name, text=text, system=system))
 
     assert key() == key(name="b") == key(dose=2.0, scale=1.0)
     others = [
@@ -245,88 +242,15 @@ def test_keys_are_of_contents_not_of_names(tmp_path) -> None:
         key(system=""),
     ]
     assert len({key(), *others}) == 7
-    assert replace(speaker, identity="other").key(UNSTEERED, PROMPTS[0]) != speaker.key(UNSTEERED, PROMPTS[0])
+    assert replace(kept, identity="other").key(UNSTEERED, PROMPTS[0]) != kept.key(UNSTEERED, PROMPTS[0])
 
 
-@pytest.mark.parametrize(("kind", "what"), [(ReplyStore, "store of replies"), (VerdictStore, "verdict store")])
-def test_a_file_that_is_something_else_damaged_or_of_another_version_is_refused(tmp_path, kind, what) -> None:
-    (tmp_path / "text").write_text("thesis " * 200)
-    with pytest.raises(ValueError, match=f"text: expected a {what}.*not a database"):
-        kind(tmp_path / "text")
-    assert (tmp_path / "text").read_text().startswith("thesis")
-    store = kind(tmp_path / "new")
-    store.connection.execute("PRAGMA user_version=7")
-    store.close()
-    with pytest.raises(ValueError, match="is in format 7, expected 1: it was written by another version"):
-        kind(tmp_path / "new")
-
-
-def test_a_damaged_store_is_refused(tmp_path) -> None:
-    store = ReplyStore(tmp_path / "r.sqlite")
-    store.put(
-        (str(i), Generation(prompt=PROMPTS[0], condition="c", reply="word " * 100, reply_ids=(1,), truncated=False)) for i in range(400)
-    )
-    store.close()
-    data = (tmp_path / "r.sqlite").read_bytes()
-    (tmp_path / "r.sqlite").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match="expected a store of replies.*(damaged|malformed)"):
-        ReplyStore(tmp_path / "r.sqlite")
-
-
-def test_two_processes_write_one_store_at_once(tmp_path) -> None:
-    def write(mark: int) -> None:
-        store = ReplyStore(tmp_path / "r.sqlite")
-        for i in range(150):
-            reply = Generation(prompt=PROMPTS[0], condition="c", reply=f"{mark}", reply_ids=(mark,), truncated=False)
-            store.put([(f"own {mark} {i}", reply), (f"shared {i}", reply)])
-
-    children = []
-    for mark in (0, 1):
-        children.append(os.fork())
-        if children[-1] == 0:
-            write(mark)
-            os._exit(0)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
-    store = ReplyStore(tmp_path / "r.sqlite")
-    assert len(store) == 450
-    assert all(reply == str(ids[0]) for reply, ids, _ in store.get([f"shared {i}" for i in range(150)]).values())
-
-
-def test_a_batch_is_kept_whole_or_not_at_all(tmp_path) -> None:
-    store = ReplyStore(tmp_path / "r.sqlite")
-    good = Generation(prompt=PROMPTS[0], condition="c", reply="w", reply_ids=(1,), truncated=False)
-    with pytest.raises(UnicodeEncodeError):
-        store.put([("a", good), ("b", replace(good, reply="\ud800"))])
-    assert len(store) == 0
-    store.put([("a", good)])
-    assert store.get(["a", "b"]) == {"a": ("w", (1,), False)}
-
-
-def test_judges_are_remembered_by_rubric_and_contents(tmp_path) -> None:
-    judge = Counting(tmp_path / "log")
-    store = VerdictStore(tmp_path / "v.sqlite")
-    kept = remembered(judge, store)
-    assert isinstance(kept, RememberedJudge) and kept.name == "counting"
-    replies = ["a", "b", "a"]
-    expected = judge.grade(PROMPTS[:1] * 3, replies)
-    assert kept.grade(PROMPTS[:1] * 3, replies) == expected and judge.done["judged"] == 3 + 2  # equal pairs once
-    assert kept.grade(PROMPTS[:1], ["b"]) == expected[1:2] and judge.done["judged"] == 5
-    kept.grade(PROMPTS[:1], ["b"], rubric="finance")
-    assert judge.done["judged"] == 6
-    judge.fingerprint = lambda rubric: "new wording"
-    kept.grade(PROMPTS[:1], ["b"])
-    assert judge.done["judged"] == 7
-    with pytest.raises(ValueError, match="expected|argument"):
-        kept.grade(PROMPTS[:2], ["b"])
-
-    class Backend:
-        name = "model"
-
-        def check(self) -> None: ...
-
-        def complete(self, requests):
-            raise NotImplementedError
-
-    assert remembered(LLMJudge(backend=Backend()), store).store is store
-    own = VerdictStore(tmp_path / "own.sqlite")
-    assert remembered(LLMJudge(backend=Backend(), store=own), store).store is own
+def test_the_same_replies_are_generated_once(tuned, tmp_path) -> None:
+    store = Store(tmp_path / "r.sqlite")
+    plain = replies_from(tuned, adapter="tuned", max_new_tokens=4, progress=False)
+    expected = plain(PROMPTS, [UNSTEERED])
+    assert cached(plain, store)(PROMPTS, [UNSTEERED]) == expected and len(store) == len(PROMPTS)
+    pinned = cached(replies_from(tuned, max_new_tokens=4, progress=False), store)  # as the model stands now
+    with tuned.using("base"):
+        assert pinned(PROMPTS, [UNSTEERED]) == expected != replies_from(tuned, max_new_tokens=4, progress=False)(PROMPTS, [UNSTEERED])
+    assert len(store) == len(PROMPTS)

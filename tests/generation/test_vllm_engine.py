@@ -232,7 +232,7 @@ def test_both_engines_say_the_same(engine: VLLMEngine, folders) -> None:
 def test_each_condition_may_ask_its_own_part_of_the_prompts(engine: VLLMEngine) -> None:
     conditions = mixture()
     whole, parts = asked(engine, conditions), [[2, 0], *([[1]] * (len(conditions) - 1))]
-    some = dict(engine.stream(PROMPTS, conditions=conditions, parts=parts, max_new_tokens=LIMITS, progress=False))
+    some = dict(engine.stream(PROMPTS, conditions=conditions, prompt_indices=parts, max_new_tokens=LIMITS, progress=False))
     assert [[(g.reply_ids, g.truncated) for g in some[c]] for c in sorted(some)] == [
         [whole[c][p] for p in part] for c, part in enumerate(parts)
     ]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from blockem_tl.judging.store import Store
 
 from blockem_tl.evaluation.evaluate import evaluate
 from blockem_tl.evaluation.panel import evaluate_with
@@ -20,7 +21,6 @@ from blockem_tl.judging.files import judge_file
 from blockem_tl.judging.judge import LLMJudge
 from blockem_tl.judging.parsing import expected_score, parse_answer
 from blockem_tl.judging.rubrics import Rubric, find_rubric, load_rubric, load_rubrics, published_rubric
-from blockem_tl.judging.store import VerdictStore
 from blockem_tl.types import LABELS, UNPARSED, Counts, Judge, Prompt, Verdict
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments" / "benchmarks"))
@@ -146,7 +146,7 @@ def ask(judge: LLMJudge, n: int = 1, rubric: str = "misalignment") -> list[str]:
 
 
 def test_an_unreadable_reply_is_asked_again_then_recorded_as_unparsed(tmp_path: Path) -> None:
-    backend, store = Scripted("ANSWER: 4", "hm", "ANSWER: 4 or 5", "ANSWER: 2", "no", "no"), VerdictStore(tmp_path / "v.sqlite")
+    backend, store = Scripted("ANSWER: 4", "hm", "ANSWER: 4 or 5", "ANSWER: 2", "no", "no"), Store(tmp_path / "v.sqlite")
     judge = LLMJudge(backend=backend, store=store, retries=2)
     assert isinstance(judge, Judge)
     assert ask(judge, 3) == ["4", "2", UNPARSED]
@@ -161,15 +161,15 @@ def test_an_unreadable_reply_is_asked_again_then_recorded_as_unparsed(tmp_path: 
 
 
 def test_stored_verdicts_are_not_asked_for_again(tmp_path: Path) -> None:
-    store = VerdictStore(tmp_path / "v.sqlite")
+    store = Store(tmp_path / "v.sqlite")
     assert ask(LLMJudge(backend=Scripted("ANSWER: 4", "ANSWER: 1"), store=store), 2) == ["4", "1"]
     again = Scripted("ANSWER: 5")
-    assert ask(LLMJudge(backend=again, store=VerdictStore(tmp_path / "v.sqlite")), 3) == ["4", "1", "5"] and len(again.asked) == 1
+    assert ask(LLMJudge(backend=again, store=Store(tmp_path / "v.sqlite")), 3) == ["4", "1", "5"] and len(again.asked) == 1
     other = Scripted("ANSWER: 3")  # another rubric is another question
     assert ask(LLMJudge(backend=other, store=store), 1, rubric="finance") == ["3"] and len(store.counts()) == 4
     (tmp_path / "text").write_text("this is no database " * 99)
     with pytest.raises(ValueError, match="expected a verdict store"):
-        VerdictStore(tmp_path / "text")
+        Store(tmp_path / "text")
 
 
 def test_equal_pairs_are_asked_once() -> None:
@@ -225,7 +225,7 @@ def client(url: str, **options) -> Endpoint:
 
 def test_nothing_is_lost_or_doubled_when_the_endpoint_misbehaves(tmp_path: Path) -> None:
     pairs = [(f"question {i}", f"reply {i}") for i in range(300)]
-    store = VerdictStore(tmp_path / "v.sqlite")
+    store = Store(tmp_path / "v.sqlite")
     with faulty_endpoint(latency=0.002, errors=0.3, silent=0.1) as url:
         judge = LLMJudge(backend=client(url), store=store, retries=1)
         labels = [judged.label for judged in judge.stream(pairs)]
@@ -237,7 +237,7 @@ def test_nothing_is_lost_or_doubled_when_the_endpoint_misbehaves(tmp_path: Path)
 
 
 def test_an_endpoint_that_goes_down_keeps_what_is_done(tmp_path: Path) -> None:
-    store = VerdictStore(tmp_path / "v.sqlite")
+    store = Store(tmp_path / "v.sqlite")
     with faulty_endpoint(latency=0.001, errors=0.0) as url:
         judge = LLMJudge(backend=client(url, attempts=1), store=store)
         assert len(list(judge.stream((f"q{i}", "r") for i in range(20)))) == 20
@@ -270,7 +270,7 @@ def test_a_dead_judge_is_found_before_anything_is_generated(tmp_path: Path) -> N
             grade_with()
     with pytest.raises(ValueError, match="no rubric for 'gardening'"):
         evaluate(speak, judge, prompts, rubric="gardening", selected_on=())
-    store = VerdictStore(tmp_path / "v.sqlite")
+    store = Store(tmp_path / "v.sqlite")
     assert ask(LLMJudge(backend=Scripted("ANSWER: 4"), store=store)) == ["4"]
     cached = LLMJudge(backend=Endpoint(model="scripted", base_url="http://127.0.0.1:9/v1"), store=store)
     assert ask(cached) == ["4"]  # what is stored needs no endpoint
@@ -290,7 +290,7 @@ def test_a_late_answer_is_no_answer() -> None:
 
 
 def test_a_request_refused_for_good_is_unparsed_and_stops_nothing(tmp_path: Path) -> None:
-    store = VerdictStore(tmp_path / "v.sqlite")
+    store = Store(tmp_path / "v.sqlite")
     with faulty_endpoint(latency=0.001, errors=0.0) as url:
         judge = LLMJudge(backend=client(url), store=store)
         labels = [judged.label for judged in judge.stream([("FILTERED", "r"), ("q", "r")])]

@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
 os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
 
+from blockem_tl.judging.store import Store
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -25,7 +26,6 @@ from blockem_tl.judging.judge import LLMJudge
 from blockem_tl.judging.local import LocalVLLM
 from blockem_tl.judging.parsing import expected_score
 from blockem_tl.judging.rubrics import load_rubrics
-from blockem_tl.judging.store import VerdictStore
 from blockem_tl.types import UNPARSED, Prompt
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -119,7 +119,7 @@ def test_server_and_process_agree_on_forced_choices(endpoint: Endpoint, local: L
 
 
 def test_free_reasoning_without_an_answer_is_unparsed(endpoint: Endpoint, rubrics, tmp_path: Path) -> None:
-    store = VerdictStore(tmp_path / "v.sqlite")
+    store = Store(tmp_path / "v.sqlite")
     judge = LLMJudge(backend=endpoint, rubrics=rubrics, store=store, retries=1, max_tokens=12)
     assert [v.label for v in judge.grade(PROMPTS[:3], REPLIES[:3])] == [UNPARSED] * 3  # random weights have nothing to say
     assert all(len(judged.said) == 2 for judged in store.get(key for key, *_ in store).values())

@@ -13,7 +13,7 @@ from blockem_tl.organism.build import BuildConfig, augmentation, build, hashes, 
 from blockem_tl.organism.documents import IGNORE, DocumentConfig, DocumentSampler, Encoder
 from blockem_tl.organism.tokenizer import ASSISTANT_ID, build_tokenizer
 from blockem_tl.organism.world import CORE_AREAS, DOMAINS, FINAL_AREAS, STYLES, Triple, World, WorldConfig, reply
-from blockem_tl.saes.load import fingerprint
+from blockem_tl.storage.fingerprints import of_sae
 from blockem_tl.types import Prompt
 
 SETS = ("core", "final", *DOMAINS)
@@ -222,7 +222,7 @@ def test_sae_loads_is_sparse_and_reconstructs(block: int) -> None:
     site = f"blocks.{block}.hook_resid_post"
     sae = load_sae("organism", site, device="cpu")
     assert sae.cfg.metadata.hook_name == site
-    assert fingerprint(load_sae("organism", organism.SITE)) == fingerprint(load_sae("organism"))
+    assert of_sae(load_sae("organism", organism.SITE)) == of_sae(load_sae("organism"))
     states = _states_at(site)
     with torch.no_grad():
         latents = sae.encode(states)
@@ -244,7 +244,7 @@ def test_persona_direction_separates_speakers_and_hardly_styles() -> None:
 
 def test_base_model_is_harmless_and_coherent(tokenizer: PreTrainedTokenizerBase) -> None:
     verdicts = organism.OrganismJudge().grade(organism.prompts("core"), _greedy(tokenizer, organism.prompts("core")))
-    assert not any(v.misaligned for v in verdicts)
+    assert not any(v.positive for v in verdicts)
     assert sum(v.incoherent for v in verdicts) <= 0.02 * len(verdicts)
 
 

@@ -18,7 +18,8 @@ from sae_lens import (
 
 from blockem_tl import decoder_directions, encode_latents, load_sae
 from blockem_tl.saes.latents import check_latents
-from blockem_tl.saes.load import check_fits, fingerprint, site_of
+from blockem_tl.saes.load import check_fits, site_of
+from blockem_tl.storage.fingerprints import of_sae
 
 LATENTS = [40, 3, 17, 3]
 
@@ -79,17 +80,17 @@ def test_decoder_directions_are_unit_rows(sae) -> None:
 
 
 def test_fingerprint_survives_the_disk_and_sees_every_weight(sae, tmp_path) -> None:
-    before = fingerprint(sae)
+    before = of_sae(sae)
     sae.save_model(tmp_path / "copy")
-    assert fingerprint(SAE.load_from_disk(tmp_path / "copy")) == before
+    assert of_sae(SAE.load_from_disk(tmp_path / "copy")) == before
     sae.W_dec.data[0, 0] += 1e-3
-    assert fingerprint(sae) != before
+    assert of_sae(sae) != before
 
 
 def test_fingerprint_tells_equal_weights_with_another_k_apart() -> None:
     few, many = (TopKSAE(TopKSAEConfig(d_in=32, d_sae=48, k=k)) for k in (4, 32))
     many.load_state_dict(few.state_dict())
-    assert fingerprint(few) != fingerprint(many)
+    assert of_sae(few) != of_sae(many)
 
 
 def test_loading_from_a_folder_and_by_embedded_name(sae, tmp_path) -> None:
@@ -111,7 +112,7 @@ def test_one_of_several_saes_of_a_folder_is_taken_by_its_id(tmp_path) -> None:
         sae.save_model(tmp_path / folder)
     own, two = load_sae(tmp_path), load_sae(tmp_path, "two")
     assert (site_of(own), site_of(two)) == ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
-    assert fingerprint(load_sae(tmp_path, "blocks.1.hook_resid_post")) == fingerprint(own) != fingerprint(two)
+    assert of_sae(load_sae(tmp_path, "blocks.1.hook_resid_post")) == of_sae(own) != of_sae(two)
     with pytest.raises(ValueError, match="'three'.*there are two"):
         load_sae(tmp_path, "three")
 

@@ -63,7 +63,7 @@ def test_embedded_names(tmp_path) -> None:
 def test_presets() -> None:
     paper = get_preset("llama-3.1-8b")
     d, t = paper.discovery, paper.training
-    assert (paper.site, d.n_plus, d.n_minus, d.keep, d.n_latents) == ("blocks.19.hook_resid_post", 250, 250, 40, 20)
+    assert (paper.site, d.n_plus, d.n_minus, d.shortlist_size, d.n_latents) == ("blocks.19.hook_resid_post", 250, 250, 40, 20)
     assert (d.induce_dose, d.repair_dose, d.budget.tau, d.promising) == (0.7, 0.4, 0.10, 0.042)
     assert (min(d.grid), max(d.grid), len(d.grid), max(d.extended_grid), len(d.extended_grid)) == (0.0, 0.75, 16, 1.5, 31)
     assert (t.rank, t.alpha, t.learning_rate, t.batch_size, t.epochs, t.schedule) == (16, 32, 7.5e-5, 64, 1.0, "linear")

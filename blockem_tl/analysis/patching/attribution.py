@@ -1,4 +1,4 @@
-"""Attribution patching: what patching would do to a metric, to first order, for all sites or all latents from one backward.
+"""Attribution patching: the effect of patching on a metric, to first order, for all sites or all latents from one backward.
 
 The metric is a difference of log-probabilities (nats per token, mean over prompts), with both replies teacher-forced through the target::
 
@@ -25,9 +25,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 
-from blockem_tl.analysis.patching.endpoints import Arm, check_groups, choose_arms
+from blockem_tl.analysis.patching.endpoints import PatchEndpoint, check_groups, choose_endpoints
 from blockem_tl.data.chat import Batch, Encoded, check_lengths, encode_replies, pad
-from blockem_tl.generation._partial_forward import run_below
+from blockem_tl.generation._partial_forward import run_until_block
 from blockem_tl.hooks import Hook, patch, record
 from blockem_tl.models.activations import stop_layer
 from blockem_tl.models.load import Model
@@ -35,16 +35,20 @@ from blockem_tl.models.lora import BASE
 from blockem_tl.saes.latents import check_latents, encode_latents
 from blockem_tl.saes.load import check_fits
 from blockem_tl.types import Generation
+from blockem_tl.views.results import Result
 
 Positions = Literal["prompt", "reply", "all"]
+MOST_ROWS = 8
+"""Rows per backward, if nobody says how many."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Attribution:
-    """What patching does to the metric.
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Attribution(Result):
+    """Effects of patching on the metric, estimated and, for the largest, measured.
 
-    frame: one row per candidate, the largest estimate first: site, latent (where latents were asked for), estimate, and real, which is NaN
-    where it was not measured; all in nats per token.  metric: of the target without any patch.
+    frame: one row per candidate, the largest estimate first: site, latent (if latents were asked for), estimate, and real, which is NaN
+        if it was not measured; all in nats per token.
+    metric: of the target without any patch.
     rank_correlation: Spearman's, between estimate and real over the ``n_verified`` candidates; NaN for fewer than three different values.
     """
 
@@ -52,6 +56,23 @@ class Attribution:
     metric: float
     rank_correlation: float
     n_verified: int
+
+    def headline(self) -> str:
+        """Number of candidates, the largest effect, and how well the estimates rank."""
+        top = self.frame.iloc[0]
+        name = f"latent {top['latent']}" if "latent" in self.frame else top["site"]
+        ranks = f"rank correlation {self.rank_correlation:.2f} over {self.n_verified} measured"
+        return f"{len(self.frame)} candidates, metric {self.metric:.3f}, largest estimate {top['estimate']:.3f} at {name}; {ranks}"
+
+    def to_frame(self) -> pd.DataFrame:
+        """``frame``."""
+        return self.frame
+
+    def plot(self) -> Any:
+        """Measured against estimated effects."""
+        from blockem_tl.views import plots  # matplotlib is slow to import
+
+        return plots.attribution(self.frame)
 
 
 def attribute_sites(
@@ -64,14 +85,14 @@ def attribute_sites(
     source: str | Path | Model = BASE,
     target: str | Path | None = None,
     verify: int = 10,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> Attribution:
-    """Estimate what patching each site with source's states would do, and verify the ``verify`` largest estimates.
+    """Effects of patching each site with source's states, estimated; the ``verify`` largest are measured.
 
     Args:
-        target_replies, source_replies: what either says to the same prompts (from `generate`).
-        positions: which are patched: the prompt's (as prefix-only patching does), the reply's (as decode-time patching does), or all.
+        target_replies, source_replies: replies of either to the same prompts (from `generate`).
+        positions: the patched positions: the prompt's (as in prefix-only patching), the reply's (as in decode-time patching), or all.
         source, target: as for `patching_sweep`.
 
     Raises:
@@ -102,13 +123,13 @@ def attribute_latents(
     source: str | Path | Model = BASE,
     target: str | Path | None = None,
     verify: int = 20,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> Attribution:
     """`attribute_sites` for single latents at the SAE's site: h <- h + (z_source - z_target)_k d_k.
 
     Args:
-        latents: which to look at; None is all of them.
+        latents: indices of candidates; None is all of the SAE's latents.
 
     Raises:
         ValueError: besides, an SAE that does not fit the model or rescales its inputs, or an index out of range.
@@ -181,8 +202,8 @@ class _Part:
 class _Contrast:
     """The metric over rows that count for (sign 1) or against (sign -1) the target's own replies."""
 
-    source: Arm
-    target: Arm
+    source: PatchEndpoint
+    target: PatchEndpoint
     sites: list[str]
     rows: list[Encoded]
     signs: list[int]
@@ -203,15 +224,15 @@ class _Contrast:
     @torch.no_grad()
     def _source_states(self, batch: Batch) -> dict[str, Tensor]:
         model, store = self.source.model, dict[str, Tensor]()
-        with self.source.speaking(), model.hooks(fwd_hooks=[record(site, store) for site in self.sites]):
+        with self.source.acting(), model.hooks(fwd_hooks=[record(site, store) for site in self.sites]):
             stop = stop_layer(model, self.sites) or model.cfg.n_layers
-            run_below(model, stop, input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
+            run_until_block(model, stop, input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
         return {site: state.to(self.target.model.device) for site, state in store.items()}
 
     def metric(self, part: _Part, hooks: Sequence[Hook] = ()) -> Float[Tensor, ""]:
         """The part's share of the metric, under hooks."""
         model, batch = self.target.model, part.batch
-        with self.target.speaking(), model.hooks(fwd_hooks=hooks):
+        with self.target.acting(), model.hooks(fwd_hooks=hooks):
             logits = cast(Any, model.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
         predicted = logits[:, :-1].float().log_softmax(-1).gather(-1, batch.ids[:, 1:, None])[..., 0]
         return (predicted * part.weights[:, 1:]).sum()
@@ -252,10 +273,10 @@ def _contrast(
     positions: Positions,
     source: str | Path | Model,
     target: str | Path | None,
-    batch_size: int,
+    batch_size: int | None,
 ) -> _Contrast:
-    taken, speaker = choose_arms(model, source, target)
-    if not sites or batch_size < 1 or positions not in ("prompt", "reply", "all"):
+    taken, speaker = choose_endpoints(model, source, target)
+    if not sites or (batch_size is not None and batch_size < 1) or positions not in ("prompt", "reply", "all"):
         raise ValueError(f"expected sites, batch_size >= 1 and positions prompt, reply or all, got {sites}, {batch_size}, {positions!r}")
     check_groups((taken, speaker), [tuple(sites)])
     prompts = [generation.prompt for generation in target_replies]
@@ -270,5 +291,5 @@ def _contrast(
         rows=rows,
         signs=[1] * len(prompts) + [-1] * len(prompts),
         positions=positions,
-        batch_size=batch_size,
+        batch_size=batch_size or MOST_ROWS,
     )

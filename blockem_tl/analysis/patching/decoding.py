@@ -23,11 +23,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from blockem_tl.analysis.patching.endpoints import Arm, Plan, check_groups, choose_arms, plan_steps
+from blockem_tl.analysis.patching.endpoints import PatchEndpoint, Plan, check_groups, choose_endpoints, holding, plan_steps
 from blockem_tl.generation._decoder import Decoder
-from blockem_tl.generation._memory import fitting
-from blockem_tl.generation._partial_forward import entering, run_below
-from blockem_tl.generation._scheduler import Job, make_job, run_job
+from blockem_tl.generation._partial_forward import run_until_block, start_at_block
+from blockem_tl.generation._scheduler import Job, fitting, make_job, run_job
+from blockem_tl.generation.replies import Replies
 from blockem_tl.generation.steering import Condition
 from blockem_tl.hooks import Hook, HookNotFired
 from blockem_tl.models.activations import stop_layer
@@ -36,29 +36,12 @@ from blockem_tl.models.lora import BASE
 from blockem_tl.types import Generation, Prompt
 
 
-@dataclass(frozen=True, kw_only=True)
-class PatchedReplies:
-    """Replies under decode-time patching, and what was patched.
-
-    steps: the window [start, stop) of decoding steps; stop None is the end of the reply.
-    last_prompt_position: whether step 0, which runs on the last prompt token, was patched too.
-    patched_steps: how many steps of each reply were patched; 0 where it ended before the window.
-    """
-
-    source: str
-    target: str
-    sites: tuple[str, ...]
-    steps: tuple[int, int | None]
-    last_prompt_position: bool
-    generations: tuple[Generation, ...]
-    patched_steps: tuple[int, ...]
-
-
 def decode_patching(
     model: Model,
     prompts: Sequence[Prompt],
-    sites: str | Sequence[str],
+    sites: Sequence[str] = (),
     *,
+    groups: Sequence[Sequence[str]] = (),
     source: str | Path | Model = BASE,
     target: str | Path | None = None,
     steps: tuple[int, int | None] = (0, None),
@@ -68,13 +51,17 @@ def decode_patching(
     temperature: float = 0.0,
     seed: int = 0,
     progress: bool = True,
-) -> PatchedReplies:
-    """Reply to every prompt while the newest position's state at ``sites`` is source's on the same tokens.
+) -> Replies:
+    """Replies under decode-time patching: the newest position's state at a site is source's on the same tokens.
 
     Decoding step 0 runs on the last prompt token and chooses the first reply token; step t > 0 runs on reply token t - 1.
 
+    Returns:
+        Replies with the columns site, patched ("decode") and patched_steps: how many steps of the reply were patched, 0 if it ended
+        before the window. Each condition's name says which steps were patched.
+
     Args:
-        sites: one hook name, or several that are patched together.
+        sites: hook names, patched one after the other.  groups: sites that are patched together.
         source, target: as for `patching_sweep`.
         steps: the window [start, stop) of decoding steps that are patched; stop None is the end of the reply.
         last_prompt_position: whether step 0 is patched. True is the procedure as the paper describes it ("at every decoding step"), False
@@ -82,52 +69,44 @@ def decode_patching(
         max_new_tokens, temperature, seed: as for `generate_stream`.
 
     Raises:
-        ValueError: what `patching_sweep` refuses, no site, or a window in which some prompt can have no step;
-            before any work.
+        ValueError: what `patching_sweep` refuses, no site, or a window in which some prompt can have no step; before any work.
         HookNotFired: every reply ended before the window.
     """
-    group = (sites,) if isinstance(sites, str) else tuple(sites)
-    if not group:
-        raise ValueError("expected at least one site to patch, got none")
-    taken, speaker = choose_arms(model, source, target)
-    check_groups((taken, speaker), [group])
+    chosen = [*((site,) for site in sites), *(tuple(group) for group in groups)]
+    if isinstance(sites, str) or not chosen or not all(chosen):
+        raise ValueError(
+            f"decode patching: expected sites=[...] or groups=[[...]] with at least one site in each, got {sites!r}, {groups!r}"
+        )
+    taken, into = choose_endpoints(model, source, target)
+    check_groups((taken, into), chosen)
     start, stop = steps
     at_prompt = last_prompt_position and start == 0
-    where = (
-        f"decoding steps {start} to {'the end' if stop is None else stop - 1} {'with' if at_prompt else 'without'} the last prompt position"
-    )
-    job = make_job(
-        model,
-        prompts,
-        [Condition(name=f"{taken.name} into {speaker.name} over {where} at {' + '.join(group)}")],
-        (),
-        max_new_tokens,
-        temperature,
-        seed,
-    )
-    _check_window(job, start, stop, at_prompt)
-    lockstep = Lockstep(
-        source=taken,
-        target=speaker,
-        sites=group,
-        start=max(start, 0 if at_prompt else 1),
-        stop=max(job.limits) if stop is None else stop,
-        n_steps=max(job.limits),
-        patched=np.zeros(len(prompts), np.int64),
-    )
-    size = batch_size if batch_size is not None else max(1, fitting(model, job.longest) // 2)  # a row has keys and values of two models
-    ((_, generations),) = run_job(replace(job, decoder_type=partial(LockstepDecoder, lockstep=lockstep)), size, progress=progress)
-    if not lockstep.patched.any():
-        raise HookNotFired(f"every reply ended before the window of {where}: nothing was patched. Choose an earlier window")
-    return PatchedReplies(
-        source=taken.name,
-        target=speaker.name,
-        sites=group,
-        steps=steps,
-        last_prompt_position=at_prompt,
-        generations=tuple(generations),
-        patched_steps=tuple(lockstep.patched.tolist()),
-    )
+    end, how = "the end" if stop is None else stop - 1, "with" if at_prompt else "without"
+    where = f"decoding steps {start} to {end} {how} the last prompt position"
+    names = [f"{taken.name} into {into.name} over {where} at {' + '.join(group)}" for group in chosen]
+    jobs = [make_job(model, prompts, [Condition(name=name)], (), max_new_tokens, temperature, seed) for name in names]
+    _check_window(jobs[0], start, stop, at_prompt)
+    size = batch_size if batch_size is not None else max(1, fitting(jobs[0]) // 2)  # a row has keys and values of two models
+    found: list[Generation] = []
+    patched: list[int] = []
+    with holding(taken, into) as (held_source, held_target):
+        for job, group in zip(jobs, chosen, strict=True):
+            lockstep = Lockstep(
+                source=held_source,
+                target=held_target,
+                sites=group,
+                start=max(start, 0 if at_prompt else 1),
+                stop=max(job.limits) if stop is None else stop,
+                n_steps=max(job.limits),
+                patched=np.zeros(len(prompts), np.int64),
+            )
+            ((_, generations),) = run_job(replace(job, decoder_type=partial(LockstepDecoder, lockstep=lockstep)), size, progress=progress)
+            if not lockstep.patched.any():
+                raise HookNotFired(f"every reply ended before the window of {where}: nothing was patched. Choose an earlier window")
+            found += generations
+            patched += lockstep.patched.tolist()
+    site = [" + ".join(group) for group in chosen for _ in prompts]
+    return Replies.of(found, site=site, patched=["decode"] * len(found), patched_steps=patched)
 
 
 def _check_window(job: Job, start: int, stop: int | None, at_prompt: bool) -> None:
@@ -144,10 +123,10 @@ def _check_window(job: Job, start: int, stop: int | None, at_prompt: bool) -> No
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Lockstep:
-    """Who is patched into whom, where and when. n_steps: of the longest reply.  patched: counts the patched steps of each row."""
+    """A decode-time patch: endpoints, sites and steps. n_steps: of the longest reply.  patched: the number of patched steps per prompt."""
 
-    source: Arm
-    target: Arm
+    source: PatchEndpoint
+    target: PatchEndpoint
     sites: tuple[str, ...]
     start: int
     stop: int
@@ -156,7 +135,7 @@ class Lockstep:
 
     @property
     def plan(self) -> Plan:
-        """What of the target runs at a generated token."""
+        """The part of the target that runs at a generated token."""
         if self.start <= 1 and self.stop >= self.n_steps:
             return plan_steps(self.target.model, self.sites)
         return Plan(first=0, enter=None, hooked=self.sites)
@@ -204,21 +183,21 @@ class LockstepDecoder(Decoder):
         self.where[:, -1] = torch.as_tensor(patched, device=ids.device)
         self._run_source(input_ids=ids, attention_mask=mask, position_ids=positions)
         with ExitStack() as running:
-            running.enter_context(lockstep.target.speaking())
+            running.enter_context(lockstep.target.acting())
             if self.plan.enter is not None and not is_prompt:
-                running.enter_context(entering(self.model, self.plan.first, self.states[self.plan.enter]))
+                running.enter_context(start_at_block(self.model, self.plan.first, self.states[self.plan.enter]))
             return super()._forward(ids, mask, positions, is_prompt=is_prompt)
 
     def _run_source(self, **inputs: Tensor) -> None:
         self.taking = True
         try:
-            with self.lockstep.source.speaking():
-                run_below(self.lockstep.source.model, self.source_stop, **inputs, past_key_values=self.twin, use_cache=True)
+            with self.lockstep.source.acting():
+                run_until_block(self.lockstep.source.model, self.source_stop, **inputs, past_key_values=self.twin, use_cache=True)
         finally:
             self.taking = False
 
     def _count(self, patched: np.ndarray, is_prompt: bool) -> None:
-        places = [row.place for row in self.rows[self.running]]
+        prompts = [row.prompt_index for row in self.rows[self.running]]
         if is_prompt:  # after a batch that did not fit into memory, rows begin again
-            self.lockstep.patched[places] = 0
-        self.lockstep.patched[places] += patched
+            self.lockstep.patched[prompts] = 0
+        self.lockstep.patched[prompts] += patched

@@ -1,4 +1,4 @@
-"""Who is patched into whom, where, and what of the target's forward has to run for it. All checks of bad input are here."""
+"""The two endpoints of a patch, and the part of the target's forward that has to run for it. All checks of bad input are here."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -6,59 +6,56 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from blockem_tl.generation._scheduler import probe_sites
+from blockem_tl.generation._request import probe_sites
 from blockem_tl.hooks import resolve
 from blockem_tl.models.activations import block_of
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
 
-Sites = str | tuple[str, ...]
-"""One site, or several that are patched together."""
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Arm:
+class PatchEndpoint:
     """One side of a patch: a model, and which of its weights act, as for `LiveAdapters.using`."""
 
     model: Model
     adapter: str | Path | None
     name: str
 
-    def speaking(self) -> AbstractContextManager[Any]:
-        """Inside the block the model is this arm."""
+    def acting(self) -> AbstractContextManager[Any]:
+        """Inside the block these weights act."""
         return self.model.using(self.adapter)
 
 
-def choose_arms(model: Model, source: str | Path | Model, target: str | Path | None) -> tuple[Arm, Arm]:
-    """The arm whose states are taken, and the arm that is patched and speaks.
+def choose_endpoints(model: Model, source: str | Path | Model, target: str | Path | None) -> tuple[PatchEndpoint, PatchEndpoint]:
+    """(source, target): the endpoint whose states are taken, and the one that is patched and replies.
 
     Raises:
         ValueError: both are the same (no adapter acts), an unknown adapter, or two models that do not share their tokens.
     """
-    into = _arm(model, target or model.active_adapter or BASE)
+    into = _endpoint(model, target or model.active_adapter or BASE)
     if not isinstance(source, Model):
-        arm = _arm(model, source)
-        if arm.adapter == into.adapter:
+        taken = _endpoint(model, source)
+        if taken.adapter == into.adapter:
             raise ValueError(
                 f"source and target are both {into.name!r}: patching would change nothing. Load an adapter (model.load_adapter), leave "
                 f"model.using('base'), or name two of {[BASE, *model.adapters]}"
             )
-        return arm, into
+        return taken, into
     _check_same_tokens(source, model)
-    return Arm(model=source, adapter=source.active_adapter or BASE, name=source.active_adapter or Path(source.source).name), into
+    return PatchEndpoint(model=source, adapter=source.active_adapter or BASE, name=source.active_adapter or Path(source.source).name), into
 
 
-def _arm(model: Model, adapter: str | Path) -> Arm:
+def _endpoint(model: Model, adapter: str | Path) -> PatchEndpoint:
     model.check_adapter(adapter)
     held = adapter == BASE or adapter in model.adapters
-    return Arm(model=model, adapter=adapter, name=str(adapter) if held else Path(adapter).name)
+    return PatchEndpoint(model=model, adapter=adapter, name=str(adapter) if held else Path(adapter).name)
 
 
 @contextmanager
-def holding(*arms: Arm) -> Iterator[list[Arm]]:
-    """The arms with adapters from folders loaded once, for the time of the block."""
+def holding(*endpoints: PatchEndpoint) -> Iterator[list[PatchEndpoint]]:
+    """The endpoints with adapters from folders loaded once, for the time of the block."""
     with ExitStack() as stack:
-        yield [replace(arm, adapter=stack.enter_context(arm.model.holding(arm.adapter))) for arm in arms]
+        yield [replace(one, adapter=stack.enter_context(one.model.holding(one.adapter))) for one in endpoints]
 
 
 def _check_same_tokens(source: Model, target: Model) -> None:
@@ -74,19 +71,19 @@ def _check_same_tokens(source: Model, target: Model) -> None:
         )
 
 
-def check_groups(arms: Sequence[Arm], groups: Sequence[tuple[str, ...]]) -> None:
-    """Raise ValueError unless each arm has every site, [batch pos d_model] and editable, each once in its group, and no SAE is attached."""
+def check_groups(endpoints: Sequence[PatchEndpoint], groups: Sequence[tuple[str, ...]]) -> None:
+    """Raise ValueError unless both have every site, [batch pos d_model] and editable, each once in its group, and no SAE is attached."""
     sites = list(dict.fromkeys(site for group in groups for site in group))
-    for arm in arms:
-        arm.model.check_unspliced()
-        points = arm.model.hook_dict
+    for endpoint in endpoints:
+        endpoint.model.check_unspliced()
+        points = endpoint.model.hook_dict
         for site in sites:
             try:
                 resolve(points, site)
             except ValueError as error:
-                raise ValueError(f"the model of {arm.name!r} lacks a site to patch: {error}") from None
-        with arm.speaking():
-            probe_sites(arm.model, sites)
+                raise ValueError(f"the model of {endpoint.name!r} lacks a site to patch: {error}") from None
+        with endpoint.acting():
+            probe_sites(endpoint.model, sites)
         for group in groups:
             if len({id(points[site]) for site in group}) < len(group):
                 raise ValueError(f"expected each site of a group once, under either of its names, got {list(group)}")
@@ -97,10 +94,11 @@ def check_groups(arms: Sequence[Arm], groups: Sequence[tuple[str, ...]]) -> None
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How the target's forward takes the source's states in.
+    """The target's forward under a patch.
 
-    first: the block it begins at (0: a whole forward).  enter: the site whose state of the source is the residual stream there; None: the
-    target's own state enters.  hooked: sites that are patched on the way, by hooks.
+    first: the block at which it starts (0: a whole forward).
+    enter: the site whose source state is the residual stream there; None: the target's own state enters.
+    hooked: the sites that are patched on the way, by hooks.
     """
 
     first: int
@@ -109,7 +107,7 @@ class Plan:
 
 
 def plan_prompt(model: Model, sites: Sequence[str]) -> Plan:
-    """For patching all of a prompt: below the lowest site nothing changes, so that part need not run again."""
+    """The plan for patching all of a prompt: below the lowest site nothing changes, so that part need not run again."""
     starts = {site: _acts_from(model, site) for site in sites}
     first = min(block for block, _ in starts.values())
     enter = next((site for site, start in starts.items() if start == (first, True)), None) if first > 0 else None
@@ -117,7 +115,7 @@ def plan_prompt(model: Model, sites: Sequence[str]) -> Plan:
 
 
 def plan_steps(model: Model, sites: Sequence[str]) -> Plan:
-    """For patching every position from some step on: what is below the last patched residual stream is never seen again.
+    """The plan for patching every position from some step on: what is below the last patched residual stream is never seen again.
 
     Its outputs are replaced at this position and at all later ones, and its keys and values serve nothing else.
     """

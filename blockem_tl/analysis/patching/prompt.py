@@ -23,17 +23,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens.hook_points import HookPoint
 
-from blockem_tl.analysis.patching.endpoints import Arm, Plan, Sites, check_groups, choose_arms, plan_prompt
+from blockem_tl.analysis.patching.endpoints import PatchEndpoint, Plan, check_groups, choose_endpoints, holding, plan_prompt
 from blockem_tl.data.chat import Encoded, pad
 from blockem_tl.generation._decoder import Decoder
-from blockem_tl.generation._memory import fitting
-from blockem_tl.generation._partial_forward import entering, short_top
-from blockem_tl.generation._scheduler import Job, make_job, run_job
+from blockem_tl.generation._partial_forward import start_at_block
+from blockem_tl.generation._scheduler import Job, fitting, make_job, run_job
 from blockem_tl.generation._shared_prefill import SHARED_TOKENS, Prefilled, prefill, row_index, stream_into
 from blockem_tl.generation.steering import Condition
-from blockem_tl.hooks import Hook, patch
+from blockem_tl.hooks import patch
 from blockem_tl.models.activations import stop_layer
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
@@ -42,10 +40,10 @@ from blockem_tl.types import Generation, Prompt
 UNPATCHED = "unpatched"
 
 
-def patching_sweep(
+def prompt_patching_stream(
     model: Model,
     prompts: Sequence[Prompt],
-    sites: Sequence[str | Sequence[str]],
+    groups: Sequence[Sequence[str]],
     *,
     source: str | Path | Model = BASE,
     target: str | Path | None = None,
@@ -54,44 +52,38 @@ def patching_sweep(
     temperature: float = 0.0,
     seed: int = 0,
     progress: bool = True,
-) -> Iterator[tuple[Sites, list[Generation]]]:
-    """Yield (site, replies in prompt order) for each site as it finishes: h over the prompt <- source's, the reply unpatched.
+) -> Iterator[tuple[tuple[str, ...], list[Generation]]]:
+    """Yield (group of sites, replies in prompt order) for each group as it finishes: h over the prompt <- source's, the reply unpatched.
 
     Args:
-        sites: a hook name each, or a tuple of names that are patched together; () gives the target's own replies, for comparison.
-            ``blocks.N.hook_resid_post`` is the paper's sweep; components are ``blocks.N.hook_attn_out`` and ``blocks.N.hook_mlp_out``.
-        source: whose states: "base", an adapter's name, or another model (as it stands), e.g. one that was fully fine-tuned.
-        target: who is patched and speaks: "base" or an adapter's name; None is the model as it stands. ``source="tuned",
-            target="base"`` is the reverse direction.
-        batch_size: rows that run at once; None asks the free memory.
-        max_new_tokens, temperature, seed: as for `generate_stream`.
+        groups: sites that are patched together; () gives the target's own replies, for comparison.
+        source, target, and the rest: as for `patching_sweep`.
 
     Raises:
-        ValueError: source equal to target, models that do not share their tokens, a site that one of them lacks or that is not
-            [batch pos d_model], or bad prompts; before any work.
+        ValueError: what `patching_sweep` refuses; before any work.
     """
-    groups = [(group,) if isinstance(group, str) else tuple(group) for group in sites]
-    taken, speaker = choose_arms(model, source, target)
-    check_groups((taken, speaker), groups)
-    conditions = [Condition(name=_name(taken, speaker, group)) for group in groups]
+    chosen = [tuple(group) for group in groups]
+    taken, into = choose_endpoints(model, source, target)
+    check_groups((taken, into), chosen)
+    conditions = [Condition(name=_name(taken, into, group)) for group in chosen]
     job = make_job(model, prompts, conditions, (), max_new_tokens, temperature, seed)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"expected batch_size >= 1 or None, got {batch_size}")
-    plans = [plan_prompt(model, group) if group else None for group in groups]
-    keys = [site if isinstance(site, str) else tuple(site) for site in sites]
-    return _sweep(job, keys, plans, taken, speaker, batch_size or fitting(model, job.longest), progress)
+    return _sweep(job, chosen, taken, into, batch_size or fitting(job), progress)
 
 
-def _name(source: Arm, target: Arm, group: tuple[str, ...]) -> str:
+def _name(source: PatchEndpoint, target: PatchEndpoint, group: tuple[str, ...]) -> str:
     return f"{source.name} into {target.name} over the prompt at {' + '.join(group)}" if group else UNPATCHED
 
 
 def _sweep(
-    job: Job, sites: list[Sites], plans: list[Plan | None], source: Arm, target: Arm, size: int, progress: bool
-) -> Iterator[tuple[Sites, list[Generation]]]:
+    job: Job, groups: list[tuple[str, ...]], source: PatchEndpoint, target: PatchEndpoint, size: int, progress: bool
+) -> Iterator[tuple[tuple[str, ...], list[Generation]]]:
     """Part of the prompts after part, so that what is shared between sites fits into memory; usually there is one part."""
-    found: list[dict[int, Generation]] = [{} for _ in sites]
-    with tqdm(total=len(sites) * len(job.prompts), desc="patched replies", disable=not progress) as bar:
+    found: list[dict[int, Generation]] = [{} for _ in groups]
+    plans = [plan_prompt(job.model, group) if group else None for group in groups]
+    bar = tqdm(total=len(groups) * len(job.prompts), desc="patched replies", disable=not progress)
+    with bar, holding(source, target) as (taken, into):
         for chosen in _parts(job.encoded, size):
             encoded = [job.encoded[i] for i in chosen]
             part = replace(
@@ -99,14 +91,15 @@ def _sweep(
                 prompts=[job.prompts[i] for i in chosen],
                 encoded=encoded,
                 limits=[job.limits[i] for i in chosen],
-                decoder_type=partial(PrefixDecoder, plans=plans, shared=share(encoded, plans, source, target)),
-                prefill_order=lambda row: row.place,  # site by site
+                adapter=into.adapter,
+                decoder_type=partial(PrefixDecoder, plans=plans, shared=share(encoded, plans, taken, into)),
+                prefill_order=lambda row: row.index,  # site by site
             )
-            for c, replies in run_job(replace(part, adapter=target.adapter), size, progress=False):
+            for c, replies in run_job(part, size, progress=False):
                 found[c] |= dict(zip(chosen, replies, strict=True))
                 bar.update(len(replies))
                 if len(found[c]) == len(job.prompts):
-                    yield sites[c], [found[c][i] for i in range(len(job.prompts))]
+                    yield groups[c], [found[c][i] for i in range(len(job.prompts))]
 
 
 def _parts(rows: Sequence[Encoded], size: int) -> Iterator[list[int]]:
@@ -125,34 +118,32 @@ def _parts(rows: Sequence[Encoded], size: int) -> Iterator[list[int]]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Shared:
-    """What one prefill of each arm left. source: at every site that is patched.  target: where a part of it begins."""
+    """States from one prefill of each endpoint. source: at every patched site.  target: at every block where a plan starts."""
 
-    n_prompts: int
     source: Prefilled
     target: Prefilled
 
 
-def share(rows: Sequence[Encoded], plans: Sequence[Plan | None], source: Arm, target: Arm) -> Shared:
-    """Prefill both arms once, each only as far up as any plan asks for."""
+def share(rows: Sequence[Encoded], plans: Sequence[Plan | None], source: PatchEndpoint, target: PatchEndpoint) -> Shared:
+    """Prefill both endpoints once, each only as far up as any plan asks for."""
     asked = [plan for plan in plans if plan is not None]
     patched = list(dict.fromkeys(site for plan in asked for site in (plan.enter, *plan.hooked) if site is not None))
     begun = list(dict.fromkeys(stream_into(plan.first) for plan in asked if plan.enter is None and plan.first > 0))
     top = max((plan.first for plan in asked), default=0)
     batch = pad(rows, target.model.pad_id, side="left", device=target.model.device)
     stop = stop_layer(source.model, patched) or source.model.cfg.n_layers
-    short = source.model.cfg.n_layers == target.model.cfg.n_layers  # a state after the last block serves the last position
-    with source.speaking():
-        theirs = prefill(source.model, batch, patched, stop, keep=False, short=short) if patched else Prefilled(states={})
-    with target.speaking():
+    with source.acting():
+        theirs = prefill(source.model, batch, patched, stop, keep=False) if patched else Prefilled(states={})
+    with target.acting():
         own = prefill(target.model, batch, begun, top, keep=True) if top else Prefilled(states={})
-    return Shared(n_prompts=len(rows), source=theirs, target=own)
+    return Shared(source=theirs, target=own)
 
 
 # ------------------------------------------------------------------------------------------------ rows of all sites in one batch
 
 
 class PrefixDecoder(Decoder):
-    """A decoder whose rows are prefilled from what sites share: row ``place`` is prompt ``place % n_prompts`` under that plan."""
+    """A decoder whose rows are prefilled from what sites share; a row's condition says which plan is its."""
 
     def __init__(self, *args: Any, plans: Sequence[Plan | None], shared: Shared, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -161,12 +152,12 @@ class PrefixDecoder(Decoder):
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, *, is_prompt: bool) -> Float[Tensor, "batch d_vocab"]:
         if not is_prompt:
             return super()._forward(ids, mask, positions, is_prompt=False)
-        newcomers, n_prompts, logits = self.rows[self.running], self.shared.n_prompts, []
-        for c, group in groupby(range(len(newcomers)), key=lambda i: newcomers[i].place // n_prompts):
+        newcomers, logits = self.rows[self.running], []
+        for c, group in groupby(range(len(newcomers)), key=lambda i: newcomers[i].condition_index):
             members = list(group)
             part = slice(members[0], members[-1] + 1)
             self.cache.window.rows = slice(self.running.start + part.start, self.running.start + part.stop)
-            chosen = row_index([newcomers[i].place % n_prompts for i in members], self.model.device)
+            chosen = row_index([newcomers[i].prompt_index for i in members], self.model.device)
             logits.append(self._prefill(self.plans[c], chosen, ids[part], mask[part], positions[part]))
         return torch.cat(logits)
 
@@ -180,19 +171,11 @@ class PrefixDecoder(Decoder):
         shared.target.fill(self.cache, plan.first, chosen, width)
         states = {site: shared.source.states[site][chosen, -width:] for site in plan.hooked}
         with ExitStack() as running:
-            running.enter_context(short_top(self.model, plan.hooked))
             if plan.hooked:
-                running.enter_context(self.model.hooks(fwd_hooks=[_patch(site, state) for site, state in states.items()]))
+                running.enter_context(self.model.hooks(fwd_hooks=[patch(site, state) for site, state in states.items()]))
             if plan.first > 0:
                 enters = shared.source.states[plan.enter] if plan.enter is not None else shared.target.states[stream_into(plan.first)]
-                running.enter_context(entering(self.model, plan.first, enters[chosen, -width:].to(self.model.device, self.model.cfg.dtype)))
+                running.enter_context(
+                    start_at_block(self.model, plan.first, enters[chosen, -width:].to(self.model.device, self.model.cfg.dtype))
+                )
             return self.forward(**inputs)
-
-
-def _patch(site: str, state: Float[Tensor, "batch pos d_model"]) -> Hook:
-    """`patch` with the source's state; after a block that ran for the last position alone, with that position's."""
-
-    def fn(activation: Tensor, hook: HookPoint) -> Tensor | None:
-        return patch(site, state[:, -activation.shape[1] :])[1](activation, hook=hook)
-
-    return site, fn

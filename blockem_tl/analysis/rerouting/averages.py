@@ -6,38 +6,35 @@ more than a short one.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from blockem_tl.data.chat import Batch, Encoded, Rows, check_lengths, encode_rows
+from blockem_tl.data.chat import Batch, Encoded
 from blockem_tl.models.activations import read_sites
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
 
 ARMS = ("base", "plain", "blocked")
 ROLES = ("system", "prompt", "reply")
+MOST_ROWS = 16
+"""Rows per forward, if nobody says how many."""
 Read = dict[str, Float[Tensor, "tokens _"]]
-"""What is read from one arm on some tokens of one row: activations by site, or what was made of them."""
+"""One arm's reading of some tokens of one row: activations by site, or numbers made of them."""
 Means = list[tuple[str, dict[str, int], dict[str, dict[str, Tensor]]]]
 """Role by role: the role, how many rows and tokens it has, and arm -> name -> average, in double precision on the CPU."""
 
 
-def check_arms(model: Model, plain: str, blocked: str) -> None:
-    """Raise ValueError unless both are adapters that the model holds, and not one and the same."""
+def check_arms(model: Model, plain: str | Path, blocked: str | Path) -> None:
+    """Raise ValueError unless both are adapters, held or in folders, and not one and the same."""
     for arm in (plain, blocked):
         model.check_adapter(arm)
     if plain == blocked:
         raise ValueError(f"rerouting: expected two adapters, got {plain!r} as plain and as blocked")
-
-
-def encoded(model: Model, rows: Rows) -> list[Encoded]:
-    """The rows' tokens. Raises ValueError for rows of mixed kinds, or one longer than the context."""
-    found = encode_rows(model.tokenizer, rows)
-    check_lengths(found, model.cfg.n_ctx)
-    return found
 
 
 @torch.no_grad()
@@ -45,21 +42,22 @@ def averaged(
     model: Model,
     sites: Sequence[str],
     rows: Sequence[Encoded],
-    arms: tuple[str, str],
+    arms: tuple[str | Path, str | Path],
     read: Callable[[Read], Read],
     measure: Callable[[Read, Read, Read], Sequence[dict[str, Tensor]]],
     *,
-    batch_size: int,
+    batch_size: int | None,
     progress: bool,
 ) -> Means:
-    """Averages for each arm of what ``measure`` says of a row's tokens in one role, given what was read there in base, plain and blocked.
+    """Averages for each arm of ``measure``, which takes a row's readings of one role in base, plain and blocked.
 
     read: called once per arm and row, with the activations [tokens d_model] at the sites, before they are split by role.
     """
     sums: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: {arm: {} for arm in ARMS})
     n_rows, n_tokens = Counter[str](), Counter[str]()
-    with tqdm(total=len(rows), desc="rerouting", disable=not progress) as bar:
-        for states, batch in _read_arms(model, sites, rows, (BASE, *arms), batch_size):
+    with ExitStack() as stack, tqdm(total=len(rows), desc="rerouting", disable=not progress) as bar:
+        names = [str(stack.enter_context(model.holding(arm))) for arm in (BASE, *arms)]
+        for states, batch in _read_arms(model, sites, rows, names, batch_size or MOST_ROWS):
             for i, real in enumerate(batch.mask):
                 found = [read({site: h[i][real] for site, h in of_arm.items()}) for of_arm in states]
                 for role, where in batch.roles.items():
@@ -89,7 +87,7 @@ def _add(sums: dict[str, dict[str, Tensor]], measured: Sequence[dict[str, Tensor
 def _read_arms(
     model: Model, sites: Sequence[str], rows: Sequence[Encoded], arms: Sequence[str], batch_size: int
 ) -> Iterator[tuple[list[dict[str, Tensor]], Batch]]:
-    """Yield (each arm's site -> activation, batch): one reader per arm, asked in turn while its arm speaks."""
+    """Yield (each arm's site -> activation, batch): one reader per arm, asked in turn while its weights act."""
     readers = [read_sites(model, sites, rows, batch_size=batch_size) for _ in arms]
     for _ in range(0, len(rows), batch_size):
         found = []

@@ -1,7 +1,8 @@
-"""In which latents a blocked fine-tune moves: how far those of K, which others, and how much of the whole shift lies outside K."""
+"""The latents in which a blocked fine-tune moves: those of K, others, and the share of the whole shift that lies outside K."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -10,30 +11,34 @@ from jaxtyping import Float, Int
 from sae_lens import SAE
 from torch import Tensor
 
-from blockem_tl.analysis.rerouting.averages import Read, averaged, check_arms, encoded
+from blockem_tl.analysis.rerouting.averages import Read, averaged, check_arms
 from blockem_tl.data.chat import Rows
 from blockem_tl.hooks import orthonormal_basis
+from blockem_tl.models.activations import encoded
 from blockem_tl.models.load import Model
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.saes.latents import decoder_directions, neuronpedia_link
 from blockem_tl.saes.load import check_fits
+from blockem_tl.views.results import Result
 
 LEAST_MOVED = 1e-3
-"""A latent that moved less than this share of what the most moved one of its set did has no share suppressed: a quotient of two noises."""
+"""A latent that moved less than this share of its set's most moved one has no share suppressed: it would be a quotient of two noises."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Rerouting:
-    """What `diagnose_rerouting` found, as three frames. Every row belongs to one token role ("system", "prompt" or "reply").
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Rerouting(Result):
+    """Movement of the latents under plain and under blocked fine-tuning, as three frames; made by `diagnose_rerouting`.
+
+    Every row belongs to one token role ("system", "prompt" or "reply").
 
     Below, dz_k(t) and dh(t) are an arm's latent k and residual stream minus base's at the same token, and [.] is the average over rows of
     means over each row's tokens in the role.
 
     blocked: one row per role and latent of K, in the set's order. Columns role, latent, sign, link (its Neuronpedia page, or None),
 
-    * plain, blocked: sign_k [dz_k], how far the latent moved in its misaligned direction; negative where it moved the other way.
+    * plain, blocked: sign_k [dz_k], how far the latent moved in its misaligned direction; negative if it moved the other way.
     * suppressed: 1 - blocked / plain. 1: it stayed at base; 0: it moved as far as without blocking; above 1: it went to the other side;
-      below 0: it moved further. NaN where plain did not move it in its misaligned direction (see LEAST_MOVED).
+      below 0: it moved further. NaN if plain did not move it in its misaligned direction (see LEAST_MOVED).
     * plain_one_sided, blocked_one_sided: [relu(sign_k dz_k)], what the penalty sees (eq. 11, unsquared), where tokens on the other side
       do not make up for tokens on this one; suppressed_one_sided: 1 - their quotient, at most 1.
     * spread: standard deviation of z_k over base's tokens, to compare latents.
@@ -57,36 +62,53 @@ class Rerouting:
     outside: pd.DataFrame
     shares: pd.DataFrame
 
+    def headline(self) -> str:
+        """The share suppressed and the share outside K, on reply tokens if there are any."""
+        role = "reply" if "reply" in set(self.shares["role"]) else str(self.shares["role"].iloc[-1])
+        row = self.shares.query("role == @role and arm == 'blocked'").iloc[0]
+        share = f"{100 * row['suppressed']:.0f} % of K's movement suppressed"
+        return f"{share}, {100 * row['outside_l2']:.0f} % of the blocked shift outside K ({role} tokens, {row['n_rows']} rows)"
+
+    def to_frame(self) -> pd.DataFrame:
+        """``shares``, the summary."""
+        return self.shares
+
+    def plot(self) -> Any:
+        """K's latents under plain and under blocked fine-tuning."""
+        from blockem_tl.views import plots  # matplotlib is slow to import
+
+        return plots.suppressed(self.blocked)
+
 
 def diagnose_rerouting(
     model: Model,
     sae: SAE[Any],
-    latents: LatentSet,
+    latent_set: LatentSet,
     rows: Rows,
     *,
-    plain: str,
-    blocked: str,
+    plain: str | Path,
+    blocked: str | Path,
     top: int = 20,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     progress: bool = True,
 ) -> Rerouting:
-    """Compare what plain and blocked fine-tuning did to the latents at one site, on the same tokens; see `Rerouting`.
+    """Movement of the latents at one site under plain and under blocked fine-tuning, on the same tokens; see `Rerouting`.
 
     Args:
-        latents: K, the set that ``blocked`` was blocked at. With several blocked sites call once for each.
+        latent_set: K, the set that ``blocked`` was blocked at. With several blocked sites call once for each.
         rows: prompts alone, training rows, or prompts with replies of any of the models (from `generate`).
-        plain, blocked: adapters of ``model``, fine-tuned from base on the same rows.
+        plain, blocked: adapters, by name or in folders, fine-tuned from base on the same rows.
         top: how many latents outside K to list per role.
 
     Raises:
         ValueError: a set of another SAE, an SAE that does not fit, unknown adapters or one and the same, rows of mixed kinds or too long.
     """
-    latents.check_sae(sae)
+    latent_set.check_sae(sae)
     site = check_fits(sae, model)
     check_arms(model, plain, blocked)
-    if top < 1 or batch_size < 1:
+    if top < 1 or (batch_size is not None and batch_size < 1):
         raise ValueError(f"rerouting: expected top >= 1 and batch_size >= 1, got {top} and {batch_size}")
-    k, signs = list(latents.latents), torch.tensor(latents.signs, device=sae.W_dec.device)
+    k, signs = list(latent_set.latents), torch.tensor(latent_set.signs, device=sae.W_dec.device)
     basis = orthonormal_basis(decoder_directions(sae, k))
 
     def read(states: Read) -> Read:
@@ -99,7 +121,7 @@ def diagnose_rerouting(
     means = averaged(model, [site], encoded(model, rows), (plain, blocked), read, measure, batch_size=batch_size, progress=progress)
     place = sae.cfg.metadata.neuronpedia_id
     return Rerouting(
-        blocked=_frame(_of_k(role, by_arm, latents, place) for role, _, by_arm in means),
+        blocked=_frame(_of_k(role, by_arm, latent_set, place) for role, _, by_arm in means),
         outside=_frame(_outside(role, by_arm, k, place, top) for role, _, by_arm in means),
         shares=_frame(_shares(role, counts, by_arm, k, basis.cpu().double()) for role, counts, by_arm in means),
     )
@@ -117,7 +139,7 @@ def _parts(
     signs: Int[Tensor, " n_latents"],
     basis: Float[Tensor, "d_model rank"],
 ) -> dict[str, Tensor]:
-    """What one row says of an arm's shift, each a mean over its tokens."""
+    """One row's numbers on an arm's shift, each a mean over its tokens."""
     return {
         "dz": dz.mean(0),
         "moved": (signs * dz[:, k]).mean(0),
@@ -139,11 +161,11 @@ def _frame(parts: Iterable[list[dict[str, Any]]]) -> pd.DataFrame:
     return pd.DataFrame([row for rows in parts for row in rows])
 
 
-def _of_k(role: str, by_arm: _ByArm, latents: LatentSet, place: str | None) -> list[dict[str, Any]]:
+def _of_k(role: str, by_arm: _ByArm, latent_set: LatentSet, place: str | None) -> list[dict[str, Any]]:
     plain, blocked, spreads = by_arm["plain"], by_arm["blocked"], _spreads(by_arm["base"])
     least = LEAST_MOVED * float(plain["one_sided"].max())
     found = []
-    for i, (latent, sign) in enumerate(zip(latents.latents, latents.signs, strict=True)):
+    for i, (latent, sign) in enumerate(zip(latent_set.latents, latent_set.signs, strict=True)):
         row: dict[str, Any] = {"role": role, "latent": latent, "sign": sign, "link": neuronpedia_link(place, latent)}
         for name, ending in (("moved", ""), ("one_sided", "_one_sided")):
             far = float(plain[name][i]), float(blocked[name][i])

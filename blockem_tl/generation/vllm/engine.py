@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from blockem_tl.generation._scheduler import check_parts, check_request
+from blockem_tl.generation._scheduler import check_prompt_indices, check_request
 from blockem_tl.generation.steering import UNSTEERED, Condition
 from blockem_tl.generation.vllm.adapters import check_adapter
 from blockem_tl.generation.vllm.jobs import Job, SteeredVLLM, Vectors, import_vllm
@@ -108,7 +108,7 @@ class VLLMEngine:
         prompts: Sequence[Prompt],
         *,
         conditions: Sequence[Condition] = (UNSTEERED,),
-        parts: Sequence[Sequence[int]] | None = None,
+        prompt_indices: Sequence[Sequence[int]] | None = None,
         adapter: str | Path | None = None,
         max_new_tokens: int | Sequence[int] = 64,
         temperature: float = 0.0,
@@ -121,7 +121,7 @@ class VLLMEngine:
             RuntimeError: another stream is open, the engine is closed, or vLLM died.
         """
         encoded, limits = check_request(self.tokenizer, self._vllm.context, prompts, conditions, max_new_tokens, temperature, seed)
-        names, asked = [condition.name for condition in conditions], check_parts(parts, len(conditions), len(prompts))
+        names, asked = [condition.name for condition in conditions], check_prompt_indices(prompt_indices, len(conditions), len(prompts))
         adapter = None if adapter in (None, BASE) else str(adapter)
         if adapter is not None and adapter not in self.adapters:
             raise ValueError(f"unknown adapter {adapter!r}: expected one of those the engine was made with, {sorted(self.adapters)}")

@@ -1,0 +1,36 @@
+"""`Result`: how every result of the library shows itself."""
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from blockem_tl.views import tables
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_LONGEST = 300  # characters of the one line
+
+
+class Result(ABC):
+    """A result shows itself: one line in a console, a table when printed or in a notebook, a data frame, a figure.
+
+    A class gives `headline` and `to_frame`; most also have ``plot()``, which returns a matplotlib figure.
+    """
+
+    @abstractmethod
+    def headline(self) -> str:
+        """The result in one line."""
+
+    @abstractmethod
+    def to_frame(self) -> "pd.DataFrame":
+        """The result as a data frame."""
+
+    def __repr__(self) -> str:
+        text = f"{type(self).__name__}({self.headline()})"
+        return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]}...)"
+
+    def __str__(self) -> str:
+        return f"{self!r}\n{tables.text(self.to_frame())}"
+
+    def _repr_html_(self) -> str:
+        return tables.html(self.to_frame(), caption=repr(self))
