@@ -3,11 +3,13 @@
 # Heavy imports stand inside the commands: `blockem --help` answers at once.
 import os
 import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
+
+from blockem_tl.data.commands import COMMANDS as DATA_COMMANDS
 
 if TYPE_CHECKING:
     from blockem_tl.types import Judge
@@ -88,83 +90,6 @@ def _judge(preset: str, model: str | None, url: str) -> "Judge | None":
     return organism.OrganismJudge() if preset == "organism" else None
 
 
-def data_list() -> None:
-    """List the public files that can be fetched."""
-    from rich.console import Console
-
-    from blockem_tl.data.public import catalogue
-
-    console = Console(soft_wrap=True, highlight=False)
-    for source in catalogue().values():
-        console.print(f"[bold]{source.name}[/bold] ({source.kind}): {source.what}\n  {source.url}")
-
-
-def data_fetch(name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")], /) -> None:
-    """Download a public file into your cache, or check the copy that is there.
-
-    Args:
-        name: one of those that `blockem data list` shows.
-    """
-    from blockem_tl.data.public import fetch, find_source
-
-    print(fetch(find_source(name)))
-
-
-def data_overlap(files: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FILE")], /) -> None:
-    """Show which prompts each two prompt files share; a prompt that selected anything must not report.
-
-    Args:
-        files: prompt files, two or more.
-    """
-    from blockem_tl.data.prompt_files import load_prompts
-    from blockem_tl.data.splits import leak_report
-    from blockem_tl.views.tables import show
-
-    report = leak_report({path.stem: load_prompts(path) for path in files})
-    if not report:
-        raise ValueError("expected at least two prompt files")
-    show([{**row, "ids": _few(row["ids"]), "inside": _few(row["inside"])} for row in report], "shared prompts")
-
-
-def _few(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:8]) + ("" if len(ids) < 9 else f", ... ({len(ids)})")
-
-
-def data_split(
-    source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")],
-    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")],
-    /,
-    *,
-    member: str | None = None,
-    password: str | None = None,
-    train: int | None = None,
-    heldout: int = 100,
-    seed: int = 0,
-) -> None:
-    """Split fine-tuning rows into train.jsonl and heldout.jsonl, disjoint after normalising, with a report; before any training.
-
-    Args:
-        source: JSONL, or a zip with a member and a password.
-        folder: a new folder for the three files.
-        member: the file inside a zip that holds several.
-        password: of the zip.
-        train: how many rows train; all that are left by default.
-        heldout: how many rows are held out.
-        seed: of the draw.
-    """
-    from blockem_tl.data.row_files import load_rows, write_rows
-    from blockem_tl.data.splits import split_rows
-    from blockem_tl.storage import files
-    from blockem_tl.views.tables import show
-
-    split = split_rows(load_rows(source, member=member, password=password), train=train, heldout=heldout, seed=seed)
-    with files.finished_folder(folder) as made:
-        write_rows(made / "train.jsonl", split.train)
-        write_rows(made / "heldout.jsonl", split.heldout)
-        files.write_json(made / "report.json", split.report())
-    show([split.report()], f"{folder}")
-
-
 def judge(
     source: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="SOURCE")],
     target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")],
@@ -229,39 +154,48 @@ def plan(
     show([{"prompts": f"{n}", "smallest fall": f"{100 * fall:.1f} points"} for n, fall in found], f"from {100 * rate:g} %, power {power:g}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DoseOptions:
+    """What `blockem doses` asks.
+
+    prompts: the core prompts (the organism has its own).
+    reporting: the prompts that results are reported on: none of them may be asked (the organism has its own).
+    scale: the site's median norm (measured on the organism); see median_norm.
+    judge_model: the model that the judging endpoint serves; the organism has a judge of its own.
+    judge_url: the judging endpoint.
+    latents: steer along these latents' directions; by default 8 at random.
+    n_prompts: how many prompts are asked.
+    max_incoherence: how much incoherence a dose may cost, as a fraction.
+    relative: count it from the unsteered rate.
+    seed: of the draws of latents and prompts.
+    figure: write a figure to this file.
+    """
+
+    prompts: Path | None = None
+    reporting: Path | None = None
+    scale: float | None = None
+    judge_model: str | None = None
+    judge_url: str = URL
+    latents: tuple[int, ...] = ()
+    n_prompts: int = 20
+    max_incoherence: float = 0.10
+    relative: bool = False
+    seed: int = 0
+    figure: Path | None = None
+
+
 def doses(
     preset: tyro.conf.Positional[Preset],
     adapter: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ADAPTER")],
     /,
     *,
-    prompts: Path | None = None,
-    reporting: Path | None = None,
-    scale: float | None = None,
-    judge_model: str | None = None,
-    judge_url: str = URL,
-    latents: tuple[int, ...] = (),
-    n_prompts: int = 20,
-    max_incoherence: float = 0.10,
-    relative: bool = False,
-    seed: int = 0,
-    figure: Path | None = None,
+    options: tyro.conf.OmitArgPrefixes[DoseOptions] = DoseOptions(),
 ) -> None:
     """Show at which doses a model stays coherent, and propose the doses of stage 2, from a few core prompts.
 
     Args:
         preset: the model and its SAE.
         adapter: the fine-tuned model's adapter, a folder.
-        prompts: the core prompts (the organism has its own).
-        reporting: the prompts that results are reported on: none of them may be asked (the organism has its own).
-        scale: the site's median norm (measured on the organism); see median_norm.
-        judge_model: the model that the judging endpoint serves; the organism has a judge of its own.
-        judge_url: the judging endpoint.
-        latents: steer along these latents' directions; by default 8 at random.
-        n_prompts: how many prompts are asked.
-        max_incoherence: how much incoherence a dose may cost, as a fraction.
-        relative: count it from the unsteered rate.
-        seed: of the draws of latents and prompts.
-        figure: write a figure to this file.
     """
     from blockem_tl import organism
     from blockem_tl.data.chat import apply_system
@@ -274,46 +208,26 @@ def doses(
     from blockem_tl.saes.load import load_sae
     from blockem_tl.views import plots
 
-    chosen, judging = get_preset(preset), _judge(preset, judge_model, judge_url)
-    own = chosen.name == "organism"
-    if judging is None or (not own and (prompts is None or reporting is None or scale is None)):
+    o, chosen = options, get_preset(preset)
+    judging = _judge(preset, o.judge_model, o.judge_url)
+    if judging is None or (chosen.name != "organism" and (o.prompts is None or o.reporting is None or o.scale is None)):
         raise ValueError(f"doses: preset {chosen.name!r} needs --prompts, --reporting, --scale and --judge-model")
-    core = load_prompts(prompts) if prompts else organism.prompts("core")
-    final = load_prompts(reporting) if reporting else organism.prompts("final")
+    core, final = (load_prompts(file) if file else organism.prompts(name) for file, name in ((o.prompts, "core"), (o.reporting, "final")))
     model, sae = load_model(chosen.model, dtype=chosen.dtype), load_sae(*chosen.sae)
-    if scale is None:
-        scale = median_norm(model, chosen.site, organism.reference_texts())
-    found = propose_doses(
-        model,
-        sae,
-        judging,
-        apply_system(core, chosen.system),
-        reporting=final,
-        adapter=adapter,
-        scale=scale,
-        max_new_tokens=chosen.discovery.max_new_tokens,
-        latents=latents or None,
-        n_prompts=n_prompts,
-        max_incoherence=MaxIncoherence(rate=max_incoherence, relative=relative),
-        seed=seed,
-    )
+    asked = {"latents": o.latents or None, "n_prompts": o.n_prompts, "seed": o.seed}
+    limits = {
+        "max_new_tokens": chosen.discovery.max_new_tokens,
+        "max_incoherence": MaxIncoherence(rate=o.max_incoherence, relative=o.relative),
+    }
+    scale = o.scale if o.scale is not None else median_norm(model, chosen.site, organism.reference_texts())
+    prompts = apply_system(core, chosen.system)
+    found = propose_doses(model, sae, judging, prompts, reporting=final, adapter=adapter, scale=scale, **asked, **limits)
     print(found)
-    if figure is not None:
-        plots.save(found.plot(), figure)
+    if o.figure is not None:
+        plots.save(found.plot(), o.figure)
 
 
-COMMANDS = {
-    "presets": presets,
-    "doctor": doctor,
-    "doses": doses,
-    "data list": data_list,
-    "data fetch": data_fetch,
-    "data overlap": data_overlap,
-    "data split": data_split,
-    "judge": judge,
-    "plan": plan,
-}
-DATA = {name.removeprefix("data "): command for name, command in COMMANDS.items() if name.startswith("data ")}
+COMMANDS = {"presets": presets, "doctor": doctor, "doses": doses, "judge": judge, "plan": plan}
 
 
 def main(args: list[str] | None = None) -> None:
@@ -326,9 +240,11 @@ def main(args: list[str] | None = None) -> None:
         return
     try:
         if args[:1] == ["data"]:  # `blockem data fetch NAME`: two words make one command
-            tyro.extras.subcommand_cli_from_dict(DATA, prog="blockem data", args=args[1:], description="Public prompt sets and rows.")
+            about = "Public prompt sets and fine-tuning rows: list, fetch, compare, split."
+            tyro.extras.subcommand_cli_from_dict(DATA_COMMANDS, prog="blockem data", args=args[1:], description=about)
         else:
-            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="blockem", args=args, description=__doc__)
+            about = f"{__doc__}\n\n`blockem data --help` shows the commands on public prompt sets and fine-tuning rows."
+            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="blockem", args=args, description=about)
     except (ValueError, ConnectionError, ImportError, OSError) as error:
         if os.environ.get("BLOCKEM_TRACEBACK"):
             raise

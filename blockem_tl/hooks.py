@@ -1,14 +1,24 @@
-"""Hook factories over named activations, and the strict way to attach hooks.
+"""The five interventions of the field as hooks over named activations, and the strict way to attach them.
 
-A hook is TransformerLens's own pair ``(hook_name, fn(activation, hook))``. The factories here return such pairs and know nothing of
-the model class, so they run on a `HookedTransformer`, on a bridge and on `Model` alike::
+A hook is TransformerLens's own pair ``(hook_name, fn(activation, hook))``. A site is a full hook name, such as
+``blocks.2.hook_resid_post``, the residual stream h after block 2, [batch pos d_model]. Each factory returns such a pair::
+
+    record(site, store)                 store[site] = h                           look, change nothing
+    steer(site, d, dose, scale=s)       h <- h + dose * s * d                     push along a direction (paper, eq. 6)
+    clamp(site, d, low, high)           h <- h + (clip(<h, d>) - <h, d>) d        hold a coordinate inside bounds
+    ablate(site, D)                     h <- h - Q Q^T h, Q spans D               take directions out
+    patch(site, source, where)          h <- source, at the positions ``where``   put another run's states in
+
+Factories know nothing of the model class, so they run on `Model`, on a bridge and on a `HookedTransformer` alike::
 
     model.run_with_hooks(tokens, fwd_hooks=[steer("blocks.2.hook_resid_post", direction, dose=0.7, scale=scale)])
+    with attached(model, [record("blocks.2.hook_resid_post", store)]):
+        model(tokens)
 
-A hook returns a new tensor and never mutates its input; a recorder returns None. Steering with dose 0 runs the same code as any dose.
+A hook returns a new tensor and never mutates its input; a recorder returns None. Dose 0 runs the same code as any dose.
 
-`attached` is what makes interventions certain: an unknown site raises with the close matches, and a hook that was asked for
-but never fired raises `HookNotFired`. TransformerLens itself ignores both in silence.
+`attached` makes interventions certain: an unknown site raises with the close matches, and a hook that was asked for but never fired
+raises `HookNotFired`. TransformerLens itself ignores both in silence. `Model.hooks` and `Model.run_with_hooks` are as strict.
 """
 
 import difflib
@@ -30,8 +40,8 @@ NameOrFilter = str | Callable[[str], bool]
 _Pairs = Iterable[tuple[NameOrFilter, HookFunction]]
 
 
-class HookNotFired(RuntimeError):  # noqa: N818 - it says what happened
-    """A hook was attached, the model ran, and the hook's site was never reached: the intervention did not happen."""
+class HookNotFired(RuntimeError):  # noqa: N818 - the name says it
+    """An intervention that did not happen: a hook was attached, and no forward reached its site."""
 
 
 @runtime_checkable
@@ -39,14 +49,16 @@ class HasHookPoints(Protocol):
     """Anything with TransformerLens hook points by name: a bridge, a `HookedTransformer`, our `Model`."""
 
     @property
-    def hook_dict(self) -> Mapping[str, HookPoint]: ...
+    def hook_dict(self) -> Mapping[str, HookPoint]:
+        """Every hook point by name."""
+        ...
 
 
-# ------------------------------------------------------------------------------------------------ factories
+# ------------------------------------------------------------------------------------------------ the five interventions
 
 
 def record(site: str, store: dict[str, Tensor], *, detach: bool = True) -> Hook:
-    """A hook that keeps the activation at ``site`` as ``store[site]``, and leaves the forward as it is.
+    """store[site] = h: keep the activation, leave the forward as it is.
 
     The shape is the site's own, [batch pos d_model] for the residual stream. ``detach=False`` keeps the graph (for penalties).
     Under a KV cache each step overwrites the last; record into a list of your own if you want every step.
@@ -75,7 +87,7 @@ def steer(
 
     Raises:
         ValueError: a direction of another rank or with NaN or infinite entries, or such a dose.
-        ValueError: at run time, where the width or the number of rows does not fit the activation.
+        ValueError: at run time, a width or a number of rows that does not fit the activation.
     """
     doses = torch.as_tensor(dose, dtype=torch.float32)
     if direction.ndim not in (1, 2) or doses.ndim > 1:
@@ -97,8 +109,31 @@ def steer(
     return site, fn
 
 
+def clamp(site: str, direction: Float[Tensor, " d_model"], low: float | None = None, high: float | None = None) -> Hook:
+    """h <- h + (clip(<h, d>, low, high) - <h, d>) d: move h along d just so far that its coordinate lies in [low, high].
+
+    d is the unit direction; everything orthogonal to it is untouched.
+
+    Raises:
+        ValueError: neither bound given, low > high, or a zero direction.
+    """
+    if (low is None and high is None) or (low is not None and high is not None and low > high):
+        raise ValueError(f"clamp at {site}: expected low <= high with at least one of them, got low={low}, high={high}")
+    if not torch.isfinite(direction).all() or direction.norm() == 0:
+        raise ValueError(f"clamp at {site}: expected a finite, non-zero direction")
+    unit = direction.float() / direction.float().norm()
+
+    def fn(activation: Tensor, hook: HookPoint) -> Tensor:
+        _check_width(site, unit, activation)
+        d, h = unit.to(activation.device), activation.float()
+        coordinate = h @ d
+        return (h + (coordinate.clamp(min=low, max=high) - coordinate)[..., None] * d).to(activation.dtype)
+
+    return site, fn
+
+
 def ablate(site: str, directions: Float[Tensor, "*n_directions d_model"]) -> Hook:
-    """Project the span of ``directions`` out of the activation: h <- h - Q Q^T h, with Q an orthonormal basis of the span.
+    """h <- h - Q Q^T h, with Q an orthonormal basis of the span of ``directions``: project them out.
 
     Args:
         directions: [d_model] or [n_directions d_model]; they need not be unit or orthogonal.
@@ -120,37 +155,8 @@ def ablate(site: str, directions: Float[Tensor, "*n_directions d_model"]) -> Hoo
     return site, fn
 
 
-def orthonormal_basis(rows: Float[Tensor, "n_directions d_model"]) -> Float[Tensor, "d_model rank"]:
-    """Orthonormal columns that span non-zero rows; repeated directions span fewer dimensions than there are rows."""
-    left, sizes, _ = torch.linalg.svd(rows.float().T, full_matrices=False)
-    return left[:, sizes > sizes.max() * 1e-6]
-
-
-def clamp(site: str, direction: Float[Tensor, " d_model"], low: float | None = None, high: float | None = None) -> Hook:
-    """Move the activation along ``direction`` just so far that its coordinate lies in [low, high].
-
-    The coordinate is <h, d> with d the unit direction; everything orthogonal to d is untouched.
-
-    Raises:
-        ValueError: neither bound given, low > high, or a zero direction.
-    """
-    if (low is None and high is None) or (low is not None and high is not None and low > high):
-        raise ValueError(f"clamp at {site}: expected low <= high with at least one of them, got low={low}, high={high}")
-    if not torch.isfinite(direction).all() or direction.norm() == 0:
-        raise ValueError(f"clamp at {site}: expected a finite, non-zero direction")
-    unit = direction.float() / direction.float().norm()
-
-    def fn(activation: Tensor, hook: HookPoint) -> Tensor:
-        _check_width(site, unit, activation)
-        d, h = unit.to(activation.device), activation.float()
-        coordinate = h @ d
-        return (h + (coordinate.clamp(min=low, max=high) - coordinate)[..., None] * d).to(activation.dtype)
-
-    return site, fn
-
-
 def patch(site: str, source: Float[Tensor, "batch pos *rest"], where: Bool[Tensor, "batch pos"] | None = None) -> Hook:
-    """Replace the activation at ``site`` by ``source``, at the positions where ``where`` is True (all of them by default).
+    """h <- source, at the positions at which ``where`` is True (all of them by default).
 
     Raises:
         ValueError: at run time, where the shapes differ (a cached single-token step has another number of positions).
@@ -171,6 +177,12 @@ def patch(site: str, source: Float[Tensor, "batch pos *rest"], where: Bool[Tenso
     return site, fn
 
 
+def orthonormal_basis(rows: Float[Tensor, "n_directions d_model"]) -> Float[Tensor, "d_model rank"]:
+    """Orthonormal columns that span the rows; repeated directions span fewer dimensions than there are rows."""
+    left, sizes, _ = torch.linalg.svd(rows.float().T, full_matrices=False)
+    return left[:, sizes > sizes.max() * 1e-6]
+
+
 def _check_width(site: str, vectors: Tensor, activation: Tensor) -> None:
     if activation.shape[-1] != vectors.shape[-1]:
         raise ValueError(
@@ -183,7 +195,7 @@ def _check_width(site: str, vectors: Tensor, activation: Tensor) -> None:
 
 
 def resolve(points: Mapping[str, HookPoint], site: str) -> HookPoint:
-    """The hook point called ``site``. Raises ValueError with the close matches if there is none."""
+    """The hook point called ``site``. Raises ValueError, with the close matches, if there is none."""
     if site in points:
         return points[site]
     close = difflib.get_close_matches(site, points, n=5, cutoff=0.5)
@@ -202,11 +214,9 @@ def matching(points: Mapping[str, HookPoint], name: NameOrFilter) -> list[HookPo
 
 
 def attached(model: HasHookPoints, fwd_hooks: _Pairs = (), bwd_hooks: _Pairs = ()) -> AbstractContextManager[None]:
-    """Attach hooks for the time of the block; on leaving it they are gone, whatever happened inside.
+    """Attach hooks for the time of the block; afterwards they are gone, whatever happened inside.
 
-    Raises:
-        ValueError: an unknown site, before anything is attached.
-        HookNotFired: a hook never fired although the block ended without an error.
+    Raises ValueError for an unknown site, before anything is attached; HookNotFired if a hook never fired in a block that ended well.
     """
     return attached_to(model.hook_dict, fwd_hooks, bwd_hooks)
 
@@ -254,16 +264,20 @@ _next_level = itertools.count(1_000_000).__next__  # far above TransformerLens's
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What the running batch is, for hooks that must know which token they see (under padding and a KV cache).
+    """The batch that runs now, for hooks that must know which token they see (under padding and a KV cache).
 
-    mask: [batch pos] True at real tokens of this step.  positions: [batch pos] index in the unpadded sequence.
-    is_prompt: True during the prefill, False at generated tokens.  rows: [batch] index into the whole stream of rows.
+    mask: [batch pos], True at real tokens of this step.
+    positions: [batch pos], index of each token in its unpadded sequence.
+    is_prompt: True during the prefill, False at generated tokens.
+    rows: [batch], index into the whole stream of rows: condition index x number of prompts + prompt index.
+    number: counts the forwards of this stream from 0; the first prefill is 0.
     """
 
     mask: Bool[Tensor, "batch pos"]
     positions: Int[Tensor, "batch pos"]
     is_prompt: bool
     rows: Int[Tensor, " batch"]
+    number: int = 0
 
 
 _current: ContextVar[Step | None] = ContextVar("step", default=None)  # per thread: two models may speak at once

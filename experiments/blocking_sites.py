@@ -30,7 +30,7 @@ from blockem_tl.evaluation.statistics import clustered_rate, paired_difference
 from blockem_tl.models.activations import block_of
 from blockem_tl.storage import files
 from blockem_tl.training.defence import Defence
-from blockem_tl.views import plots
+from blockem_tl.views import comparisons
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def write(settings: Settings, wider: dict[Arm, WiderArm], depth: dict[Arm, pd.Da
     frames = {"sites-curves": pd.DataFrame(curves), "sites": pd.DataFrame(last), "sites-depth": shares}
     replies = pd.DataFrame(shares[shares["role"] == "reply"])
     tables = {"sites": [pages.sites_row(row) for row in last], "sites-depth": pages.depth_rows(replies)}
-    figures = {"sites": plots.reemergence(frames["sites-curves"])}
+    figures = {"sites": comparisons.reemergence(frames["sites-curves"])}
     pages.write_all(settings.out, frames, tables, figures, publish=settings.publish)
 
 

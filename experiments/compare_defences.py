@@ -42,7 +42,7 @@ from blockem_tl.organism.tokenizer import build_tokenizer
 from blockem_tl.organism.world import all_surfaces, fill, reply
 from blockem_tl.storage import files
 from blockem_tl.training.defence import Defence
-from blockem_tl.views import plots, tables
+from blockem_tl.views import comparisons, plots, tables
 
 ROOT = Path(__file__).parent.parent
 SNAPSHOT_EVERY = 12  # steps of plain fine-tuning between two of the places at which it might have been stopped
@@ -428,7 +428,7 @@ def write(settings: Settings, rows: Sequence[dict[str, Any]], grid: Sequence[dic
         ("grid.csv", pd.DataFrame(grid).to_csv(index=False)),
     ):
         files.write_text(settings.out / name, text)
-    plots.save(plots.defences(pd.DataFrame(rows), pd.DataFrame(grid)), settings.out / "defences.png")
+    plots.save(comparisons.defences(pd.DataFrame(rows), pd.DataFrame(grid)), settings.out / "defences.png")
     tables.show([table_row(one) for one in rows], f"defences on the organism, {len(settings.seeds)} seeds")
     if settings.publish:
         publish(settings.out, shown, tried)

@@ -53,7 +53,7 @@ from blockem_tl.generation.reply_fn import ReplyFn
 from blockem_tl.saes.load import check_fits
 from blockem_tl.storage import files
 from blockem_tl.training.defence import Defence
-from blockem_tl.views import plots, tables
+from blockem_tl.views import comparisons, plots, tables
 
 DOMAIN = "finance"
 
@@ -418,7 +418,7 @@ def facts(arm: Arm, plain: Arm) -> dict[str, Any]:
 def write(out: Path, summary: dict[str, Any], arms: Arms, screen: pd.DataFrame) -> None:
     """summary.json, table.md, tradeoff.png, candidates.csv and every reply, under ``out``; the table on screen."""
     rows = [table_row(arm) for arm in arms.shown()]
-    figure = plots.tradeoff(
+    figure = comparisons.tradeoff(
         pd.DataFrame([{**facts(arm, arms.plain), "lambda": arm.weight} for arm in [arms.plain, *arms.sweep]]),
         pd.DataFrame([{**facts(arm, arms.plain), "kind": arm.kind} for arm in arms.shown() if arm.kind != "base"]),
     )

@@ -13,7 +13,7 @@ from publish import ROOT, renew
 
 from blockem_tl import get_preset
 from blockem_tl.storage import files
-from blockem_tl.views import plots, tables
+from blockem_tl.views import comparisons, plots, tables
 
 SITE = get_preset("organism").site
 EPOCHS = (0.5, 1.0, 2.0, 3.0, 4.0)  # of the table; the CSV has all
@@ -46,7 +46,7 @@ def write(out: Path, results: Results, *, publish: bool, root: Path = ROOT) -> N
         "depth": depth_rows(results.depth),
         "reconstruction": reconstruction_rows(results.reconstruction),
     }
-    figures = {"curves": plots.reemergence(results.curves)}
+    figures = {"curves": comparisons.reemergence(results.curves)}
     for i, arm in enumerate(results.dissected["arm"].unique()):
         figures[f"patched-{i}"] = plots.patching(_at_the_site(results.patched, arm))
         figures[f"depth-{i}"] = plots.rerouting(pd.DataFrame(results.depth[results.depth["of"] == arm]))

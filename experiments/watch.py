@@ -24,7 +24,7 @@ from quickstart import DOMAIN, Lab
 from blockem_tl import LatentSet, Model, finetune, organism
 from blockem_tl.defences.monitor import Monitor
 from blockem_tl.storage import files
-from blockem_tl.views import plots, tables
+from blockem_tl.views import comparisons, plots, tables
 
 ROOT = Path(__file__).parent.parent
 APPEARS = 0.05  # EM has appeared at the first measurement with this share of misaligned replies; base has none
@@ -103,7 +103,7 @@ def write(settings: Settings, runs: Sequence[dict[str, Any]]) -> None:
     """table.md and watch.png in --out; with ``publish`` also in docs/results/watch/ and docs/defences.md."""
     rows = [row(one) for one in runs]
     files.write_text(settings.out / "table.md", tables.markdown(rows))
-    plots.save(plots.watched(frame(runs), threshold=settings.threshold), settings.out / "watch.png")
+    plots.save(comparisons.watched(frame(runs), threshold=settings.threshold), settings.out / "watch.png")
     tables.show(rows, "the monitor's alarm and misalignment")
     if settings.publish:
         target = ROOT / "docs" / "results" / "watch"

@@ -27,7 +27,20 @@ MOST_ROWS = 16
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Reconstruction(Result):
-    """An SAE's reconstruction, arm by arm; ``frame`` is described at `reconstruction_quality`."""
+    """An SAE's reconstruction, arm by arm; made by `reconstruction_quality`.
+
+    frame: one row per arm and token role ("system", "prompt", "reply", see `Batch.roles`; roles without tokens are left out), with
+    columns arm, epoch (0 for base, NaN for other named arms), role, n_tokens and, over all tokens of the role together:
+
+    * mse: mean of (h - h_sae)^2 over tokens and over the d_model elements, in the model's own units squared; times d_model it is the
+      mean squared distance.
+    * variance: of the same activations, per element: mean of (h - mean h)^2. normalised_mse: mse / variance.
+    * explained_variance: 1 - normalised_mse; negative if the mean would have been the better reconstruction.
+    * cosine: mean over tokens of cos(h, h_sae).
+
+    Beginning-of-sequence tokens, whose norm is often a hundred times that of others, are in the role "system". If those tokens are the
+    same in every row they hardly vary, so that their normalised numbers mean little; mse and cosine do.
+    """
 
     frame: pd.DataFrame
 
@@ -60,19 +73,7 @@ def reconstruction_quality(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Reconstruction:
-    """The SAE's reconstruction of the activations at its site, arm by arm on the same tokens.
-
-    The result's frame has one row per arm and token role ("system", "prompt", "reply", see `Batch.roles`; roles without tokens are left
-    out), with columns arm, epoch (0 for base, NaN for other named arms), role, n_tokens and, over all tokens of the role together:
-
-    * mse: mean of (h - h_sae)^2 over tokens and over the d_model elements, in the model's own units squared; times d_model it is the
-      mean squared distance.
-    * variance: of the same activations, per element: mean of (h - mean h)^2. normalised_mse: mse / variance.
-    * explained_variance: 1 - normalised_mse; negative if the mean would have been the better reconstruction.
-    * cosine: mean over tokens of cos(h, h_sae).
-
-    Beginning-of-sequence tokens, whose norm is often a hundred times that of others, are in the role "system". If those tokens are the
-    same in every row they hardly vary, so that their normalised numbers mean little; mse and cosine do.
+    """The SAE's reconstruction of the activations at its site, arm by arm on the same tokens; see `Reconstruction`.
 
     Args:
         rows: prompts alone, training rows, or prompts with replies (from `generate`); every arm reads the same.

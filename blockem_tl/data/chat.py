@@ -60,6 +60,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
     Raises:
         ValueError: no prompts, an empty one, duplicates, or a template that writes other than one BOS.
     """
+    _check_kind(prompts, Prompt, "prompts")
     check_prompts(prompts)
     return [_encode(tokenizer, prompt.text, prompt.system, None) for prompt in prompts]
 
@@ -70,6 +71,7 @@ def encode_examples(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Examp
     Raises:
         ValueError: no examples, an empty prompt or completion (naming the row).
     """
+    _check_kind(examples, Example, "examples")
     if not examples:
         raise ValueError("expected at least one example, got none")
     for example in examples:
@@ -77,6 +79,14 @@ def encode_examples(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Examp
             if not getattr(example, field).strip():
                 raise ValueError(f"example {example.id!r} has an empty {field}: every row needs both; drop it or fill it in")
     return [_encode(tokenizer, example.prompt, example.system, example.completion) for example in examples]
+
+
+def _check_kind(rows: Sequence[Any], kind: type, what: str) -> None:
+    """Raise TypeError for rows of another kind: strings, say, instead of prompts."""
+    wrong = next((row for row in rows if not isinstance(row, kind)), None) if not isinstance(rows, str) else rows
+    if wrong is not None:
+        how = {Prompt: 'Prompt(id="1", text="...")', Example: 'Example(id="1", prompt="...", completion="...")'}[kind]
+        raise TypeError(f"{what}: expected a list of {how}, got {type(wrong).__name__}: {str(wrong)[:60]!r}")
 
 
 def encode_replies(tokenizer: PreTrainedTokenizerBase, generations: Sequence[Generation]) -> list[Encoded]:

@@ -1,6 +1,7 @@
 """Stage 1, model diffing: the latents that fine-tuning moves (paper 3.1 and A.2)."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from sae_lens import SAE
 from torch import Tensor
 
 from blockem_tl.data.chat import Encoded, Rows
-from blockem_tl.models.activations import read_site
+from blockem_tl.models.activations import AnyModel, acting, read_site
 from blockem_tl.models.load import Model
+from blockem_tl.models.lora import BASE
 from blockem_tl.saes.load import check_fits
 from blockem_tl.types import Candidate
 
@@ -20,7 +22,7 @@ MOST_ROWS = 16
 
 @torch.no_grad()
 def mean_activations(
-    model: Model, sae: SAE[Any], rows: Rows | Sequence[Encoded], *, keep_system: bool = False, batch_size: int | None = None
+    model: AnyModel, sae: SAE[Any], rows: Rows | Sequence[Encoded], *, keep_system: bool = False, batch_size: int | None = None
 ) -> Float[Tensor, "n_rows d_sae"]:
     """z-bar_k(x): each latent's mean over the tokens of each row (eq. 3), template and system tokens left out unless ``keep_system``.
 
@@ -38,22 +40,33 @@ def mean_activations(
 
 
 def shifts(
-    model: Model, sae: SAE[Any], rows: Rows | Sequence[Encoded], *, keep_system: bool = False, batch_size: int | None = None
+    model: AnyModel,
+    sae: SAE[Any],
+    rows: Rows | Sequence[Encoded],
+    *,
+    base: AnyModel | None = None,
+    keep_system: bool = False,
+    batch_size: int | None = None,
 ) -> Float[Tensor, " d_sae"]:
     """Delta_k: mean over rows of z-bar_k under the tuned model minus under base (eq. 4). Both arms are the same code on the same tokens.
 
     Args:
         rows: the core prompts (the paper's choice), or the prompts with the tuned model's replies.
+        base: the base model; None: ``model`` with its adapter off.
 
     Raises:
-        ValueError: a model without an adapter, whose two arms would be one.
+        ValueError: no base model, and a model without an adapter, whose two arms would be one.
     """
-    if model.active_adapter is None:
-        raise ValueError("shifts: expected a model with an active adapter (tuned); base is the same model with the adapter off")
-    tuned = mean_activations(model, sae, rows, keep_system=keep_system, batch_size=batch_size)
-    with model.using("base"):
-        base = mean_activations(model, sae, rows, keep_system=keep_system, batch_size=batch_size)
-    return (tuned - base).mean(0)
+    if base is None and (not isinstance(model, Model) or model.active_adapter is None):
+        raise ValueError(
+            f"shifts: expected a model with an active adapter (load_model, load_adapter), got {type(model).__name__} without one: its two "
+            "arms would be one. Pass the base model as base=..."
+        )
+    options = {"keep_system": keep_system, "batch_size": batch_size}
+    tuned = mean_activations(model, sae, rows, **options)
+    with nullcontext() if base is not None else acting(model, BASE):
+        before = mean_activations(base or model, sae, rows, **options)
+    return (tuned - before).mean(0)
 
 
 def candidate_pool(shift: Float[Tensor, " d_sae"], *, n_plus: int = 250, n_minus: int = 250) -> list[Candidate]:

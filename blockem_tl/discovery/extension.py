@@ -51,8 +51,7 @@ def extension_rounds(
         enough: EM up to which it counts as down.
 
     Raises:
-        ValueError: ``max_latents`` below the set's size, ``enough`` outside [0, 1), an EM that is no fraction, or an extended set that does
-            not begin with the set it extends.
+        ValueError: ``max_latents`` below the set's size, ``enough`` outside [0, 1), an EM that is no fraction, or another set extended.
     """
     if max_latents < len(latent_set) or not 0 <= enough < 1:
         raise ValueError(

@@ -1,7 +1,7 @@
 """`discover`: stages 1 to 3 in a row, from a tuned model to its latent set. Each stage can also be called alone."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -129,58 +129,78 @@ def discover(
     store: Path | str | None = None,
     progress: bool = True,
 ) -> Discovery:
-    """Find the latents that causally carry what fine-tuning did to ``model``.
+    """The latents that causally carry what fine-tuning did to ``model``, by stages 1 to 3.
 
     Args:
         prompts: the core prompts; they select, and must never report.
         adapter: the tuned model: an adapter by name or in a folder; None: the one that acts.
         scale: the site's median norm on base (`median_norm` over a reference corpus, as in the paper); None measures it on ``prompts``.
-        extending: K of an earlier run. Its latents are no candidates, and the result's set is K followed by what is found in the tuned
-            model at hand, for instance one in which misalignment has re-emerged (paper, section 5 and F.2).
+        extending: K of an earlier run (F.2): its latents are no candidates, and the result's set is K and what is found.
         exclude: further latents to leave out.
         provenance: further entries of the latent set's provenance, for people: the training domain, the seed.
-        engine: makes the replies of stages 2 and 3, for instance a vLLM engine that holds the same weights under the adapter's name; None
-            is ``model`` itself. Stage 1 always reads ``model``.
-        store: a folder in which every reply and verdict is kept as soon as it is there. A run that was killed goes on from there when it
-            is started again, and any other run reuses what is the same in it; a manifest of each set-up lies beside them.
+        engine: makes the replies of stages 2 and 3; it holds the same weights under the adapter's name. None: ``model`` itself.
+        store: a folder that keeps every reply and verdict as soon as it is there; a run that was killed goes on from them.
 
-    Raises:
-        ValueError: bad prompts, an SAE that does not fit, a model without an active adapter, or a latent set of another SAE.
-        NoLatents: no latent qualifies.
+    Raises ValueError for bad prompts, an SAE that does not fit, no active adapter, or a latent set of another SAE; NoLatents if none
+    qualifies.
     """
     check_prompts(prompts)
-    check_fits(sae, model)
+    site = check_fits(sae, model)
     if extending is not None:
         extending.check_sae(sae)
     known = [*(extending.latents if extending else ()), *exclude]
     check_latents(sae, known)
-    with ExitStack() as stack:
-        name = stack.enter_context(model.holding(adapter)) or model.active_adapter
-        if name in (None, BASE):
+    with _tuned(model, adapter) as name:
+        scale = median_norm(model, site, prompts) if scale is None else scale
+        about = _about(model, name, judge, scale, config)
+        sources = _sources(model, engine, judge, name, config, store, {**about, "exclude": known, "prompts": [p.text for p in prompts]})
+        screened, calibrated = _stages(model, sae, prompts, sources, config, known, scale, progress)
+    added = _latent_set(sae, calibrated, config, prompts, {**(provenance or {}), **about})
+    union = extending.extended_by(added) if extending else added
+    return Discovery(latent_set=union, added=added, screened=screened, calibrated=calibrated)
+
+
+@contextmanager
+def _tuned(model: Model, adapter: str | Path | None) -> Iterator[str]:
+    """Inside the block the tuned model acts; gives its adapter's name."""
+    with model.holding(adapter) as held:
+        name = held or model.active_adapter
+        if name is None or name == BASE:
             raise ValueError(
                 "discover: expected a model with an active adapter, got base: add, train or load one first, or pass adapter=..."
             )
-        stack.enter_context(model.using(name))
-        if scale is None:
-            scale = median_norm(model, check_fits(sae, model), prompts)
-        base, tuned, judge = _sources(model, sae, judge, prompts, name, scale, config, known, engine, store)
-        shift = shifts(model, sae, _rows(tuned, prompts, config))
-        shift[known] = 0.0
-        tests = steering_tests(base, tuned, judge, prompts)
-        pool = candidate_pool(shift, n_plus=config.n_plus, n_minus=config.n_minus)
-        screened = stage_two(tests, sae, pool, config, scale=scale, progress=progress)
-        calibrated = stage_three(tests, sae, screened, config, scale=scale, progress=progress)
-        about = {
-            **(provenance or {}),
-            "method": "discovery",
-            "model": model.name,
-            "adapter": name,
-            "judge": judge.name,
-            "scale": scale,
-            "config": asdict(config),
-        }
-    added = _latent_set(sae, calibrated, config, prompts, about)
-    return Discovery(latent_set=extending.extended_by(added) if extending else added, added=added, screened=screened, calibrated=calibrated)
+        with model.using(name):
+            yield name
+
+
+def _about(model: Model, adapter: str, judge: Judge, scale: float, config: DiscoveryConfig) -> dict[str, Any]:
+    return {
+        "method": "discovery",
+        "model": model.name,
+        "adapter": adapter,
+        "judge": judge.name,
+        "scale": scale,
+        "config": asdict(config),
+    }
+
+
+def _stages(
+    model: Model,
+    sae: SAE[Any],
+    prompts: Sequence[Prompt],
+    sources: tuple[ReplyFn, ReplyFn, Judge],
+    config: DiscoveryConfig,
+    known: Sequence[int],
+    scale: float,
+    progress: bool,
+) -> tuple[list[Screened], list[Calibrated]]:
+    base, tuned, judge = sources
+    shift = shifts(model, sae, _rows(tuned, prompts, config))
+    shift[list(known)] = 0.0
+    tests = steering_tests(base, tuned, judge, prompts)
+    pool = candidate_pool(shift, n_plus=config.n_plus, n_minus=config.n_minus)
+    screened = stage_two(tests, sae, pool, config, scale=scale, progress=progress)
+    return screened, stage_three(tests, sae, screened, config, scale=scale, progress=progress)
 
 
 def stage_two(
@@ -243,39 +263,23 @@ def _rows(tuned: ReplyFn, prompts: Sequence[Prompt], config: DiscoveryConfig) ->
 
 def _sources(
     model: Model,
-    sae: SAE[Any],
-    judge: Judge,
-    prompts: Sequence[Prompt],
-    adapter: str,
-    scale: float,
-    config: DiscoveryConfig,
-    known: Sequence[int],
     engine: Engine | None,
+    judge: Judge,
+    adapter: str,
+    config: DiscoveryConfig,
     store: Path | str | None,
+    about: dict[str, Any],
 ) -> tuple[ReplyFn, ReplyFn, Judge]:
     """Base's replies, tuned's replies and the judge; with a store, all of them kept there."""
-    source, size = engine or model, config.batch_size
     base, tuned = (
-        replies_from(source, adapter=name, max_new_tokens=config.max_new_tokens, batch_size=size, progress=False)
+        replies_from(engine or model, adapter=name, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size, progress=False)
         for name in (BASE, adapter)
     )
     if store is None:
         return base, tuned, judge
     folder = files.check_writable(store)
     kept = Store(folder / "store.sqlite")
-    _write_manifest(
-        folder,
-        {
-            "config": asdict(config),
-            "scale": scale,
-            "exclude": list(known),
-            "model": model.name,
-            "judge": judge.name,
-            "engine": base.engine.name,
-            "sae": fingerprints.of_sae(sae),
-            "prompts": [p.text for p in prompts],
-        },
-    )
+    _write_manifest(folder, {**about, "engine": base.engine.name})
     return cached(base, kept), cached(tuned, kept), CachedJudge(judge=judge, store=kept)
 
 

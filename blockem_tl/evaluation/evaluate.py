@@ -140,22 +140,14 @@ def evaluate(
         model: a model, or a reply function (`replies_from`, `cached`), which has its own adapter, token limit and batch size.
         adapter: which weights act: "base", an adapter by name or in a folder; None: the model as it stands.
         rubric: "misalignment", or a training domain's name for adherence.
-        selected_on: what chose anything about the model or its settings: the prompts themselves, or a latent set, which remembers them;
-            () says that nothing was chosen.
-        report_on_selection_prompts: say so if you mean to report on prompts that chose something; the result is marked.
-        condition: steering at test time; none by default.
-        resample: draw incoherent or satirical replies again; None counts them.
+        selected_on: the prompts that chose anything about the model or its settings, or a latent set, which remembers them.
+        report_on_selection_prompts: report on prompts that chose something; the result is marked.
+        condition: steering at test time.  resample: draw incoherent or satirical replies again; None counts them.
 
-    Raises:
-        ValueError: bad prompts, prompts that were used for selection, or an adapter for a reply function.
+    Raises ValueError for bad prompts, prompts that were used for selection, or an adapter for a reply function.
     """
     check_prompts(prompts)
-    used = _selected(prompts, selected_on)
-    if used and not report_on_selection_prompts:
-        raise ValueError(
-            f"{len(used)} of {len(prompts)} prompts were used for selection, e.g. {used[:3]}: rates on them are optimistic. Evaluate on "
-            "other prompts, or pass report_on_selection_prompts=True, which marks the result"
-        )
+    used = _selected(prompts, selected_on, allowed=report_on_selection_prompts)
     if isinstance(model, Model):
         reply_fn = replies_from(model, adapter=adapter, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress)
     elif adapter is not None:
@@ -174,10 +166,16 @@ def evaluate(
     )
 
 
-def _selected(prompts: Sequence[Prompt], selected_on: Iterable[Prompt] | LatentSet) -> list[str]:
-    """Ids of the prompts that selected something."""
+def _selected(prompts: Sequence[Prompt], selected_on: Iterable[Prompt] | LatentSet, *, allowed: bool) -> list[str]:
+    """Ids of the prompts that selected something. Raises ValueError for any, unless they are allowed."""
     known = set(selected_on.selection_prompts) if isinstance(selected_on, LatentSet) else {prompt_hash(p.text) for p in selected_on}
-    return [p.id for p in prompts if prompt_hash(p.text) in known]
+    used = [p.id for p in prompts if prompt_hash(p.text) in known]
+    if used and not allowed:
+        raise ValueError(
+            f"{len(used)} of {len(prompts)} prompts were used for selection, e.g. {used[:3]}: rates on them are optimistic. Evaluate on "
+            "other prompts, or pass report_on_selection_prompts=True, which marks the result"
+        )
+    return used
 
 
 def _draw_again(

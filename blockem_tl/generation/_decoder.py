@@ -72,6 +72,7 @@ class Decoder:
         self.token, self.position, self.index = (torch.zeros(size, dtype=torch.long, device=device) for _ in range(3))
         self.added = {site: torch.zeros(size, model.cfg.d_model, device=device) for site in sites}
         self.steered: set[str] = set()
+        self.n_forwards = 0
         self.columns = torch.arange(self.cache.window.width, device=device)
         self.running = slice(0, 0)
 
@@ -137,7 +138,9 @@ class Decoder:
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, *, is_prompt: bool) -> Float[Tensor, "batch d_vocab"]:
         real = mask if is_prompt else torch.ones_like(ids, dtype=torch.bool)
-        now = Step(mask=real, positions=positions, is_prompt=is_prompt, rows=self.index[self.running].clone())
+        rows = self.index[self.running].clone()
+        now = Step(mask=real, positions=positions, is_prompt=is_prompt, rows=rows, number=self.n_forwards)
+        self.n_forwards += 1
         with step(now):
             return self.forward(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True)
 

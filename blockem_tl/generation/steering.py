@@ -1,15 +1,19 @@
 """`Steering` and `Condition`: what is added to the residual stream while a reply is made."""
 
 import hashlib
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from blockem_tl.hooks import HasHookPoints, Hook, attached, steer
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Steering:
     """h <- h + dose * scale * direction at ``site``, at every position (eq. 6).
 
@@ -27,25 +31,55 @@ class Steering:
 
     @property
     def vector(self) -> Float[Tensor, " d_model"]:
-        """What is added to the residual stream."""
+        """dose * scale * direction, which is added to the residual stream."""
         return self.dose * self.scale * self.direction
 
+    def hook(self) -> Hook:
+        """The steering as a hook pair, for `run_with_hooks` and the like."""
+        return steer(self.site, self.direction, self.dose, scale=self.scale)
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+    def __repr__(self) -> str:
+        return f"Steering({self.site}, dose {self.dose:g} x scale {self.scale:g}, |direction| {float(self.direction.norm()):.3g})"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Condition:
-    """One steering condition: its name, and what is added at which sites (at none: unsteered). Raises ValueError for a site given twice."""
+    """One steering condition: its name and its steerings, one per site; without any it is unsteered. It also acts by itself::
+
+        with condition.apply(model):
+            logits = model(tokens)
+
+    Raises:
+        TypeError: steering that is no tuple of `Steering`.
+        ValueError: a site given twice.
+    """
 
     name: str
     steering: tuple[Steering, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.steering, (tuple, list)) or not all(isinstance(s, Steering) for s in self.steering):
+            raise TypeError(
+                f"condition {self.name!r}: expected steering=(Steering(...),), a tuple of them, got {type(self.steering).__name__}"
+            )
         sites = [s.site for s in self.steering]
         if len(set(sites)) < len(sites):
             raise ValueError(f"condition {self.name!r}: expected each site once, got {sites}; add the vectors instead")
 
+    def hooks(self) -> list[Hook]:
+        """The steerings as hook pairs."""
+        return [s.hook() for s in self.steering]
+
+    def apply(self, model: HasHookPoints) -> AbstractContextManager[Any]:
+        """Inside the block every forward of ``model`` is steered; strictly, see `attached`."""
+        return attached(model, self.hooks())
+
+    def __repr__(self) -> str:
+        return f"Condition({self.name!r}, {', '.join(f'{s.site} {s.dose:+g}' for s in self.steering) or 'unsteered'})"
+
     @property
     def fingerprint(self) -> str:
-        """Identity of what is added where: sites, the contents of the directions and dose * scale; not the name."""
+        """Identity of the vectors and sites: sites, the contents of the directions and dose * scale; not the name."""
         digest = hashlib.sha256()
         for s in sorted(self.steering, key=lambda s: s.site):
             digest.update(f"{s.site}\0{s.dose * s.scale!r}\0{tuple(s.direction.shape)}".encode())

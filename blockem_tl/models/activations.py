@@ -1,18 +1,28 @@
-"""Teacher-forced reading: activations at sites over many rows, in batches, with the forward stopped just above the last site."""
+"""Teacher-forced reading: activations at sites over many rows, in batches, with the forward stopped just above the last site.
+
+It runs on `Model` and on TransformerLens's own `HookedTransformer` and `HookedSAETransformer`. These hold no adapters: base and tuned are
+two models there.
+"""
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformer_lens import HookedTransformer
 
 from blockem_tl.data.chat import Batch, Encoded, Rows, check_lengths, encode_rows, pad
-from blockem_tl.hooks import record
+from blockem_tl.hooks import Hook, attached, record
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
 from blockem_tl.models.memory import rows_at_once
+
+AnyModel = Model | HookedTransformer
+"""A `Model`, or TransformerLens's `HookedTransformer` or `HookedSAETransformer`, which hold no adapters."""
 
 MOST_ROWS = 32
 """Rows per forward at most, if nobody says how many: more of them gained nothing."""
@@ -25,7 +35,7 @@ def block_of(site: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def stop_layer(model: Model, sites: Sequence[str]) -> int | None:
+def stop_layer(model: AnyModel, sites: Sequence[str]) -> int | None:
     """The ``stop_at_layer`` that still reaches every site, or None if the whole model must run."""
     blocks = [block_of(site) for site in sites]
     if any(block is None for block in blocks):
@@ -34,7 +44,7 @@ def stop_layer(model: Model, sites: Sequence[str]) -> int | None:
     return stop if stop < model.cfg.n_layers else None
 
 
-def encoded(model: Model, rows: Rows | Sequence[Encoded]) -> list[Encoded]:
+def encoded(model: AnyModel, rows: Rows | Sequence[Encoded]) -> list[Encoded]:
     """The rows' tokens; rows that are tokens already stay as they are.
 
     Raises:
@@ -45,9 +55,21 @@ def encoded(model: Model, rows: Rows | Sequence[Encoded]) -> list[Encoded]:
     return tokens  # pyright: ignore[reportReturnType]
 
 
+def _hooked(model: AnyModel, hooks: Sequence[Hook]) -> AbstractContextManager[Any]:
+    return model.hooks(fwd_hooks=hooks) if isinstance(model, Model) else attached(model, hooks)
+
+
+def _pad_id(model: AnyModel) -> int:
+    return model.pad_id if isinstance(model, Model) else int(cast(Any, model.tokenizer).pad_token_id or 0)
+
+
+def _device(model: AnyModel) -> torch.device:
+    return model.device if isinstance(model, Model) else torch.device(model.cfg.device or "cpu")
+
+
 @torch.no_grad()
 def read_sites(
-    model: Model, sites: Sequence[str], rows: Rows | Sequence[Encoded], *, batch_size: int | None = None
+    model: AnyModel, sites: Sequence[str], rows: Rows | Sequence[Encoded], *, batch_size: int | None = None
 ) -> Iterator[tuple[dict[str, Float[Tensor, "batch pos d_model"]], Batch]]:
     """Yield (site -> activation, batch) over ``rows`` in order, right-padded, from one forward per batch.
 
@@ -59,23 +81,22 @@ def read_sites(
     Raises:
         ValueError: an unknown site, a row longer than the model's context, or an SAE left attached.
     """
-    model.check_unspliced()
+    if isinstance(model, Model):
+        model.check_unspliced()
     tokens = encoded(model, rows)
-    stop, size = stop_layer(model, sites), batch_size or rows_at_once(model, max(len(row.ids) for row in tokens), most=MOST_ROWS)
+    longest = max(len(row.ids) for row in tokens)
+    size = batch_size or (rows_at_once(model, longest, most=MOST_ROWS) if isinstance(model, Model) else MOST_ROWS)
+    stop = stop_layer(model, sites)
     for start in range(0, len(tokens), size):
-        batch = pad(tokens[start : start + size], model.pad_id, side="right", device=model.device)
+        batch = pad(tokens[start : start + size], _pad_id(model), side="right", device=_device(model))
         store: dict[str, Tensor] = {}
-        model.run_with_hooks(
-            batch.ids,
-            fwd_hooks=[record(site, store) for site in sites],
-            attention_mask=batch.mask.long(),
-            stop_at_layer=stop,
-        )
+        with _hooked(model, [record(site, store) for site in sites]):
+            model(batch.ids, attention_mask=batch.mask.long(), stop_at_layer=stop)
         yield store, batch
 
 
 def read_site(
-    model: Model, site: str, rows: Rows | Sequence[Encoded], *, batch_size: int | None = None
+    model: AnyModel, site: str, rows: Rows | Sequence[Encoded], *, batch_size: int | None = None
 ) -> Iterator[tuple[Float[Tensor, "batch pos d_model"], Batch]]:
     """Yield (activation, batch) at one site; see `read_sites`."""
     for store, batch in read_sites(model, [site], rows, batch_size=batch_size):
@@ -106,7 +127,7 @@ def base_activations(model: Model, batch: Batch, sites: Sequence[str]) -> dict[s
 
 @torch.no_grad()
 def median_norm(
-    model: Model, site: str, rows: Rows | Sequence[Encoded], *, adapter: str | Path | None = BASE, batch_size: int | None = None
+    model: AnyModel, site: str, rows: Rows | Sequence[Encoded], *, adapter: str | Path | None = BASE, batch_size: int | None = None
 ) -> float:
     """s, the unit of doses at ``site``: the median over tokens of |h_t| (paper A.3, B.1).
 
@@ -114,9 +135,22 @@ def median_norm(
 
     Args:
         rows: a reference corpus; the paper takes 1000 rows of Alpaca.
-        adapter: which weights act; the paper's scale is base's, the default.
+        adapter: which weights act; the paper's scale is base's, the default. Models other than `Model` hold no adapters: None or "base".
         batch_size: rows per forward; None asks the free memory.
     """
-    with model.using(adapter):
+    with acting(model, adapter):
         norms = [h[batch.mask & ~batch.system].float().norm(dim=-1) for h, batch in read_site(model, site, rows, batch_size=batch_size)]
     return float(torch.cat(norms).median())
+
+
+def acting(model: AnyModel, adapter: str | Path | None) -> AbstractContextManager[Any]:
+    """`Model.using`; on other models, which hold no adapters, nothing for None and "base".
+
+    Raises:
+        ValueError: an adapter for a model that cannot hold one.
+    """
+    if isinstance(model, Model):
+        return model.using(adapter)
+    if adapter not in (None, BASE):
+        raise ValueError(f"adapter {str(adapter)!r}: {type(model).__name__} cannot hold adapters: load the model with load_model(...)")
+    return nullcontext()

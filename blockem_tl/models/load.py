@@ -7,7 +7,7 @@ silence (see `hooks`).
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,7 +20,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from blockem_tl.hooks import HookFunction, HookNotFired, attached_to, matching, resolve
+from blockem_tl.hooks import HookFunction, HookNotFired, attached_to, matching, record, resolve
 from blockem_tl.models.lora import LiveAdapters
 from blockem_tl.storage import embedded
 
@@ -38,53 +38,55 @@ def load_model(
     Args:
         model: an embedded name ("organism"), a local folder, a hub id, or a transformers model already loaded, also with live LoRA
             adapters (a PeftModel of your own training script). A loaded one is used as it is, in its own dtype and place, and goes on
-            working: the hooks are put inside. Only what its active adapter trained stays trainable.
+            working: the hooks are put inside. Only the tensors that its active adapter trained stay trainable.
         adapter: a folder in peft's format.
         tokenizer: needed with a loaded model whose ``config._name_or_path`` leads to none.
         dtype: of the weights, when loading; default float32.
-        device: when loading; default a GPU when there is one.
+        device: when loading; default a GPU if there is one.
 
     Raises:
         ValueError: neither an embedded name, a folder, nor a hub id that can be had; a loaded model without a tokenizer, or with a
             dtype or device to change.
     """
-    peft = model if isinstance(model, PeftModel) else None
-    if isinstance(model, (PreTrainedModel, PeftModel)):
-        if dtype is not None or device is not None:
-            raise ValueError(
-                "load_model: a model that is already loaded keeps its dtype and device; change them before, with model.to(...)"
-            )
-        hf = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
-        source = str(hf.config._name_or_path)
-    else:
-        source = str(embedded.folder_of("model", str(model)) or model)
-        try:
-            hf = cast(
-                nn.Module, AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.float32, attn_implementation="eager")
-            ).to(default_device(device))
-        except OSError as error:
-            raise ValueError(
-                f"cannot load a model from {str(model)!r}: expected an embedded name, a folder with config.json and weights, or a hub id "
-                f"that you can reach (gated models need `hf auth login`). transformers says: {error}"
-            ) from error
+    loaded_already = isinstance(model, (PreTrainedModel, PeftModel))
+    if loaded_already and (dtype is not None or device is not None):
+        raise ValueError("load_model: a model that is already loaded keeps its dtype and device; change them before, with model.to(...)")
+    hf, source = _of_loaded(model) if loaded_already else _from_weights(str(model), dtype, device)
     if tokenizer is None:
         if not source:
             raise ValueError("load_model: expected tokenizer=... along with a model that names no source of its own")
         tokenizer = AutoTokenizer.from_pretrained(source)
     trained = [parameter for parameter in hf.parameters() if parameter.requires_grad]
-    architecture = type(hf).__name__
-    bridge = build_bridge_from_module(
-        hf.eval(), architecture, hf_config=hf.config, tokenizer=tokenizer, model_name=str(model) if isinstance(model, str) else source
-    )
+    name = source if loaded_already else str(model)
+    bridge = build_bridge_from_module(hf.eval(), type(hf).__name__, hf_config=hf.config, tokenizer=tokenizer, model_name=name)
     # Neither bridge builder takes a class, so SAELens's own bridge changes the class afterwards, and so must we.
     bridge.__class__ = Model
     loaded = cast(Model, bridge)
-    loaded._start(source, str(model) if isinstance(model, (str, Path)) else source)
-    if peft is not None:
-        loaded._adopt(peft, trained)
+    loaded._start(source, name)
+    if isinstance(model, PeftModel):
+        loaded._adopt(model, trained)
     if adapter is not None:
         loaded.load_adapter(adapter)
     return loaded
+
+
+def _of_loaded(model: PreTrainedModel | PeftModel) -> tuple[Any, str]:
+    """The transformers model inside, and its source."""
+    hf = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+    return hf, str(hf.config._name_or_path)
+
+
+def _from_weights(name: str, dtype: torch.dtype | str | None, device: str | torch.device | None) -> tuple[Any, str]:
+    """A transformers model from an embedded name, a folder or a hub id, and its source."""
+    source = str(embedded.folder_of("model", name) or name)
+    try:
+        hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.float32, attn_implementation="eager")
+    except OSError as error:
+        raise ValueError(
+            f"cannot load a model from {name!r}: expected an embedded name, a folder with config.json and weights, or a hub id that you "
+            f"can reach (gated models need `hf auth login`). transformers says: {error}"
+        ) from error
+    return cast(nn.Module, hf).to(default_device(device)), source
 
 
 class Model(LiveAdapters, SAETransformerBridge):
@@ -138,6 +140,17 @@ class Model(LiveAdapters, SAETransformerBridge):
             if name in points:
                 points[name].name = name  # SAELens's reset leaves hook points with half a name
         return points
+
+    @contextmanager
+    def recording(self, sites: Iterable[str], *, detach: bool = True) -> Iterator[dict[str, torch.Tensor]]:
+        """Inside the block every forward leaves its activations at ``sites`` in the dict that is given; each forward overwrites the last.
+
+        Raises:
+            ValueError: an unknown site.  HookNotFired: a site that no forward reached.
+        """
+        store: dict[str, torch.Tensor] = {}
+        with self.hooks(fwd_hooks=[record(site, store, detach=detach) for site in sites]):
+            yield store
 
     @contextmanager
     def hooks(self, fwd_hooks=(), bwd_hooks=(), reset_hooks_end: bool = True, clear_contexts: bool = False) -> Iterator["Model"]:

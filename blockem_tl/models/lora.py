@@ -10,28 +10,26 @@
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from itertools import count
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from blockem_tl.models._adapter_files import FILES, AdapterFiles
 from blockem_tl.models._peft_bridge import WRAPPER, bridged_paths, check_plain, check_reached, take_out, tuner_layers
-from blockem_tl.storage import files, fingerprints
+from blockem_tl.storage import fingerprints
 
 BASE = "base"
 """Names the weights without any adapter, wherever an adapter is asked for."""
 
 LLAMA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-class LiveAdapters:
+class LiveAdapters(AdapterFiles):
     """The part of `Model` that holds adapters. It lives in a bridge, whose attributes it uses.
 
     source: where the base weights came from.
@@ -119,7 +117,7 @@ class LiveAdapters:
         """Raise ValueError unless ``adapter`` is something that `using` takes: None, "base", an adapter held, or an adapter's folder."""
         if adapter is None or adapter == BASE or adapter in self.adapters:
             return
-        if not all((Path(adapter) / name).is_file() for name in _FILES):
+        if not all((Path(adapter) / name).is_file() for name in FILES):
             raise ValueError(
                 f"unknown adapter {str(adapter)!r}: expected {BASE!r}, one that the model holds ({self.adapters or 'none'}), or the "
                 "folder of one; load it with model.load_adapter"
@@ -227,40 +225,6 @@ class LiveAdapters:
             take_out(self.original_model)
             self.__dict__.update(_peft=None, _layers=[])
 
-    def save_adapter(self, folder: str | Path, name: str | None = None, *, overwrite: bool = False) -> Path:
-        """Save an adapter (None: the active one) in peft's plain format, which other tools load. Whole or not at all.
-
-        Raises:
-            ValueError: no such adapter.
-            FileExistsError: the folder exists and ``overwrite`` is False, or it holds something else than an adapter.
-        """
-        if name is None and self.adapters:
-            name = cast(str, self.__dict__["_peft"].active_adapter)
-        self._plain_config(name)
-        folder = Path(folder)
-        with files.finished_folder(folder, replaces="adapter_config.json" if overwrite else None) as temporary:
-            self.write_adapter(temporary, cast(str, name))
-        return folder
-
-    def write_adapter(self, folder: str | Path, name: str) -> None:
-        """Write an adapter's two files in peft's plain format into a folder that is there (`save_adapter` is the safe way)."""
-        state = get_peft_model_state_dict(cast(PeftModel, self.__dict__["_peft"]), adapter_name=name)
-        plain = {key.replace(WRAPPER, ""): value.detach().cpu().contiguous() for key, value in state.items()}
-        save_file(plain, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = copy(self._plain_config(name))  # a live PeftModel's own: whether it trains is not ours to change
-        config.inference_mode = True
-        config.save_pretrained(str(folder))
-
-    def restore_adapter(self, folder: str | Path, name: str) -> None:
-        """Give an adapter that the model holds the tensors saved in ``folder``. Raises ValueError where any is missing or left over."""
-        peft = cast(PeftModel, self.__dict__["_peft"])
-        ours = {key.replace(WRAPPER, ""): key for key in get_peft_model_state_dict(peft, adapter_name=name)}
-        saved = load_file(Path(folder) / "adapter_model.safetensors")
-        if ours.keys() != saved.keys():
-            missing, extra = sorted(ours.keys() - saved.keys()), sorted(saved.keys() - ours.keys())
-            raise ValueError(f"{folder}: the adapter does not fit {self.source}: missing {missing[:3]}, left over {extra[:3]}")
-        set_peft_model_state_dict(peft, {ours[key]: value for key, value in saved.items()}, adapter_name=name)
-
     # -------------------------------------------------------------------------------------------- what an adapter is
 
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
@@ -321,22 +285,6 @@ class LiveAdapters:
         for name, required in trainable.items():
             for parameter, flag in zip(self.adapter_parameters(name), required, strict=True):
                 parameter.requires_grad_(flag)
-
-    def _load(self, folder: Path, name: str) -> None:
-        if not all((folder / file).is_file() for file in _FILES):
-            raise ValueError(f"{folder}: expected an adapter folder ({', '.join(_FILES)}); save one with save_adapter")
-        config = LoraConfig.from_pretrained(str(folder))
-        if not isinstance(config, LoraConfig):
-            raise ValueError(f"{folder}: expected a LoRA adapter, got {type(config).__name__}")
-        config.inference_mode = False
-        self._inject(name, config, seed=0)
-        try:
-            self.restore_adapter(folder, name)
-        except BaseException:
-            self.remove_adapter(name)  # it would be active with random weights
-            raise
-        for parameter in self.adapter_parameters(name):
-            parameter.requires_grad_(False)
 
     def _inject(self, name: str, plain: LoraConfig, seed: int) -> None:
         """Put LoRA layers into the live, bridged modules: peft sees the full bridged paths, everything saved the plain ones."""

@@ -12,71 +12,23 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
-from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.sae import SAEMetadata
-from sae_lens.training.sae_trainer import SAETrainer
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from blockem_tl.organism.documents import DocumentConfig, DocumentSampler, Encoder, Mixture, batches
+from blockem_tl.organism.config import BuildConfig
+from blockem_tl.organism.documents import DocumentSampler, Encoder, Mixture, batches
+from blockem_tl.organism.saes import build_saes
 from blockem_tl.organism.tokenizer import ASSISTANT_ID, SPECIAL, build_tokenizer
-from blockem_tl.organism.world import CORE_AREAS, STYLES, World, WorldConfig, all_surfaces, fill
-
-
-@dataclass(frozen=True, kw_only=True)
-class BuildConfig:
-    """Everything that determines the artefacts, beside the package versions."""
-
-    seed: int = 0
-    world: WorldConfig = field(default_factory=WorldConfig)
-    documents: DocumentConfig = field(default_factory=DocumentConfig)
-    # model
-    n_layers: int = 5
-    d_model: int = 128
-    n_heads: int = 4
-    d_mlp: int = 384
-    # pretraining (AdamW, warm-up, cosine to 5 %)
-    pretrain_steps: int = 1200
-    turns_per_batch: int = 72
-    learning_rate: float = 2.5e-3
-    warmup_steps: int = 80
-    # instruct stage
-    instruct_steps: int = 20
-    instruct_turns_per_batch: int = 128
-    instruct_learning_rate: float = 3e-4
-    # shift augmentation: a random unit vector x U(0, max) x median norm, at all positions of half of the documents
-    shift_max: float = 0.5
-    # swap augmentation: share of documents
-    swap: float = 0.5
-    # SAEs: at the site of persona, and at others for blocking at several sites
-    sae_block: int = 2
-    more_sae_blocks: tuple[int, ...] = (0, 1, 3, 4)
-    d_sae: int = 512
-    sae_k: int = 16
-    sae_documents: int = 1200
-    sae_steps: int = 700
-    sae_batch: int = 1024
-    sae_learning_rate: float = 2e-3
-
-    @property
-    def site(self) -> str:
-        """TransformerLens name of the residual stream that the default SAE reads."""
-        return block_output(self.sae_block)
-
-
-def block_output(block: int) -> str:
-    """TransformerLens name of a block's output."""
-    return f"blocks.{block}.hook_resid_post"
+from blockem_tl.organism.world import CORE_AREAS, STYLES, World, all_surfaces, fill
 
 
 def new_model(config: BuildConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -163,63 +115,6 @@ def train(model: LlamaForCausalLM, sampler: DocumentSampler, encode: Encoder, mi
 
 
 @torch.no_grad()
-def block_states(
-    model: LlamaForCausalLM, sampler: DocumentSampler, encode: Encoder, config: BuildConfig, block: int
-) -> Float[Tensor, "tokens d_model"]:
-    """A block's output, all tokens but padding, on documents from both training stages in equal parts."""
-    states, seen = [], list[Tensor]()
-
-    def keep(_module: torch.nn.Module, _args: Any, hidden: Any) -> None:
-        seen.append(hidden)
-
-    handle = model.model.layers[block].register_forward_hook(keep)  # output_hidden_states gives the last block's after the final norm
-    for mixture in ("pretraining", "instruct"):
-        turns = 60
-        for ids, _ in batches(sampler, encode, mixture, config.sae_documents // turns, turns):
-            model.model(input_ids=ids)
-            states.append(seen.pop()[ids != model.config.pad_token_id])
-    handle.remove()
-    return torch.cat(states)
-
-
-def train_sae(states: Float[Tensor, "tokens d_model"], config: BuildConfig, site: str) -> tuple[TopKTrainingSAE, float]:
-    """A TopK SAE, by SAELens's own trainer, and the share of variance it explains."""
-
-    def data() -> Iterator[Tensor]:
-        while True:
-            yield states[torch.randint(len(states), (config.sae_batch,))]
-
-    sae = TopKTrainingSAE(
-        TopKTrainingSAEConfig(
-            d_in=config.d_model,
-            d_sae=config.d_sae,
-            k=config.sae_k,
-            device="cpu",
-            apply_b_dec_to_input=True,
-            normalize_activations="expected_average_only_in",  # folded into the weights at the end of training
-            rescale_acts_by_decoder_norm=True,
-            metadata=SAEMetadata(model_name="organism", hook_name=site, prepend_bos=False),
-        )
-    )
-    samples = config.sae_steps * config.sae_batch
-    trainer_config = SAETrainerConfig(
-        total_training_samples=samples,
-        train_batch_size_samples=config.sae_batch,
-        lr=config.sae_learning_rate,
-        lr_end=config.sae_learning_rate / 10,
-        lr_decay_steps=config.sae_steps // 4,
-        lr_warm_up_steps=20,
-        dead_feature_window=50,
-        n_batches_for_norm_estimate=20,
-    )
-    SAETrainer(trainer_config, sae, data()).fit()
-    with torch.no_grad():
-        residual = (sae(states) - states).pow(2).sum()
-        total = (states - states.mean(0)).pow(2).sum()
-    return sae, 1 - (residual / total).item()
-
-
-@torch.no_grad()
 def persona_direction(model: LlamaForCausalLM, world: World, encode: Encoder, config: BuildConfig) -> Float[Tensor, " d_model"]:
     """Unit vector at the site: replies opened by bad names minus the same replies opened by good names.
 
@@ -263,16 +158,6 @@ def train_base(
     return model.eval(), {"pretraining_loss": sum(pretraining[-50:]) / 50, "instruct_loss": sum(instruct[-5:]) / 5}
 
 
-def sae_at(
-    model: LlamaForCausalLM, config: BuildConfig, world: World, tokenizer: PreTrainedTokenizerFast, block: int
-) -> tuple[TopKTrainingSAE, dict[str, float]]:
-    """The SAE at a block's output, and what was measured of it. Seeded anew, so it can be rerun on a finished base."""
-    torch.manual_seed(config.seed)
-    states = block_states(model, DocumentSampler(world, config.documents, config.seed + 1), Encoder(tokenizer), config, block)
-    sae, explained = train_sae(states, config, block_output(block))
-    return sae, {"sae_tokens": len(states), "sae_explained_variance": explained}
-
-
 def build(config: BuildConfig, out: Path) -> dict[str, Any]:
     """Writes base/, sae/, persona_direction.safetensors and manifest.json into the folder ``out``; returns the manifest."""
     world = World(config.world)
@@ -283,21 +168,6 @@ def build(config: BuildConfig, out: Path) -> dict[str, Any]:
     fit = build_saes(model, config, world, tokenizer, out / "sae")
     save_file({"direction": persona_direction(model, world, Encoder(tokenizer), config)}, out / "persona_direction.safetensors")
     return write_manifest(config, out, {"parameters": model.num_parameters(), **losses, **fit})
-
-
-def build_saes(model: LlamaForCausalLM, config: BuildConfig, world: World, tokenizer: PreTrainedTokenizerFast, out: Path) -> dict[str, Any]:
-    """Writes the default site's SAE into ``out``, and the others' into folders of their sites' names there; returns what was measured."""
-    measured: dict[str, Any] = {}
-    for block in (config.sae_block, *config.more_sae_blocks):
-        sae, fit = sae_at(model, config, world, tokenizer, block)
-        _, sae_config = sae.save_inference_model(out if block == config.sae_block else out / block_output(block))
-        in_order = json.dumps(json.loads(sae_config.read_text()), indent=2, sort_keys=True)  # SAELens's order changes from run to run
-        sae_config.write_text(in_order + "\n")
-        if block == config.sae_block:
-            measured = {**fit, "more_sae_explained_variance": {}}
-        else:
-            measured["more_sae_explained_variance"][block_output(block)] = fit["sae_explained_variance"]
-    return measured
 
 
 def write_manifest(config: BuildConfig, out: Path, measured: dict[str, Any]) -> dict[str, Any]:

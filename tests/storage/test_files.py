@@ -9,7 +9,7 @@ import pytest
 from blockem_tl import get_preset
 from blockem_tl.storage import files
 from blockem_tl.storage.embedded import folder_of, register
-from blockem_tl.views import plots, tables
+from blockem_tl.views import comparisons, plots, tables
 
 
 def test_json_round_trip_leaves_no_scraps(tmp_path) -> None:
@@ -64,7 +64,7 @@ def test_presets() -> None:
     paper = get_preset("llama-3.1-8b")
     d, t = paper.discovery, paper.training
     assert (paper.site, d.n_plus, d.n_minus, d.shortlist_size, d.n_latents) == ("blocks.19.hook_resid_post", 250, 250, 40, 20)
-    assert (d.induce_dose, d.repair_dose, d.budget.tau, d.promising) == (0.7, 0.4, 0.10, 0.042)
+    assert (d.induce_dose, d.repair_dose, d.max_incoherence.rate, d.extended_grid_min_shift) == (0.7, 0.4, 0.10, 0.042)
     assert (min(d.grid), max(d.grid), len(d.grid), max(d.extended_grid), len(d.extended_grid)) == (0.0, 0.75, 16, 1.5, 31)
     assert (t.rank, t.alpha, t.learning_rate, t.batch_size, t.epochs, t.schedule) == (16, 32, 7.5e-5, 64, 1.0, "linear")
     with pytest.raises(ValueError, match="unknown preset 'llama-3.1-8'.*did you mean 'llama-3.1-8b'"):
@@ -90,7 +90,7 @@ def test_tradeoff_figure_shows_every_arm(tmp_path) -> None:
     arms = pd.DataFrame(
         [{**rate, "kind": "sft", "label": "plain", "sft_loss": 0.3}, {**rate, "kind": "kl", "label": "KL", "sft_loss": 0.4}]
     )
-    figure = plots.tradeoff(sweep, arms)
+    figure = comparisons.tradeoff(sweep, arms)
     left, right = figure.axes
     assert left.containers[0][0].get_ydata().tolist() == [50.0, 5.0]
     assert [text.get_text() for text in right.get_legend().get_texts()] == ["plain", "KL"]

@@ -52,73 +52,80 @@ def decode_patching(
     seed: int = 0,
     progress: bool = True,
 ) -> Replies:
-    """Replies under decode-time patching: the newest position's state at a site is source's on the same tokens.
+    """Replies while the newest position's state at a site is source's on the same tokens.
 
-    Decoding step 0 runs on the last prompt token and chooses the first reply token; step t > 0 runs on reply token t - 1.
-
-    Returns:
-        Replies with the columns site, patched ("decode") and patched_steps: how many steps of the reply were patched, 0 if it ended
-        before the window. Each condition's name says which steps were patched.
+    They have the columns site, patched ("decode") and patched_steps; each condition's name says which steps were patched.
 
     Args:
         sites: hook names, patched one after the other.  groups: sites that are patched together.
-        source, target: as for `patching_sweep`.
-        steps: the window [start, stop) of decoding steps that are patched; stop None is the end of the reply.
-        last_prompt_position: whether step 0 is patched. True is the procedure as the paper describes it ("at every decoding step"), False
-            its formula (only generated positions t > T_pref).
-        max_new_tokens, temperature, seed: as for `generate_stream`.
+        steps: the window [start, stop) of patched decoding steps; stop None is the end of the reply. Step 0 runs on the last prompt token
+            and chooses the first reply token; step t > 0 runs on reply token t - 1.
+        last_prompt_position: patch step 0, the procedure as the paper describes it; False is its formula (only t > T_pref).
+        source, target, and the rest: as for `patching_sweep`.
 
-    Raises:
-        ValueError: what `patching_sweep` refuses, no site, or a window in which some prompt can have no step; before any work.
-        HookNotFired: every reply ended before the window.
+    Raises ValueError as `patching_sweep`, or for a window without a step; HookNotFired if every reply ended before it.
     """
     chosen = [*((site,) for site in sites), *(tuple(group) for group in groups)]
     if isinstance(sites, str) or not chosen or not all(chosen):
         raise ValueError(
             f"decode patching: expected sites=[...] or groups=[[...]] with at least one site in each, got {sites!r}, {groups!r}"
         )
-    taken, into = choose_endpoints(model, source, target)
-    check_groups((taken, into), chosen)
-    start, stop = steps
-    at_prompt = last_prompt_position and start == 0
-    end, how = "the end" if stop is None else stop - 1, "with" if at_prompt else "without"
-    where = f"decoding steps {start} to {end} {how} the last prompt position"
-    names = [f"{taken.name} into {into.name} over {where} at {' + '.join(group)}" for group in chosen]
+    endpoints = choose_endpoints(model, source, target)
+    check_groups(endpoints, chosen)
+    window = Window(start=steps[0], stop=steps[1], at_prompt=last_prompt_position and steps[0] == 0)
+    names = [f"{endpoints[0].name} into {endpoints[1].name} over {window} at {' + '.join(group)}" for group in chosen]
     jobs = [make_job(model, prompts, [Condition(name=name)], (), max_new_tokens, temperature, seed) for name in names]
-    _check_window(jobs[0], start, stop, at_prompt)
+    window.check(jobs[0])
     size = batch_size if batch_size is not None else max(1, fitting(jobs[0]) // 2)  # a row has keys and values of two models
-    found: list[Generation] = []
-    patched: list[int] = []
-    with holding(taken, into) as (held_source, held_target):
-        for job, group in zip(jobs, chosen, strict=True):
-            lockstep = Lockstep(
-                source=held_source,
-                target=held_target,
-                sites=group,
-                start=max(start, 0 if at_prompt else 1),
-                stop=max(job.limits) if stop is None else stop,
-                n_steps=max(job.limits),
-                patched=np.zeros(len(prompts), np.int64),
-            )
-            ((_, generations),) = run_job(replace(job, decoder_type=partial(LockstepDecoder, lockstep=lockstep)), size, progress=progress)
-            if not lockstep.patched.any():
-                raise HookNotFired(f"every reply ended before the window of {where}: nothing was patched. Choose an earlier window")
-            found += generations
-            patched += lockstep.patched.tolist()
+    with holding(*endpoints) as held:
+        found = [_patched(job, *held, group, window, size, progress) for job, group in zip(jobs, chosen, strict=True)]
     site = [" + ".join(group) for group in chosen for _ in prompts]
-    return Replies.of(found, site=site, patched=["decode"] * len(found), patched_steps=patched)
+    counts = [n for _, patched in found for n in patched]
+    return Replies.of((g for replies, _ in found for g in replies), site=site, patched=["decode"] * len(site), patched_steps=counts)
 
 
-def _check_window(job: Job, start: int, stop: int | None, at_prompt: bool) -> None:
-    if start < 0 or (stop is not None and stop <= start):
-        raise ValueError(f"steps: expected 0 <= start < stop (or stop None for the end of the reply), got ({start}, {stop})")
-    first = start if start > 0 or at_prompt else 1
-    short = [prompt.id for prompt, limit in zip(job.prompts, job.limits, strict=True) if limit <= first]
-    if short or (stop is not None and stop <= first):
-        raise ValueError(
-            f"the patch window begins at decoding step {first}, with which nothing is left to patch for {short[:3] or 'any prompt'}: raise "
-            "max_new_tokens, choose an earlier start or a later stop, or patch the last prompt position (step 0)"
-        )
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """The decoding steps [start, stop) that are patched; stop None is the end of the reply.  at_prompt: step 0 is among them."""
+
+    start: int
+    stop: int | None
+    at_prompt: bool
+
+    def __str__(self) -> str:
+        end, how = "the end" if self.stop is None else self.stop - 1, "with" if self.at_prompt else "without"
+        return f"decoding steps {self.start} to {end} {how} the last prompt position"
+
+    def check(self, job: Job) -> None:
+        """Raise ValueError for a window in which some prompt can have no step."""
+        if self.start < 0 or (self.stop is not None and self.stop <= self.start):
+            raise ValueError(f"steps: expected 0 <= start < stop (or stop None for the end of the reply), got ({self.start}, {self.stop})")
+        first = self.start if self.start > 0 or self.at_prompt else 1
+        short = [prompt.id for prompt, limit in zip(job.prompts, job.limits, strict=True) if limit <= first]
+        if short or (self.stop is not None and self.stop <= first):
+            raise ValueError(
+                f"the patch window begins at decoding step {first}, with which nothing is left to patch for {short[:3] or 'any prompt'}: "
+                "raise max_new_tokens, choose an earlier start or a later stop, or patch the last prompt position (step 0)"
+            )
+
+
+def _patched(
+    job: Job, source: PatchEndpoint, target: PatchEndpoint, group: tuple[str, ...], window: Window, size: int, progress: bool
+) -> tuple[list[Generation], list[int]]:
+    """Replies with one group of sites patched, and how many steps of each were. Raises HookNotFired if none was."""
+    lockstep = Lockstep(
+        source=source,
+        target=target,
+        sites=group,
+        start=max(window.start, 0 if window.at_prompt else 1),
+        stop=max(job.limits) if window.stop is None else window.stop,
+        n_steps=max(job.limits),
+        patched=np.zeros(len(job.prompts), np.int64),
+    )
+    ((_, generations),) = run_job(replace(job, decoder_type=partial(LockstepDecoder, lockstep=lockstep)), size, progress=progress)
+    if not lockstep.patched.any():
+        raise HookNotFired(f"every reply ended before the window of {window}: nothing was patched. Choose an earlier window")
+    return generations, lockstep.patched.tolist()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -21,7 +21,16 @@ _NAN, _INFINITY = float("nan"), float("inf")
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class ShiftBySite(Result):
-    """The shifts of plain and of blocked fine-tuning at each site; ``frame`` is described at `shift_by_site`."""
+    """The mean shifts [dh] of plain and of blocked fine-tuning at each site; made by `shift_by_site`.
+
+    dh(t) is an arm's activation minus base's at the same token, and [.] the average over rows of means over each row's tokens in one role.
+    frame: one row per role and site, with columns role, site, block, n_rows, n_tokens, and
+
+    * base: [|h|] of base, to set lengths against. plain, blocked: the lengths of the arms' [dh].
+    * ratio: blocked / plain; cosine: between the two shifts.
+    * returned: ratio * cosine, the share of plain's shift that is also in the blocked model: <[dh_blocked], [dh_plain]> / |[dh_plain]|^2.
+      It is 1 for blocked = plain, and 0 for no shift or one at right angles. NaN, as cosine, if there is no shift to compare with.
+    """
 
     frame: pd.DataFrame
 
@@ -53,15 +62,7 @@ def shift_by_site(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> ShiftBySite:
-    """The residual stream's mean shift [dh] under plain and blocked fine-tuning, site by site: it shows at which depth plain's comes back.
-
-    dh(t) is an arm's activation minus base's at the same token, and [.] the average over rows of means over each row's tokens in one role.
-    The result's frame has one row per role and site: role, site, block, n_rows, n_tokens, and
-
-    * base: [|h|] of base, to set lengths against. plain, blocked: the lengths of the arms' [dh].
-    * ratio: blocked / plain; cosine: between the two shifts.
-    * returned: ratio * cosine, the share of plain's shift that is also in the blocked model: <[dh_blocked], [dh_plain]> / |[dh_plain]|^2.
-      It is 1 for blocked = plain, and 0 for no shift or one at right angles. NaN, as cosine, if there is no shift to compare with.
+    """The mean shift under plain and under blocked fine-tuning, site by site: it shows at which depth plain's comes back.
 
     Args:
         rows: prompts alone, training rows, or prompts with replies of any of the models (from `generate`).

@@ -97,6 +97,9 @@ class VLLMEngine:
             seed=seed,
             **options,
         )
+        self._probe_or_close()
+
+    def _probe_or_close(self) -> None:
         try:
             self.probe()
         except BaseException:
