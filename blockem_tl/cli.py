@@ -20,16 +20,17 @@ from blockem_tl.discovery.doses import propose_doses
 from blockem_tl.doctor import examine
 from blockem_tl.evaluation.statistics import Rate, minimal_detectable_effect
 from blockem_tl.generation.replies import speakers
+from blockem_tl.judging.cached import CachedJudge
 from blockem_tl.judging.endpoint import Endpoint
 from blockem_tl.judging.files import judge_file
 from blockem_tl.judging.judge import LLMJudge
 from blockem_tl.judging.rubrics import load_rubrics
-from blockem_tl.judging.store import VerdictStore
 from blockem_tl.models.activations import median_norm
 from blockem_tl.models.load import load_model
 from blockem_tl.presets import PRESETS, get_preset
 from blockem_tl.saes.load import load_sae
 from blockem_tl.storage import files
+from blockem_tl.storage.store import Store
 from blockem_tl.types import Judge, Prompt
 from blockem_tl.views import plots
 from blockem_tl.views.tables import show
@@ -166,9 +167,9 @@ def judge(
     grader = LLMJudge(
         backend=Endpoint(model=model, base_url=url, concurrency=concurrency),
         rubrics=load_rubrics(*([rubric_file] if rubric_file else [])),
-        store=VerdictStore(store),
     )
-    counts = judge_file(grader, source, target, rubric=rubric_file.stem if rubric_file and rubric == "misalignment" else rubric)
+    name = rubric_file.stem if rubric_file and rubric == "misalignment" else rubric
+    counts = judge_file(CachedJudge(judge=grader, store=Store(store)), source, target, rubric=name)
     show([{"label": label, "replies": f"{n}"} for label, n in sorted(counts.items())], f"{sum(counts.values())} replies, by {model}")
 
 

@@ -18,14 +18,14 @@ from blockem_tl.discovery.screening import Screened, Shortlisting, screen, short
 from blockem_tl.generation.engine import Engine, TransformerLensEngine
 from blockem_tl.generation.replies import EngineSpeaker, RememberedSpeaker, ReplyStore, Speaker, identity_of, write_manifest
 from blockem_tl.generation.steering import UNSTEERED
-from blockem_tl.judging.remembered import remembered
-from blockem_tl.judging.store import VerdictStore
+from blockem_tl.judging.cached import CachedJudge
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.saes.latents import check_latents
 from blockem_tl.saes.load import check_fits, fingerprint
 from blockem_tl.storage import files
+from blockem_tl.storage.store import Store
 from blockem_tl.types import Candidate, Example, Judge, Prompt
 
 
@@ -105,14 +105,15 @@ def _engine_speakers(engine: Engine, adapter: str | None, max_new_tokens: int) -
 def _remembering(folder: Path, base: EngineSpeaker, tuned: EngineSpeaker, judge: Judge) -> tuple[Speaker, Speaker, Judge]:
     """The same speakers and judge, with all that they say kept in ``folder``."""
     files.check_writable(folder)
-    replies, verdicts = ReplyStore(folder / "replies.sqlite"), VerdictStore(folder / "verdicts.sqlite")
+    replies = ReplyStore(folder / "replies.sqlite")
     kept = [
         RememberedSpeaker(
             speaker=speaker, store=replies, identity=identity_of(speaker.engine, speaker.adapter, max_new_tokens=speaker.max_new_tokens)
         )
         for speaker in (base, tuned)
     ]
-    return kept[0], kept[1], remembered(judge, verdicts)
+    cached = judge if isinstance(judge, CachedJudge) else CachedJudge(judge=judge, store=Store(folder / "verdicts.sqlite"))
+    return kept[0], kept[1], cached
 
 
 def stage_two(

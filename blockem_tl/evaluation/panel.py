@@ -10,6 +10,7 @@ import pandas as pd
 from blockem_tl.evaluation.evaluate import MISALIGNMENT, Evaluation, evaluate, grade_again
 from blockem_tl.evaluation.statistics import Estimate, agreement, average_rate
 from blockem_tl.generation.replies import Speaker
+from blockem_tl.judging.cached import CachedJudge
 from blockem_tl.judging.judge import LLMJudge
 from blockem_tl.judging.rubrics import find_rubric
 from blockem_tl.types import Checkable, Judge, Prompt
@@ -85,6 +86,7 @@ def evaluate_with(speak: Speaker, judges: Sequence[Judge], prompts: Sequence[Pro
 
 
 def _check_labels(judges: Sequence[Judge], rubric: str) -> None:
-    sets = {judge.name: sorted(find_rubric(judge.rubrics, rubric).labels) for judge in judges if isinstance(judge, LLMJudge)}
+    plain = [judge.judge if isinstance(judge, CachedJudge) else judge for judge in judges]
+    sets = {judge.name: sorted(find_rubric(judge.rubrics, rubric).labels) for judge in plain if isinstance(judge, LLMJudge)}
     if len({tuple(labels) for labels in sets.values()}) > 1:
         raise ValueError(f"rubric {rubric!r}: the judges' label sets do not match: {sets}; give every judge the same rubric file")

@@ -1,17 +1,16 @@
 """A judging model behind an OpenAI-compatible address: a vLLM server, or any provider."""
 
-import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
-
 from blockem_tl.judging.backend import Completion, Request
-from blockem_tl.judging.concurrent import Pace, in_window
+from blockem_tl.judging.threads import Pace, in_threads
+
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0  # seconds before a malformed body is asked for again; the client waits as long after its errors
 
 
 class JudgeUnreachable(ConnectionError):  # noqa: N818 - reads as what happened, like HookNotFired
@@ -26,10 +25,12 @@ class _MalformedError(Exception):
 class Endpoint:
     """A judging model at ``base_url``; implements `Backend`.
 
-    concurrency: requests under way at once.  timeout: seconds for one request.  attempts: tries per request, with random exponential
-    waits in between (the server's Retry-After where it says one); errors 408, 409, 429 and 5xx, dropped connections, timeouts and
-    malformed bodies are tried again.  per_minute: rate limit.  choices: how a forced choice is asked for: "vllm" (structured_outputs)
-    or "json" (a JSON schema with an enum, which other providers know).  extra_body: sent along as it is.
+    concurrency: requests under way at once, each in a thread of its own.  timeout: seconds for one try.  attempts: tries per request.
+    per_minute: rate limit, tries included.  choices: how a forced choice is asked for: "vllm" (structured_outputs) or "json" (a JSON
+    schema with an enum, which other providers know).  extra_body: sent along as it is.
+
+    The openai client tries again after the errors 408, 409, 429 and 5xx, dropped connections and timeouts. It waits as long as the
+    server's Retry-After says, or else 0.5 s, doubling up to 8 s. Bodies that are no completion are asked for again as often.
 
     The key is read from ``api_key_variable`` in the environment; servers that need none ignore it.
     """
@@ -39,8 +40,6 @@ class Endpoint:
     concurrency: int = 32
     timeout: float = 120.0
     attempts: int = 6
-    first_wait: float = 0.5
-    longest_wait: float = 30.0
     per_minute: float | None = None
     choices: Literal["vllm", "json"] = "vllm"
     api_key_variable: str = "OPENAI_API_KEY"
@@ -53,10 +52,11 @@ class Endpoint:
 
     @property
     def name(self) -> str:
+        """The model's name, under which its verdicts are stored."""
         return self.model
 
     def check(self) -> None:
-        """Ask which models are served. Raises JudgeUnreachable where nobody answers, ValueError where the model is not among them."""
+        """Ask which models are served. Raises JudgeUnreachable if nobody answers, ValueError if the model is not among them."""
         openai = _openai()
         client = openai.OpenAI(base_url=self.base_url, api_key=self._key(), timeout=min(self.timeout, 10.0), max_retries=1)
         try:
@@ -74,56 +74,37 @@ class Endpoint:
         same kind.
 
         Raises:
-            JudgeUnreachable: a request fails in any other way, retries included.
+            JudgeUnreachable: a request fails in any other way, retries included. What was under way then is still yielded.
         """
-        # Twice the concurrency: while some jobs are prepared, read or wait before trying again, others keep the connections busy.
-        yield from in_window(requests, self._ask, resource=self._client, window=2 * self.concurrency)
+        openai, pace = _openai(), Pace(self.per_minute)
+        paced = openai.DefaultHttpxClient(event_hooks={"request": [lambda _: pace.turn()]})  # the client's own retries too
+        with openai.OpenAI(
+            base_url=self.base_url, api_key=self._key(), timeout=self.timeout, max_retries=self.attempts - 1, http_client=paced
+        ) as client:
+            yield from in_threads(requests, lambda request: self._ask(client, request), threads=self.concurrency)
 
-    async def _ask(self, client: Any, request: Request) -> Completion:
+    def _ask(self, client: Any, request: Request) -> Completion:
         openai = _openai()
         try:
-            return await self._try(client, request)
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            refused = f"{type(error).__name__}: {str(error)[:300]}"
-        try:
-            await self._try(client, replace(request, turns=(("user", "Write the number 1."),)))
-        except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
-            raise self._unreachable(error, request) from error  # not this request, but how we ask
-        return Completion(text="", refused=refused)
-
-    async def _try(self, client: Any, request: Request) -> Completion:
-        openai = _openai()
-        retrying = AsyncRetrying(retry=retry_if_exception(_passing), wait=self._wait, stop=stop_after_attempt(self.attempts), reraise=True)
-        try:
-            async for attempt in retrying:
-                with attempt:
-                    return _read(await client.chat.completions.create(**self._arguments(request)), request)
-        except (openai.BadRequestError, openai.UnprocessableEntityError):
-            raise
-        except (openai.APIError, _MalformedError, json.JSONDecodeError) as error:
+            try:
+                return self._answer(client, request)
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                self._answer(client, replace(request, turns=(("user", "Write the number 1."),)))  # raises if it is how we ask
+                return Completion(text="", refused=f"{type(error).__name__}: {str(error)[:300]}")
+        except (openai.APIError, _MalformedError) as error:
             raise self._unreachable(error, request) from error
-        raise AssertionError("tenacity returns or raises")
 
-    @asynccontextmanager
-    async def _client(self) -> AsyncIterator[Any]:
-        openai = _openai()
-        slots, pace = asyncio.Semaphore(self.concurrency), Pace(self.per_minute)
-
-        class Limited(openai.DefaultAsyncHttpxClient):
-            """Holds a slot from the first byte sent to the last one read, and at no other time."""
-
-            async def send(self, *args: Any, **kwargs: Any) -> Any:
-                async with slots:
-                    await pace.turn()
-                    return await super().send(*args, **kwargs)
-
-        client = openai.AsyncOpenAI(
-            base_url=self.base_url, api_key=self._key(), timeout=self.timeout, max_retries=0, http_client=Limited(timeout=self.timeout)
-        )
-        try:
-            yield client
-        finally:
-            await client.close()
+    def _answer(self, client: Any, request: Request) -> Completion:
+        """The completion. Tries again if the body is none, which the client takes for an answer."""
+        for attempt in range(self.attempts):
+            answer = client.chat.completions.with_raw_response.create(**self._arguments(request))
+            try:
+                return _read(answer.content, request)
+            except _MalformedError:
+                if attempt + 1 == self.attempts:
+                    raise
+            time.sleep(min(_FIRST_WAIT * 2**attempt, _LONGEST_WAIT))
+        raise AssertionError("the last attempt returns or raises")
 
     def _key(self) -> str:
         return os.environ.get(self.api_key_variable) or "none"
@@ -144,13 +125,6 @@ class Endpoint:
             arguments["response_format"] = _choice_schema(request.choices)
         return {**arguments, "extra_body": extra} if extra else arguments
 
-    def _wait(self, state: RetryCallState) -> float:
-        error = state.outcome.exception() if state.outcome else None
-        asked = getattr(getattr(error, "response", None), "headers", {}).get("retry-after", "")
-        if asked.replace(".", "", 1).isdigit():
-            return min(float(asked), self.longest_wait)
-        return wait_random_exponential(multiplier=self.first_wait, max=self.longest_wait)(state)
-
     def _unreachable(self, error: Exception, request: Request | None = None) -> JudgeUnreachable:
         openai = _openai()
         if isinstance(error, (openai.APIConnectionError, openai.APITimeoutError)):
@@ -167,31 +141,24 @@ class Endpoint:
         )
 
 
-def _passing(error: BaseException) -> bool:
-    """Whether trying again may help."""
-    openai = _openai()
-    if isinstance(error, openai.APIStatusError):
-        status = int(getattr(error, "status_code", 0))
-        return status in (408, 409, 429) or status >= 500
-    return isinstance(error, (openai.APIConnectionError, openai.APIResponseValidationError, _MalformedError, json.JSONDecodeError))
-
-
-def _read(answer: Any, request: Request) -> Completion:
-    """The completion in a response. Raises _MalformedError where the body is not one (proxies answer 200 with anything)."""
+def _read(body: bytes, request: Request) -> Completion:
+    """The completion in a response. Raises _MalformedError if the body is none (proxies answer 200 with anything)."""
     try:
-        choice = answer.choices[0]
-        text = choice.message.content or ""
-        tokens = choice.logprobs.content if request.alternatives else []
+        choice = json.loads(body)["choices"][0]
+        text = choice["message"]["content"] or ""
+        tokens = choice["logprobs"]["content"] if request.alternatives else []
         first = tokens[0] if tokens else None
         if request.choices and text.lstrip().startswith("{"):
             text = json.loads(text)["label"]
+        if not isinstance(text, str):
+            raise TypeError(f"expected text, got {text!r}")
         return Completion(
             text=text,
-            first=first.token if first else "",
-            alternatives=tuple((option.token, option.logprob) for option in first.top_logprobs) if first else (),
+            first=first["token"] if first else "",
+            alternatives=tuple((option["token"], option["logprob"]) for option in first["top_logprobs"]) if first else (),
         )
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise _MalformedError(f"expected a chat completion, got {str(answer)[:200]!r}") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise _MalformedError(f"the body is no chat completion: {body[:200]!r}") from error
 
 
 def _choice_schema(choices: tuple[str, ...]) -> dict[str, Any]:

@@ -1,43 +1,76 @@
-"""Judging a file of replies, of any length, in a fixed amount of memory."""
+"""`judge_file`: a file of replies becomes a file of verdicts, at any length in a fixed amount of memory."""
 
 import itertools
 import json
+import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from filelock import FileLock, Timeout
+
+from blockem_tl.judging.cached import CachedJudge
 from blockem_tl.judging.judge import LLMJudge
 from blockem_tl.storage import files
 
 
-def judge_file(judge: LLMJudge, source: Path | str, target: Path | str, *, rubric: str = "misalignment") -> Mapping[str, int]:
+def judge_file(judge: LLMJudge | CachedJudge, source: Path | str, target: Path | str, *, rubric: str = "misalignment") -> Mapping[str, int]:
     """Grade every line of a JSONL file with the keys "prompt" and "reply"; write the same lines with "judge", "rubric", "label", "scores".
 
-    ``target`` appears only when whole, in the order of ``source``. With a store in the judge, a run broken off goes on where it was.
+    ``target`` is in the order of ``source``, and appears only when it is whole. A `CachedJudge` goes on where a broken-off run was.
 
     Returns:
         How many replies got each label.
 
     Raises:
-        ValueError: a line that is not such an object (naming it), before the judge is asked about any line after it.
+        ValueError: ``target`` is ``source``, or another run is writing it.
+        ValueError: a line is no such object. It is named before the judge is asked about any line after it.
     """
     source, target = Path(source), Path(target)
+    if source.resolve() == target.resolve():
+        raise ValueError(f"{target}: the verdicts would replace the replies: choose another file for them")
     files.check_writable(target.parent)
     first, second = itertools.tee(_rows(source))
-    verdicts = judge.stream(((row["prompt"], row["reply"]) for row in first), rubric=rubric)
     counts: Counter[str] = Counter()
-    temporary = target.with_name(f".{target.name}.part")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for row, judged in zip(second, verdicts, strict=True):
-                counts[judged.label] += 1
-                graded = {**row, "judge": judge.name, "rubric": rubric, "label": judged.label, "scores": dict(judged.scores)}
-                file.write(json.dumps(graded, ensure_ascii=False) + "\n")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _locked(target), _appearing(target) as file:
+        verdicts = judge.stream(((row["prompt"], row["reply"]) for row in first), rubric=rubric)
+        for row, judged in zip(second, verdicts, strict=True):
+            counts[judged.label] += 1
+            graded = {**row, "judge": judge.name, "rubric": rubric, "label": judged.label, "scores": dict(judged.scores)}
+            file.write(json.dumps(graded, ensure_ascii=False) + "\n")
     return dict(counts)
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Keep other runs from writing ``target`` meanwhile. Raises ValueError if one is writing it."""
+    path = target.with_name(f".{target.name}.lock")
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"{target}: another run is writing it: wait until it has finished, or choose another file") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: filelock does not accept a file that has lost its name
+        lock.release()
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[TextIO]:
+    """A text file that takes the place of ``target`` only if the block ends well."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            yield file
+        os.chmod(name, 0o644)
+        os.replace(name, target)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

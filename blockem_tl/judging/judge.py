@@ -4,36 +4,46 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import TypeVar
 
 from blockem_tl.judging.backend import Backend, Completion, Request
 from blockem_tl.judging.parsing import expected_score, parse_answer
 from blockem_tl.judging.rubrics import Rubric, find_rubric, load_rubrics
-from blockem_tl.judging.store import Judged, VerdictStore, key_of
 from blockem_tl.types import UNPARSED, Prompt, Verdict
 
+Item = TypeVar("Item")
 _CHUNK = 4096  # replies held in memory at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """One graded reply. ``said``: the judge's own words, all attempts; ``scores``: those of a "scores" rubric."""
+
+    label: str
+    said: tuple[str, ...] = ()
+    scores: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LLMJudge:
-    """A judging model with its rubrics; implements `Judge`.
+    """A judging model with its rubrics; implements `Judge`. `CachedJudge` keeps its verdicts on disk.
 
     Decoding is greedy. ``retries``: how often a reply that names no label is asked to be completed, before the verdict is UNPARSED.
-    ``store``: verdicts found there are not asked for again, and every new one is kept at once.
     """
 
     backend: Backend
     rubrics: Mapping[str, Rubric] = field(default_factory=load_rubrics)
-    store: VerdictStore | None = None
     retries: int = 2
     max_tokens: int = 1024
 
     @property
     def name(self) -> str:
+        """The backend's name."""
         return self.backend.name
 
     def check(self, rubric: str = "misalignment") -> None:
-        """Raise where it could not grade: ValueError for an unknown rubric, JudgeUnreachable for an endpoint that is down."""
+        """Raise if it could not grade: ValueError for an unknown rubric, JudgeUnreachable for an endpoint that is down."""
         find_rubric(self.rubrics, rubric)
         self.backend.check()
 
@@ -49,39 +59,45 @@ class LLMJudge:
 
         Raises:
             ValueError: an unknown rubric, before anything is asked.
-            JudgeUnreachable: the endpoint is down; what is in the store stays there.
+            JudgeUnreachable: the endpoint is down.
         """
-        chosen, source = find_rubric(self.rubrics, rubric), iter(pairs)
-        chunks = iter(lambda: list(itertools.islice(source, _CHUNK)), [])
-        return itertools.chain.from_iterable(self._chunk(chunk, chosen) for chunk in chunks)
+        find_rubric(self.rubrics, rubric)
+        graded = (sorted(self.judge_all(chunk, rubric=rubric), key=itemgetter(0)) for chunk in chunks(pairs))
+        return (judged for chunk in graded for _, judged in chunk)
 
-    def _chunk(self, pairs: Sequence[tuple[str, str]], rubric: Rubric) -> list[Judged]:
-        keys = [key_of(self.name, rubric.fingerprint, question, reply) for question, reply in pairs]
-        known = self.store.get(keys) if self.store else {}
-        asked = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}  # equal pairs are asked once
-        if asked:
+    def judge_all(self, pairs: Sequence[tuple[str, str]], *, rubric: str = "misalignment") -> Iterator[tuple[int, Judged]]:
+        """Yield (index, verdict) of every (question, reply) pair as soon as it is there. Equal pairs are asked once.
+
+        Raises:
+            ValueError: an unknown rubric.
+            JudgeUnreachable: the endpoint is down; verdicts that were under way then are still yielded.
+        """
+        chosen = find_rubric(self.rubrics, rubric)
+        indices: dict[tuple[str, str], list[int]] = defaultdict(list)
+        for index, pair in enumerate(pairs):
+            indices[pair].append(index)
+        if indices:
             self.backend.check()
-        for key, judged in self._ask(asked, rubric):
-            known[key] = judged
-            if self.store:
-                self.store.put(key, judged, judge=self.name, rubric=rubric.name)
-        return [known[key] for key in keys]
+        for pair, judged in self._ask(list(indices), chosen):
+            yield from ((index, judged) for index in indices[pair])
 
-    def _ask(self, asked: Mapping[str, tuple[str, str]], rubric: Rubric) -> Iterator[tuple[str, Judged]]:
+    def _ask(self, pairs: Sequence[tuple[str, str]], rubric: Rubric) -> Iterator[tuple[tuple[str, str], Judged]]:
         """Each pair's verdict as soon as it is there, in rounds: those that could not be parsed are asked again."""
-        said: dict[str, tuple[str, ...]] = dict.fromkeys(asked, ())
+        said: dict[tuple[str, str], tuple[str, ...]] = dict.fromkeys(pairs, ())
         retries = self.retries if rubric.kind == "labels" else 0
         for round_ in range(retries + 1):
-            jobs = [(key, request) for key in said for request in self._requests(rubric, asked[key], said[key])]
-            for key, completions in _gathered(self.backend, jobs):
-                words = said[key] + tuple(completion.text or completion.refused for completion in completions)
+            if not said:
+                return
+            jobs = [(pair, request) for pair in said for request in self._requests(rubric, pair, said[pair])]
+            for pair, completions in _gathered(self.backend, jobs):
+                words = said[pair] + tuple(completion.text or completion.refused for completion in completions)
                 label, scores = _read(rubric, completions)
                 refused = any(completion.refused for completion in completions)
                 if label != UNPARSED or refused or round_ == retries:
-                    del said[key]
-                    yield key, Judged(label=label, said=words, scores=scores)
+                    del said[pair]
+                    yield pair, Judged(label=label, said=words, scores=scores)
                 else:
-                    said[key] = words
+                    said[pair] = words
 
     def _requests(self, rubric: Rubric, pair: tuple[str, str], said: tuple[str, ...]) -> list[Request]:
         texts = rubric.render(*pair)
@@ -94,21 +110,27 @@ class LLMJudge:
         return [Request(turns=tuple(turns), max_tokens=64 if forced else self.max_tokens, choices=forced)]
 
 
+def chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """Lists of a few thousand items each, in order, read as they are asked for."""
+    source = iter(items)
+    return iter(lambda: list(itertools.islice(source, _CHUNK)), [])
+
+
 def _demand(rubric: Rubric) -> str:
     return f"Write the last line now, and nothing else: ANSWER: and exactly one of {', '.join(rubric.labels)}."
 
 
-def _gathered(backend: Backend, jobs: Sequence[tuple[str, Request]]) -> Iterator[tuple[str, list[Completion]]]:
-    """The completions of each key, in the order of its jobs, once all are there."""
-    indices: dict[str, list[int]] = defaultdict(list)
-    for index, (key, _) in enumerate(jobs):
-        indices[key].append(index)
+def _gathered(backend: Backend, jobs: Sequence[tuple[Item, Request]]) -> Iterator[tuple[Item, list[Completion]]]:
+    """The completions of each item, in the order of its jobs, once all are there."""
+    indices: dict[Item, list[int]] = defaultdict(list)
+    for index, (item, _) in enumerate(jobs):
+        indices[item].append(index)
     there: dict[int, Completion] = {}
     for index, completion in backend.complete(request for _, request in jobs):
         there[index] = completion
-        key = jobs[index][0]
-        if all(i in there for i in indices[key]):
-            yield key, [there.pop(i) for i in indices[key]]
+        item = jobs[index][0]
+        if all(i in there for i in indices[item]):
+            yield item, [there.pop(i) for i in indices[item]]
 
 
 def _read(rubric: Rubric, completions: Sequence[Completion]) -> tuple[str, tuple[tuple[str, float], ...]]:
