@@ -1,4 +1,4 @@
-"""Public files into the user's cache: whole, checked, or not there at all."""
+"""`fetch`: public files in the user's cache, whole and checked, or not there at all."""
 
 import os
 from dataclasses import dataclass
@@ -12,12 +12,10 @@ import yaml
 
 from blockem_tl.storage import files
 
-_TIMEOUT = 60.0
-
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A public file: its address, what it is, and its SHA-256 where it is known beforehand."""
+    """A public file: its address, its description, and its SHA-256 if that is known beforehand."""
 
     name: str
     url: str
@@ -84,7 +82,7 @@ def _download(url: str, target: Path, expected: str | None) -> None:
     before, logger.disabled = logger.disabled, True
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        pooch.retrieve(url, expected, fname=target.name, path=target.parent, downloader=pooch.HTTPDownloader(timeout=_TIMEOUT))
+        pooch.retrieve(url, expected, fname=target.name, path=target.parent)
     except requests.HTTPError as error:
         raise ValueError(f"{error}: was the file moved? Correct the address {url}") from error
     except requests.exceptions.ChunkedEncodingError as error:
