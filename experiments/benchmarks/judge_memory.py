@@ -69,7 +69,8 @@ def run(settings: Settings) -> dict[str, Any]:
                 file.write(json.dumps({"id": i, "prompt": f"question {i}", "reply": f"reply {i} " * settings.words}) + "\n")
         inner = None
         if settings.endpoint:
-            inner = Endpoint(model="faulty", base_url=stack.enter_context(faulty_endpoint(latency=0.01, errors=0.05)), concurrency=16)
+            url = stack.enter_context(faulty_endpoint(latency=0.01, errors=0.05, seconds=3600))
+            inner = Endpoint(model="faulty", base_url=url, concurrency=16)
         backend = Measured(inner, max(1, settings.replies // 10))
         store = Store(Path(folder) / "verdicts.sqlite")
         counts = judge_file(CachedJudge(judge=LLMJudge(backend=backend), store=store), source, target)
