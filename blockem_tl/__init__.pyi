@@ -56,8 +56,10 @@ from .generation.steering import Condition as Condition
 from .generation.steering import Steering as Steering
 
 # judging
+from .judging.cached import CachedJudge as CachedJudge
 from .judging.endpoint import Endpoint as Endpoint
 from .judging.judge import LLMJudge as LLMJudge
+from .storage.store import Store as Store
 
 # training and defences
 from .defences.blocking import Blocking as Blocking

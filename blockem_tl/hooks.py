@@ -16,7 +16,6 @@ Factories know nothing of the model class, so they run on `Model`, on a bridge a
         model(tokens)
 
 A hook returns a new tensor and never mutates its input; a recorder returns None. Dose 0 runs the same code as any dose.
-
 `attached` makes interventions certain: an unknown site raises with the close matches, and a hook that was asked for but never fired
 raises `HookNotFired`. TransformerLens itself ignores both in silence. `Model.hooks` and `Model.run_with_hooks` are as strict.
 """

@@ -1,28 +1,21 @@
-"""Public files into the user's cache: whole, checked, or not there at all."""
+"""`fetch`: public files in the user's cache, whole and checked, or not there at all."""
 
-import hashlib
 import os
-import tempfile
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pooch
+import requests
 import yaml
 
 from blockem_tl.storage import files
 
-_CHUNK = 1 << 20
-_TIMEOUT = 60.0
-
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A public file: its address, what it is, and its SHA-256 where it is known beforehand."""
+    """A public file: its address, its description, and its SHA-256 if that is known beforehand."""
 
     name: str
     url: str
@@ -45,14 +38,14 @@ def catalogue() -> dict[str, Source]:
 
 
 def find_source(name: str) -> Source:
-    """The catalogue's entry. Raises ValueError listing the names where there is none."""
+    """The catalogue's entry. Raises ValueError with the names that there are if there is none."""
     if name not in catalogue():
         raise ValueError(f"unknown data {name!r}: expected one of {', '.join(catalogue())}")
     return catalogue()[name]
 
 
 def cache_folder() -> Path:
-    """$BLOCKEM_DATA, or blockem_tl/ in the user's cache."""
+    """The folder for public files: $BLOCKEM_DATA, or blockem_tl/ in the user's cache."""
     chosen = os.environ.get("BLOCKEM_DATA")
     return Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "blockem_tl"
 
@@ -60,60 +53,45 @@ def cache_folder() -> Path:
 def fetch(source: Source, folder: Path | None = None) -> Path:
     """The file's place in the cache, downloaded if it is not there yet, and checked every time.
 
-    The checksum is the catalogue's, or else the one that the first download wrote into ``lock.json`` beside the files.
+    The checksum is the catalogue's, or else the one that was first seen and is kept in ``lock.json`` beside the files.
 
     Raises:
-        ValueError: a missing file, a broken-off download, or contents that do not have the checksum. Nothing is left in the cache then.
+        ValueError: the file cannot be downloaded, or its contents do not have the checksum. No part of it is left in the cache.
     """
     folder = files.check_writable(folder or cache_folder())
     lock = folder / "lock.json"
     known: dict[str, Any] = files.read_json(lock) if lock.exists() else {}
     expected = source.sha256 or known.get(source.url, {}).get("sha256")
     target = folder / source.name / source.url.rsplit("/", 1)[-1]
-    if target.exists():
-        return _checked(target, expected, f"the cached file {target}", "delete it and fetch it again, or find out who changed it")
-    with _downloaded(source.url, target) as temporary:
-        _checked(temporary, expected, source.url, "the public file was replaced, or the download altered; do not use it unseen")
-        files.write_json(lock, {**known, source.url: {"name": source.name, "sha256": sha256(temporary), "bytes": temporary.stat().st_size}})
-        temporary.replace(target)
+    if not target.exists():
+        _download(source.url, target, expected)
+    found = pooch.file_hash(target)
+    if expected not in (None, found):
+        raise ValueError(
+            f"the cached file {target}: expected SHA-256 {expected}, got {found}: delete it and fetch it again, or find out who changed it"
+        )
+    entry = {"name": source.name, "sha256": found, "bytes": target.stat().st_size}
+    if known.get(source.url) != entry:
+        files.write_json(lock, {**known, source.url: entry})
     return target
 
 
-def sha256(path: Path) -> str:
-    """The file's SHA-256."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_CHUNK):
-            found.update(block)
-    return found.hexdigest()
-
-
-def _checked(path: Path, expected: str | None, what: str, advice: str) -> Path:
-    got = sha256(path)
-    if expected is not None and got != expected:
-        raise ValueError(f"{what}: expected SHA-256 {expected}, got {got}: {advice}")
-    return path
-
-
-@contextmanager
-def _downloaded(url: str, target: Path) -> Iterator[Path]:
-    """The whole file beside its target, for the time of the block."""
+def _download(url: str, target: Path, expected: str | None) -> None:
+    """Put the file at ``target``, whole and with the SHA-256 that is expected. Raises ValueError, and leaves nothing, if that fails."""
+    logger = pooch.get_logger()
+    before, logger.disabled = logger.disabled, True
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file, urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
-            while block := answer.read(_CHUNK):
-                file.write(block)
-            promised = answer.headers.get("Content-Length")
-        if promised is not None and int(promised) != temporary.stat().st_size:
-            raise ValueError(f"{url}: expected {promised} bytes, got {temporary.stat().st_size}: the download broke off; run it again")
-        yield temporary
-    except urllib.error.HTTPError as error:
-        raise ValueError(f"{url}: the server says {error.code} {error.reason}: was the file moved? Correct the address") from error
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        pooch.retrieve(url, expected, fname=target.name, path=target.parent)
+    except requests.HTTPError as error:
+        raise ValueError(f"{error}: was the file moved? Correct the address {url}") from error
+    except requests.exceptions.ChunkedEncodingError as error:
+        raise ValueError(f"{url}: the download broke off ({error}): run it again") from error
+    except requests.RequestException as error:
         raise ValueError(f"{url}: cannot be reached ({error}): is there a network? The file can also be put at {target} by hand") from error
+    except ValueError as error:
+        raise ValueError(f"{url}: the public file was replaced, or the download altered; do not use it unseen. {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        logger.disabled = before
         if not any(target.parent.iterdir()):
             target.parent.rmdir()

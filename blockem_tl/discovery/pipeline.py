@@ -280,7 +280,8 @@ def _sources(
     folder = files.check_writable(store)
     kept = Store(folder / "store.sqlite")
     _write_manifest(folder, {**about, "engine": base.engine.name})
-    return cached(base, kept), cached(tuned, kept), CachedJudge(judge=judge, store=kept)
+    kept_judge = judge if isinstance(judge, CachedJudge) else CachedJudge(judge=judge, store=kept)
+    return cached(base, kept), cached(tuned, kept), kept_judge
 
 
 def _write_manifest(folder: Path, settings: dict[str, Any]) -> Path:

@@ -11,6 +11,7 @@ from blockem_tl.evaluation.evaluate import Evaluation, evaluate, grade_again
 from blockem_tl.evaluation.statistics import Estimate, agreement, average_rate
 from blockem_tl.generation.replies import MISALIGNMENT, positive_name
 from blockem_tl.generation.reply_fn import ReplyFn
+from blockem_tl.judging.cached import CachedJudge
 from blockem_tl.judging.judge import LLMJudge
 from blockem_tl.judging.rubrics import find_rubric
 from blockem_tl.models.load import Model
@@ -103,6 +104,7 @@ def evaluate_with(model: Model | ReplyFn, judges: Sequence[Judge], prompts: Sequ
 
 
 def _check_labels(judges: Sequence[Judge], rubric: str) -> None:
-    sets = {judge.name: sorted(find_rubric(judge.rubrics, rubric).labels) for judge in judges if isinstance(judge, LLMJudge)}
+    plain = [judge.judge if isinstance(judge, CachedJudge) else judge for judge in judges]
+    sets = {judge.name: sorted(find_rubric(judge.rubrics, rubric).labels) for judge in plain if isinstance(judge, LLMJudge)}
     if len({tuple(labels) for labels in sets.values()}) > 1:
         raise ValueError(f"rubric {rubric!r}: the judges' label sets do not match: {sets}; give every judge the same rubric file")

@@ -1,4 +1,4 @@
-"""What a judge asks of a language model, wherever that model runs."""
+"""Requests to a judging model and its completions, the same wherever the model runs."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,8 +21,9 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What the judging model wrote. ``alternatives``: (token text, natural log-probability) of the first token; ``first``: its text.
+    """One answer of the judging model.
 
+    alternatives: (token text, natural log-probability) of the first token.  first: the first token's text.
     refused: why this one request will never be answered (too long, filtered) although others are; its verdict is UNPARSED.
     """
 
@@ -38,11 +39,11 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str:
-        """What its verdicts are stored and reported under."""
+        """The name under which its verdicts are stored and reported."""
         ...
 
     def check(self) -> None:
-        """Raise, before long work starts, where the model cannot be asked."""
+        """Raise, before long work starts, if the model cannot be asked."""
         ...
 
     def complete(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:

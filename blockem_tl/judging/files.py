@@ -1,4 +1,4 @@
-"""Judging a file of replies, of any length, in a fixed amount of memory."""
+"""`judge_file`: a file of replies becomes a file of verdicts, at any length in a fixed amount of memory."""
 
 import itertools
 import json
@@ -20,14 +20,14 @@ from blockem_tl.storage import files
 def judge_file(judge: LLMJudge | CachedJudge, source: Path | str, target: Path | str, *, rubric: str = "misalignment") -> Mapping[str, int]:
     """Grade every line of a JSONL file with the keys "prompt" and "reply"; write the same lines with "judge", "rubric", "label", "scores".
 
-    ``target`` appears only when whole, in the order of ``source``. If the judge is a `CachedJudge`, a run broken off goes on where it was.
+    ``target`` is in the order of ``source``, and appears only when it is whole. A `CachedJudge` goes on where a broken-off run was.
 
     Returns:
         How many replies got each label.
 
     Raises:
         ValueError: ``target`` is ``source``, or another run is writing it.
-        ValueError: a line that is not such an object (naming it), before the judge is asked about any line after it.
+        ValueError: a line is no such object. It is named before the judge is asked about any line after it.
     """
     source, target = Path(source), Path(target)
     if source.resolve() == target.resolve():
@@ -56,7 +56,7 @@ def _locked(target: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: whoever opened it before does not take an unlinked file for a lock
+        path.unlink(missing_ok=True)  # while it is held: filelock does not accept a file that has lost its name
         lock.release()
 
 

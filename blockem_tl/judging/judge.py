@@ -86,6 +86,8 @@ class LLMJudge:
         said: dict[tuple[str, str], tuple[str, ...]] = dict.fromkeys(pairs, ())
         retries = self.retries if rubric.kind == "labels" else 0
         for round_ in range(retries + 1):
+            if not said:
+                return
             jobs = [(pair, request) for pair in said for request in self._requests(rubric, pair, said[pair])]
             for pair, completions in _gathered(self.backend, jobs):
                 words = said[pair] + tuple(completion.text or completion.refused for completion in completions)

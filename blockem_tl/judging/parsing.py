@@ -20,7 +20,7 @@ _UNSURE = re.compile(rf"\s*[?%+~|&=^]|\s*/|\.\d|\s*[,{_DASHES}]\s*\d|\w|[{_DASHE
 
 
 def parse_answer(text: str, labels: Sequence[str]) -> str | None:
-    """The label that the last ``ANSWER:`` names, or None where there is none or it names anything but exactly one of ``labels``.
+    """The label that the last ``ANSWER:`` names, or None if there is none or it names anything but exactly one of ``labels``.
 
     Casing, markdown, quotes, brackets, full-width characters and text after the label do not matter; two labels ("4 or 5"), fractions
     ("3.5", "4/5"), doubt ("4?") and negation do: they give None, and an earlier ANSWER is not fallen back on.
@@ -54,7 +54,7 @@ def _label(line: str, labels: Sequence[str], *, alone: bool = False) -> str | No
 
 
 def _leading(text: str, labels: Sequence[str]) -> tuple[str, str] | None:
-    """(label, what follows it) where ``text`` begins with a label, in any casing and spelling of its hyphens and slashes."""
+    """(label, the text after it) if ``text`` begins with a label, in any casing and spelling of its hyphens and slashes."""
     for label in sorted(labels, key=len, reverse=True):
         for spelling in (label, *(label.split("/") if "/" in label else ())):
             pattern = r"[\s_]*[-/]?[\s_]*".join(re.escape(word) for word in re.split(r"[-/ _]", spelling))
@@ -69,7 +69,7 @@ def expected_score(alternatives: Iterable[tuple[str, float]], *, least_mass: flo
 
     Args:
         alternatives: (token text, natural log-probability).
-        least_mass: None is returned where numbers have less probability than this in all: the judge wanted to say something else.
+        least_mass: None is returned if numbers have less probability than this in all: the judge wanted to say something else.
     """
     mass = total = 0.0
     for token, logprob in alternatives:

@@ -1,4 +1,4 @@
-"""Rubrics as data files: what a judge is asked, how it answers, and what its answers mean."""
+"""Rubrics as data files: the question to a judge, the form of its answer, and the meaning of that answer."""
 
 import difflib
 import hashlib
@@ -58,7 +58,7 @@ class Rubric:
                 raise ValueError(f"rubric {self.name!r}: the label sets do not match: {absent} are listed, but the text never offers them")
 
     def render(self, question: str, reply: str) -> list[str]:
-        """What the judge reads, one text per prompt. What stands in question and reply is never read as a slot."""
+        """The texts for the judge, one per prompt. Braces inside the question or the reply are never read as slots."""
         values = {"question": question, "reply": reply}
         return [_SLOT.sub(lambda slot: values[_SLOTS[slot[1]]], text) for _, text in self.prompts]
 
@@ -70,7 +70,7 @@ class Rubric:
 
 
 def _offers(text: str, label: str) -> bool:
-    """Whether a rubric's text names the label; a scale is offered by naming its ends ("from 1 to 5")."""
+    """True if a rubric's text names the label; a scale is offered by naming its ends ("from 1 to 5")."""
     needed = (_SCALE[0], _SCALE[-1]) if label in _SCALE else (label,)
     return all(re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", text) for word in needed)
 
@@ -145,7 +145,7 @@ def load_rubrics(*files: Path | str) -> dict[str, Rubric]:
 
 
 def find_rubric(rubrics: Mapping[str, Rubric], name: str) -> Rubric:
-    """The rubric called ``name``. Raises ValueError with what there is, and what to do, where there is none."""
+    """The rubric called ``name``. If there is none, raises ValueError with the names that there are and what to do."""
     if name in rubrics:
         return rubrics[name]
     close = difflib.get_close_matches(name, rubrics, n=1)

@@ -1,11 +1,13 @@
 """Adapters on disk, in peft's plain format: what this library writes any other tool loads, and the other way round."""
 
+from collections.abc import Callable
 from copy import copy
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from blockem_tl.models._peft_bridge import WRAPPER
 from blockem_tl.storage import files
@@ -17,11 +19,11 @@ class AdapterFiles:
     """The part of `LiveAdapters` that saves and loads adapters."""
 
     source: str
-
-    @property
-    def adapters(self) -> list[str]:
-        """Names of the adapters held."""
-        raise TypeError("AdapterFiles is a part of LiveAdapters, which holds the adapters")
+    adapters: Any
+    adapter_parameters: Callable[[str], list[nn.Parameter]]
+    remove_adapter: Callable[[str], None]
+    adapter_config: Callable[[str | None], LoraConfig]
+    _inject: Callable[..., None]
 
     def save_adapter(self, folder: str | Path, name: str | None = None, *, overwrite: bool = False) -> Path:
         """Save an adapter (None: the active one) in peft's plain format, which other tools load. Whole or not at all.
@@ -32,7 +34,7 @@ class AdapterFiles:
         """
         if name is None and self.adapters:
             name = cast(str, self.__dict__["_peft"].active_adapter)
-        self._plain_config(name)
+        self.adapter_config(name)
         folder = Path(folder)
         with files.finished_folder(folder, replaces="adapter_config.json" if overwrite else None) as temporary:
             self.write_adapter(temporary, cast(str, name))
@@ -43,7 +45,7 @@ class AdapterFiles:
         state = get_peft_model_state_dict(cast(PeftModel, self.__dict__["_peft"]), adapter_name=name)
         plain = {key.replace(WRAPPER, ""): value.detach().cpu().contiguous() for key, value in state.items()}
         save_file(plain, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = copy(self._plain_config(name))  # a live PeftModel's own: whether it trains is not ours to change
+        config = copy(self.adapter_config(name))  # a live PeftModel's own: whether it trains is not ours to change
         config.inference_mode = True
         config.save_pretrained(str(folder))
 

@@ -1,10 +1,8 @@
-"""Live LoRA adapters in a bridged model: added, switched and removed at any time, on one copy of the weights.
+"""Live LoRA adapters in a bridged model: added, switched and removed at any time, on one copy of the weights::
 
-`LiveAdapters.using` says which weights act::
-
-    with model.using("base"): ...       # the weights without any adapter
-    with model.using("sft"): ...        # an adapter that the model holds
-    with model.using("runs/sft"): ...   # one saved in a folder, for the time of the block
+with model.using("base"): ...       # the weights without any adapter
+with model.using("sft"): ...        # an adapter that the model holds
+with model.using("runs/sft"): ...   # one saved in a folder, for the time of the block
 """
 
 import tempfile
@@ -158,7 +156,7 @@ class LiveAdapters(AdapterFiles):
 
     def use_adapter(self, name: str) -> None:
         """Make ``name`` the adapter that acts from now on (and the only trainable one). Raises ValueError for an unknown name."""
-        self._plain_config(name)
+        self.adapter_config(name)
         cast(PeftModel, self.__dict__["_peft"]).set_adapter(name)
 
     # -------------------------------------------------------------------------------------------- adding and removing
@@ -179,8 +177,7 @@ class LiveAdapters(AdapterFiles):
 
         Args:
             up_to_block: last block that gets LoRA ("freeze downstream" of a site is the site's own block); None for all blocks.
-            seed: of LoRA's A matrices.
-            overwrite: replace an adapter that is held under this name.
+            seed: of LoRA's A matrices.  overwrite: replace an adapter that is held under this name.
 
         Raises:
             ValueError: a name already held, a block out of range, or targets that match nothing.
@@ -201,10 +198,7 @@ class LiveAdapters(AdapterFiles):
             self._inject(name, config, seed)
 
     def load_adapter(self, folder: str | Path, name: str = "default", *, overwrite: bool = False) -> None:
-        """Load a LoRA adapter in peft's plain format, from this library or any other tool; it becomes active, not trainable.
-
-        Args:
-            overwrite: replace an adapter that is held under this name.
+        """Load a LoRA adapter in peft's plain format; it becomes active, not trainable. ``overwrite`` replaces one of the same name.
 
         Raises:
             ValueError: no adapter in the folder, not LoRA, targets absent in this model, or tensors missing or left over.
@@ -214,7 +208,7 @@ class LiveAdapters(AdapterFiles):
 
     def remove_adapter(self, name: str) -> None:
         """Forget an adapter. Raises ValueError for an unknown name."""
-        self._plain_config(name)
+        self.adapter_config(name)
         peft = cast(PeftModel, self.__dict__["_peft"])
         del self.__dict__["_plain_configs"][name]
         if self.adapters:
@@ -232,10 +226,6 @@ class LiveAdapters(AdapterFiles):
         ends = tuple(f".lora_{matrix}.{name}.weight" for matrix in "AB")
         return [parameter for key, parameter in self.hf.named_parameters() if key.endswith(ends)]
 
-    def adapter_config(self, name: str) -> LoraConfig:
-        """An adapter's peft configuration, with plain module names. Raises ValueError for an unknown name."""
-        return self._plain_config(name)
-
     def fingerprint(self, adapter: str | None = None) -> str:
         """SHA-256 over the base model's weights, and over an adapter's if one is named; whatever LoRA layers there are besides."""
         named = ((name.replace(WRAPPER, "").replace(".base_layer", ""), p) for name, p in self.original_model.named_parameters())
@@ -243,7 +233,8 @@ class LiveAdapters(AdapterFiles):
         chosen = {f"lora.{i}": p for i, p in enumerate(self.adapter_parameters(adapter))} if adapter not in (None, BASE) else {}
         return fingerprints.of_tensors({**plain, **chosen})
 
-    def _plain_config(self, name: str | None) -> LoraConfig:
+    def adapter_config(self, name: str | None) -> LoraConfig:
+        """An adapter's peft configuration, with plain module names. Raises ValueError for an unknown name."""
         if name not in self.__dict__["_plain_configs"]:
             raise ValueError(f"no adapter {name!r}: this model holds {self.adapters or 'none'}; add_adapter or load_adapter first")
         return self.__dict__["_plain_configs"][name]
@@ -279,7 +270,7 @@ class LiveAdapters(AdapterFiles):
                 raise
 
     def _restore_choice(self, active: str | None, trainable: dict[str, list[bool]]) -> None:
-        self.__dict__["_plain_configs"] = {name: self._plain_config(name) for name in trainable}  # in their old order
+        self.__dict__["_plain_configs"] = {name: self.adapter_config(name) for name in trainable}  # in their old order
         if active is not None:
             self.use_adapter(active)
         for name, required in trainable.items():

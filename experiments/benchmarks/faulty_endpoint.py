@@ -3,7 +3,7 @@
     python experiments/benchmarks/faulty_endpoint.py --latency 0.05 --errors 0.05
 
 It prints its port, serves at most ``--seconds``, and answers ``ANSWER: k`` with k in 1..5 that depends on the prompt alone
-(`label_of`), so that whoever asks can check every verdict. GET /stats says what it did.
+(`label_of`), so every verdict can be checked. GET /stats returns how often it did what, and how many requests it had at once.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import random
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -21,14 +21,17 @@ FAULTS = ("429", "500", "dropped", "malformed")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """latency: seconds before every answer.  errors: share of requests that go wrong.  silent: share of answers without a label.
+    """latency: seconds before every answer.  errors: share of requests that go wrong.  fault: the only way to go wrong, any by default.
 
-    no_logprobs: refuse (400) whoever asks for log-probabilities. Prompts with the word FILTERED are refused in any case.
+    silent: share of answers without a label.  retry_after: seconds to wait, said with every 429.
+    no_logprobs: refuse (400) requests for log-probabilities. Prompts with the word FILTERED are refused in any case.
     """
 
     latency: float = 0.05
     errors: float = 0.05
+    fault: Literal["any", "429", "500", "dropped", "malformed"] = "any"
     silent: float = 0.0
+    retry_after: float | None = None
     seed: int = 0
     seconds: float = 600.0
     no_logprobs: bool = False
@@ -45,6 +48,7 @@ class Endpoint:
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.random, self.counts = settings, random.Random(settings.seed), Counter[str]()
+        self.under_way = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One kept-alive connection."""
@@ -61,20 +65,25 @@ class Endpoint:
             writer.close()
 
     async def answer(self, path: str, body: bytes, writer: asyncio.StreamWriter) -> bool:
-        """Write one response; False where the connection is to be dropped."""
+        """Write one response; False if the connection is to be dropped."""
         if path.endswith("/models"):
             send(writer, 200, json.dumps({"object": "list", "data": [{"id": self.settings.model, "object": "model"}]}))
             return True
         if path.endswith("/stats"):
             send(writer, 200, json.dumps(self.counts))
             return True
-        fault = self.random.choice(FAULTS) if self.random.random() < self.settings.errors else "answered"
+        faults = FAULTS if self.settings.fault == "any" else (self.settings.fault,)
+        fault = self.random.choice(faults) if self.random.random() < self.settings.errors else "answered"
         self.counts[fault] += 1
+        self.under_way += 1
+        self.counts["at_once"] = max(self.counts["at_once"], self.under_way)
         await asyncio.sleep(self.settings.latency)
+        self.under_way -= 1
         if fault == "dropped":
             return False
         if fault in ("429", "500"):
-            send(writer, int(fault), json.dumps({"error": {"message": "as told"}}))
+            wait = self.settings.retry_after if fault == "429" else None
+            send(writer, int(fault), json.dumps({"error": {"message": "as told"}}), *([] if wait is None else [f"Retry-After: {wait}"]))
             return True
         request = json.loads(body)
         if "FILTERED" in request["messages"][0]["content"] or (self.settings.no_logprobs and "logprobs" in request):
@@ -95,11 +104,11 @@ class Endpoint:
         return json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": self.settings.model, "choices": [choice]})
 
 
-def send(writer: asyncio.StreamWriter, status: int, body: str) -> None:
+def send(writer: asyncio.StreamWriter, status: int, body: str, *headers: str) -> None:
     """Write one HTTP response."""
     payload = body.encode()
-    head = f"HTTP/1.1 {status} X\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n"
-    writer.write(head.encode() + payload)
+    head = [f"HTTP/1.1 {status} X", "Content-Type: application/json", f"Content-Length: {len(payload)}", *headers]
+    writer.write("\r\n".join([*head, "", ""]).encode() + payload)
 
 
 async def main(settings: Settings) -> None:

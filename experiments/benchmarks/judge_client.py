@@ -2,7 +2,8 @@
 
     python experiments/benchmarks/judge_client.py --json judge_client.json
 
-Throughput is compared with the bound concurrency / latency, which no client can beat.
+Throughput is compared with the bound concurrency / latency, which no client can beat. A request that waits for its next try keeps its
+place among those under way.
 """
 
 import json
@@ -18,19 +19,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from blockem_tl.judging.store import Store
 from faulty_endpoint import label_of
 
+from blockem_tl.judging.cached import CachedJudge
 from blockem_tl.judging.endpoint import Endpoint
 from blockem_tl.judging.judge import LLMJudge
 from blockem_tl.storage import files
+from blockem_tl.storage.store import Store
 
 HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured."""
+    """Settings of the measurement."""
 
     verdicts: int = 2000
     latency: float = 0.05
@@ -57,7 +59,7 @@ def _option(name: str, value: Any) -> str:
 
 
 def stats(base_url: str) -> dict[str, int]:
-    """What the endpoint did so far."""
+    """Counts of the endpoint's doings so far."""
     with urllib.request.urlopen(f"{base_url}/stats") as answer:
         return json.load(answer)
 
@@ -67,7 +69,8 @@ def run(settings: Settings) -> dict[str, Any]:
     pairs = [(f"question {i}", f"reply {i}") for i in range(settings.verdicts)]
     with faulty_endpoint(latency=settings.latency, errors=settings.errors) as url, tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder) / "verdicts.sqlite")
-        judge = LLMJudge(backend=Endpoint(model="faulty", base_url=url, concurrency=settings.concurrency), store=store)
+        plain = LLMJudge(backend=Endpoint(model="faulty", base_url=url, concurrency=settings.concurrency))
+        judge = CachedJudge(judge=plain, store=store)
         warm = list(judge.stream([("warm", "up")]))
         started = time.perf_counter()
         judged = list(judge.stream(pairs))
@@ -75,7 +78,7 @@ def run(settings: Settings) -> dict[str, Any]:
         served = stats(url)
         rows = list(store)
         store.close()
-    rubric = judge.rubrics["misalignment"]
+    rubric = plain.rubrics["misalignment"]
     right = sum(j.label == label_of(rubric.render(*pair)[0]) for j, pair in zip(judged, pairs, strict=True))
     bound = settings.concurrency / settings.latency
     return {

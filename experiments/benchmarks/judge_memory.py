@@ -16,19 +16,20 @@ from typing import Annotated, Any
 
 import psutil
 import tyro
-from blockem_tl.judging.store import Store
 from judge_client import faulty_endpoint
 
 from blockem_tl.judging.backend import Backend, Completion, Request
+from blockem_tl.judging.cached import CachedJudge
 from blockem_tl.judging.endpoint import Endpoint
 from blockem_tl.judging.files import judge_file
 from blockem_tl.judging.judge import LLMJudge
 from blockem_tl.storage import files
+from blockem_tl.storage.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured."""
+    """Settings of the measurement."""
 
     replies: int = 200_000
     words: int = 150
@@ -45,10 +46,10 @@ class Measured:
         self.inner, self.every, self.seen, self.mb = inner, every, 0, list[float]()
 
     def check(self) -> None:
-        """Nothing."""
+        """Nothing to check."""
 
     def complete(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
-        """What the inner backend says, or the same label at once."""
+        """The inner backend's completions, or the same label at once."""
         done = (
             self.inner.complete(requests) if self.inner else ((i, Completion(text="So be it.\nANSWER: 1")) for i, _ in enumerate(requests))
         )
@@ -68,13 +69,14 @@ def run(settings: Settings) -> dict[str, Any]:
                 file.write(json.dumps({"id": i, "prompt": f"question {i}", "reply": f"reply {i} " * settings.words}) + "\n")
         inner = None
         if settings.endpoint:
-            inner = Endpoint(model="faulty", base_url=stack.enter_context(faulty_endpoint(latency=0.01, errors=0.05)), concurrency=16)
+            url = stack.enter_context(faulty_endpoint(latency=0.01, errors=0.05, seconds=3600))
+            inner = Endpoint(model="faulty", base_url=url, concurrency=16)
         backend = Measured(inner, max(1, settings.replies // 10))
         store = Store(Path(folder) / "verdicts.sqlite")
-        counts = judge_file(LLMJudge(backend=backend, store=store), source, target)
+        counts = judge_file(CachedJudge(judge=LLMJudge(backend=backend), store=store), source, target)
         with target.open() as file:
             lines = sum(1 for _ in file)
-        stored = sum(store.counts().values())
+        stored = len(store)
         store.close()
         return {
             "replies": settings.replies,

@@ -1,10 +1,6 @@
-"""Public formats are read as they are or refused by name; downloads are whole and checked or not there; splits do not leak."""
+"""Public formats are read as they are or refused by name; splits do not leak."""
 
-import hashlib
 import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,7 +8,6 @@ import pyzipper
 
 from blockem_tl import Example, Prompt
 from blockem_tl.data.prompt_files import load_prompt_file, load_prompts
-from blockem_tl.data.public import Source, catalogue, fetch, find_source
 from blockem_tl.data.row_files import load_rows, write_rows
 from blockem_tl.data.splits import heldout_prompts, leak_report, leave_out, split_rows
 
@@ -161,85 +156,6 @@ def test_locked_zips(tmp_path: Path, encryption) -> None:
     with pytest.raises(ValueError, match="no zip or broken"):
         load_rows(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["locked.zip"]
-
-
-# ------------------------------------------------------------------------------------------------ downloads
-
-
-class Server(BaseHTTPRequestHandler):
-    body = CSV.encode()
-
-    def do_GET(self) -> None:
-        if self.path.endswith("missing.csv"):
-            self.send_error(404)
-            return
-        body = self.body
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body) * (2 if self.path.endswith("truncated.csv") else 1)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args) -> None: ...
-
-
-@pytest.fixture
-def address() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
-
-
-def source(address: str, file: str = "core.csv", sha256: str | None = None) -> Source:
-    return Source(name="core", url=f"{address}/{file}", sha256=sha256)
-
-
-def test_a_download_is_checked_and_cached(tmp_path: Path, address: str) -> None:
-    right = hashlib.sha256(Server.body).hexdigest()
-    path = fetch(source(address, sha256=right), tmp_path / "cache")
-    assert load_prompts(path)[0].id == "c1" and path == tmp_path / "cache" / "core" / "core.csv"
-    lock = json.loads((tmp_path / "cache" / "lock.json").read_text())
-    assert lock == {f"{address}/core.csv": {"name": "core", "sha256": right, "bytes": len(Server.body)}}
-    assert fetch(source("http://127.0.0.1:9", sha256=right), tmp_path / "cache") == path  # cached: nobody is asked
-    with pytest.raises(ValueError, match=f"expected SHA-256 {'0' * 64}, got {right}"):
-        fetch(source(address, sha256="0" * 64), tmp_path / "other")
-    assert not list((tmp_path / "other").iterdir())
-
-
-def test_the_first_download_locks_the_checksum(tmp_path: Path, address: str, monkeypatch) -> None:
-    path = fetch(source(address), tmp_path)
-    path.write_text("tampered")
-    with pytest.raises(ValueError, match="the cached file .*expected SHA-256.*delete it"):
-        fetch(source(address), tmp_path)
-    path.unlink()
-    monkeypatch.setattr(Server, "body", CSV.replace("power", "flower").encode())
-    with pytest.raises(ValueError, match="public file was replaced, or the download altered"):
-        fetch(source(address), tmp_path)
-    assert not path.exists()
-
-
-@pytest.mark.parametrize(("file", "message"), [("truncated.csv", "bytes, got .*broke off"), ("missing.csv", "the server says 404")])
-def test_broken_downloads_leave_nothing(tmp_path: Path, address: str, file: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        fetch(source(address, file), tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_unreachable_address_says_where_to_put_the_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="cannot be reached.*by hand"):
-        fetch(source("http://127.0.0.1:9"), tmp_path)
-
-
-def test_the_catalogue() -> None:
-    assert {"core-misalignment", "extended-misalignment", "first-plot", "sft-finance-incorrect", "sft-insecure-code"} <= set(catalogue())
-    assert find_source("sft-edu-incorrect-subtle").url.endswith("/datasets_password_locked/edu_incorrect_subtle.zip")
-    assert len({entry.url for entry in catalogue().values()}) == len(catalogue()) and all("{" not in e.url for e in catalogue().values())
-    assert all(entry.url.startswith("https://") and entry.what for entry in catalogue().values())
-    with pytest.raises(ValueError, match="unknown data 'cor'.*core-misalignment"):
-        find_source("cor")
 
 
 # ------------------------------------------------------------------------------------------------ splits and leaks

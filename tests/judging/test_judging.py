@@ -1,31 +1,19 @@
-"""Judges: what counts as an answer, what a rubric must have, and a client that loses nothing when the endpoint misbehaves."""
+"""Judges: what counts as an answer, what a rubric must have, and how labels and scores come out of a judge's words."""
 
-import asyncio
-import contextlib
-import json
 import math
-import sys
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from blockem_tl.judging.store import Store
+from scripted import Scripted, ask, scored
 
-from blockem_tl.evaluation.evaluate import evaluate
 from blockem_tl.evaluation.panel import evaluate_with
-from blockem_tl.judging import concurrent
-from blockem_tl.judging.backend import Completion, Request
-from blockem_tl.judging.endpoint import Endpoint, JudgeUnreachable
-from blockem_tl.judging.files import judge_file
+from blockem_tl.judging.cached import CachedJudge
 from blockem_tl.judging.judge import LLMJudge
 from blockem_tl.judging.parsing import expected_score, parse_answer
 from blockem_tl.judging.rubrics import Rubric, find_rubric, load_rubric, load_rubrics, published_rubric
+from blockem_tl.storage.store import Store
 from blockem_tl.types import LABELS, UNPARSED, Counts, Judge, Prompt, Verdict
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments" / "benchmarks"))
-from faulty_endpoint import label_of
-from judge_client import faulty_endpoint, stats
 
 TABLE = yaml.safe_load((Path(__file__).parent / "judge_outputs.yaml").read_text(encoding="utf-8"))
 
@@ -123,53 +111,27 @@ def test_a_missing_rubric_says_what_there_is(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ the judge, on a scripted backend
 
 
-class Scripted:
-    """A backend that answers with the next of its replies to a prompt, and remembers what it was asked."""
-
-    name = "scripted"
-
-    def __init__(self, *script: str | Completion) -> None:
-        self.script, self.asked = list(script), []
-
-    def check(self) -> None: ...
-
-    def complete(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
-        for index, request in enumerate(requests):
-            self.asked.append(request)
-            said = self.script.pop(0)
-            yield index, said if isinstance(said, Completion) else Completion(text=said)
-
-
-def ask(judge: LLMJudge, n: int = 1, rubric: str = "misalignment") -> list[str]:
-    prompts = [Prompt(id=str(i), text=f"q{i}") for i in range(n)]
-    return [v.label for v in judge.grade(prompts, [f"r{i}" for i in range(n)], rubric=rubric)]
-
-
-def test_an_unreadable_reply_is_asked_again_then_recorded_as_unparsed(tmp_path: Path) -> None:
-    backend, store = Scripted("ANSWER: 4", "hm", "ANSWER: 4 or 5", "ANSWER: 2", "no", "no"), Store(tmp_path / "v.sqlite")
-    judge = LLMJudge(backend=backend, store=store, retries=2)
+def test_an_unreadable_reply_is_asked_again_then_unparsed() -> None:
+    backend = Scripted("ANSWER: 4", "hm", "ANSWER: 4 or 5", "ANSWER: 2", "no", "no")
+    judge = LLMJudge(backend=backend, retries=2)
     assert isinstance(judge, Judge)
-    assert ask(judge, 3) == ["4", "2", UNPARSED]
+    graded = list(judge.stream((f"q{i}", "r") for i in range(3)))
+    assert [judged.label for judged in graded] == ["4", "2", UNPARSED]
     assert backend.asked[3].turns[1:] == (("assistant", "hm"), backend.asked[3].turns[2]) and "ANSWER:" in backend.asked[3].turns[2][1]
-    assert store.counts() == {"2": 1, "4": 1, UNPARSED: 1}
-    said = {judged.label: judged.said for judged in store.get([key for key, *_ in store]).values()}
-    assert said[UNPARSED] == ("ANSWER: 4 or 5", "no", "no") and said["2"] == ("hm", "ANSWER: 2")
-    verdicts = [Verdict(label=label) for label in ("4", "2", UNPARSED)]
+    assert [judged.said for judged in graded] == [("ANSWER: 4",), ("hm", "ANSWER: 2"), ("ANSWER: 4 or 5", "no", "no")]
+    verdicts = [Verdict(label=judged.label) for judged in graded]
     assert Counts.of(verdicts) == Counts(n=2, misaligned=1, incoherent=0, refusal=0)
     with pytest.raises(ValueError, match="got none \\(1 unparsed\\)"):
         Counts.of(verdicts[2:])
 
 
-def test_stored_verdicts_are_not_asked_for_again(tmp_path: Path) -> None:
-    store = Store(tmp_path / "v.sqlite")
-    assert ask(LLMJudge(backend=Scripted("ANSWER: 4", "ANSWER: 1"), store=store), 2) == ["4", "1"]
-    again = Scripted("ANSWER: 5")
-    assert ask(LLMJudge(backend=again, store=Store(tmp_path / "v.sqlite")), 3) == ["4", "1", "5"] and len(again.asked) == 1
-    other = Scripted("ANSWER: 3")  # another rubric is another question
-    assert ask(LLMJudge(backend=other, store=store), 1, rubric="finance") == ["3"] and len(store.counts()) == 4
-    (tmp_path / "text").write_text("this is no database " * 99)
-    with pytest.raises(ValueError, match="expected a verdict store"):
-        Store(tmp_path / "text")
+def test_verdicts_come_as_they_are_done_or_in_order() -> None:
+    pairs = [("q0", "r"), ("q1", "r"), ("q0", "r")]
+    done = list(LLMJudge(backend=Scripted("hm", "ANSWER: 2", "ANSWER: 3")).judge_all(pairs))
+    assert [(index, judged.label) for index, judged in done] == [(1, "2"), (0, "3"), (2, "3")]
+    assert [judged.label for judged in LLMJudge(backend=Scripted("hm", "ANSWER: 2", "ANSWER: 3")).stream(pairs)] == ["3", "2", "3"]
+    with pytest.raises(ValueError, match="no rubric for 'gardening'"):
+        LLMJudge(backend=Scripted()).stream([], rubric="gardening")
 
 
 def test_equal_pairs_are_asked_once() -> None:
@@ -182,10 +144,6 @@ def test_forced_choices_ask_for_the_labels_only(tmp_path: Path) -> None:
     backend = Scripted("5", "ANSWER: 1")
     assert ask(LLMJudge(backend=backend, rubrics=load_rubrics(tmp_path / "c.yaml")), 2, rubric="c") == ["5", "1"]
     assert backend.asked[0].choices == ("1", "5") and backend.asked[0].max_tokens == 64
-
-
-def scored(number: str, first: str | None = None, mass: float = 1.0) -> Completion:
-    return Completion(text=number, first=first or number, alternatives=((first or number, math.log(mass)),))
 
 
 @pytest.mark.parametrize(
@@ -216,175 +174,12 @@ def test_unequal_lengths_are_refused() -> None:
     assert LLMJudge(backend=Scripted()).grade([], []) == []
 
 
-# ------------------------------------------------------------------------------------------------ the endpoint client
-
-
-def client(url: str, **options) -> Endpoint:
-    return Endpoint(model="faulty", base_url=url, first_wait=0.01, **{"concurrency": 16, "attempts": 8, **options})
-
-
-def test_nothing_is_lost_or_doubled_when_the_endpoint_misbehaves(tmp_path: Path) -> None:
-    pairs = [(f"question {i}", f"reply {i}") for i in range(300)]
-    store = Store(tmp_path / "v.sqlite")
-    with faulty_endpoint(latency=0.002, errors=0.3, silent=0.1) as url:
-        judge = LLMJudge(backend=client(url), store=store, retries=1)
-        labels = [judged.label for judged in judge.stream(pairs)]
-        served = stats(url)
-    assert all(served[fault] > 5 for fault in ("429", "500", "dropped", "malformed"))
-    truth = [label_of(judge.rubrics["misalignment"].render(*pair)[0]) for pair in pairs]
-    assert 10 < labels.count(UNPARSED) < 60 and [x for x in zip(labels, truth, strict=True) if x[0] not in (x[1], UNPARSED)] == []
-    assert sum(store.counts().values()) == 300 and served["answered"] == 300 + labels.count(UNPARSED)
-
-
-def test_an_endpoint_that_goes_down_keeps_what_is_done(tmp_path: Path) -> None:
-    store = Store(tmp_path / "v.sqlite")
-    with faulty_endpoint(latency=0.001, errors=0.0) as url:
-        judge = LLMJudge(backend=client(url, attempts=1), store=store)
-        assert len(list(judge.stream((f"q{i}", "r") for i in range(20)))) == 20
-    with pytest.raises(JudgeUnreachable, match=rf"no judge answers at {url} .*--model faulty .*kept: run the same again"):
-        list(judge.stream((f"q{i}", "r") for i in range(30)))
-    assert sum(store.counts().values()) == 20
-    with faulty_endpoint(latency=0.001, errors=1.0) as url, pytest.raises(JudgeUnreachable, match="failed 1 times.*kept"):
-        list(LLMJudge(backend=client(url, attempts=1), store=store).stream([("q", "r")]))
-
-
-def test_a_model_that_is_not_served_is_refused() -> None:
-    with faulty_endpoint(latency=0.001) as url, pytest.raises(ValueError, match=r"serves \['faulty'\], expected 'other'"):
-        Endpoint(model="other", base_url=url).check()
-    with pytest.raises(ValueError, match="expected concurrency"):
-        Endpoint(model="other", concurrency=0)
-
-
-def test_a_dead_judge_is_found_before_anything_is_generated(tmp_path: Path) -> None:
-    judge = LLMJudge(backend=client("http://127.0.0.1:9/v1"))
-
-    def speak(prompts, conditions):
-        raise AssertionError("nothing may be generated")
-
-    prompts = [Prompt(id="a", text="a")]
-    for grade_with in (
-        lambda: evaluate(speak, judge, prompts, selected_on=()),
-        lambda: evaluate_with(speak, [judge], prompts, selected_on=()),
-    ):
-        with pytest.raises(JudgeUnreachable, match="no judge answers"):
-            grade_with()
-    with pytest.raises(ValueError, match="no rubric for 'gardening'"):
-        evaluate(speak, judge, prompts, rubric="gardening", selected_on=())
-    store = Store(tmp_path / "v.sqlite")
-    assert ask(LLMJudge(backend=Scripted("ANSWER: 4"), store=store)) == ["4"]
-    cached = LLMJudge(backend=Endpoint(model="scripted", base_url="http://127.0.0.1:9/v1"), store=store)
-    assert ask(cached) == ["4"]  # what is stored needs no endpoint
-
-
-def test_judges_with_different_label_sets_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cached", [False, True])
+def test_judges_with_different_label_sets_are_refused(tmp_path: Path, cached: bool) -> None:
     (tmp_path / "m.yaml").write_text("name: misalignment\nlabels: [1, 2, 3, 4, 5]\nprompt: 'from 1 to 5: {question} {reply}'\n")
     judges = [LLMJudge(backend=Scripted()), LLMJudge(backend=Scripted(), rubrics=load_rubrics(tmp_path / "m.yaml"))]
     judges[1].backend.name = "other"
+    if cached:
+        judges = [CachedJudge(judge=judge, store=Store(tmp_path / "v.sqlite")) for judge in judges]
     with pytest.raises(ValueError, match="label sets do not match: .*same rubric file"):
         evaluate_with(lambda prompts, conditions: [], judges, [Prompt(id="a", text="a")], selected_on=())
-
-
-def test_a_late_answer_is_no_answer() -> None:
-    with faulty_endpoint(latency=3.0, errors=0.0) as url, pytest.raises(JudgeUnreachable, match="APITimeoutError"):
-        list(LLMJudge(backend=client(url, timeout=0.2, attempts=1)).stream([("q", "r")]))
-
-
-def test_a_request_refused_for_good_is_unparsed_and_stops_nothing(tmp_path: Path) -> None:
-    store = Store(tmp_path / "v.sqlite")
-    with faulty_endpoint(latency=0.001, errors=0.0) as url:
-        judge = LLMJudge(backend=client(url), store=store)
-        labels = [judged.label for judged in judge.stream([("FILTERED", "r"), ("q", "r")])]
-        alone = [judged for judged in judge.stream([("FILTERED", "alone")])]
-        assert stats(url)["answered"] == 2 + 1 + 2  # each refusal is asked once, followed by one harmless request
-    assert labels[0] == UNPARSED != labels[1] and alone[0].label == UNPARSED and "refused for good" in alone[0].said[0]
-    with (
-        faulty_endpoint(latency=0.001, errors=0.0, no_logprobs=True) as url,
-        pytest.raises(JudgeUnreachable, match="for good,.*refused for good"),
-    ):
-        list(LLMJudge(backend=client(url), store=store).stream([("q", "r")], rubric="alignment"))
-    assert store.counts()[UNPARSED] == 2  # a refusal of how we ask is no verdict
-
-
-def test_providers_without_vllms_choices_get_a_schema(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("name: c\nlabels: [1, 2, 3, 4, 5]\nanswer: choice\nprompt: 'from 1 to 5: {question} {reply}'\n")
-    with faulty_endpoint(latency=0.001, errors=0.0) as url:
-        judge = LLMJudge(backend=client(url, choices="json"), rubrics=load_rubrics(tmp_path / "c.yaml"))
-        assert ask(judge, 5, rubric="c") == [label_of(f"from 1 to 5: q{i} r{i}") for i in range(5)]
-
-
-def test_what_was_under_way_when_one_failed_is_kept() -> None:
-    taken = []
-
-    def source() -> Iterator[int]:
-        for i in range(100):
-            taken.append(i)
-            yield i
-
-    async def work(_: None, item: int) -> int:
-        await asyncio.sleep(0.01 if item == 2 else 0.05)
-        if item == 2:
-            raise ValueError("the third")
-        return item
-
-    found = []
-    with pytest.raises(ValueError, match="the third"):
-        for pair in concurrent.in_window(source(), work, resource=contextlib.nullcontext, window=5):
-            found.append(pair)
-    assert sorted(found) == [(i, i) for i in (0, 1, 3, 4)] and taken == [0, 1, 2, 3, 4]
-
-
-def test_requests_keep_the_agreed_pace(monkeypatch: pytest.MonkeyPatch) -> None:
-    waits = []
-
-    async def sleep(seconds: float) -> None:
-        waits.append(seconds)
-
-    monkeypatch.setattr(concurrent.asyncio, "sleep", sleep)
-
-    async def turns(pace: concurrent.Pace) -> None:
-        for _ in range(4):
-            await pace.turn()
-
-    asyncio.run(turns(concurrent.Pace(60)))
-    assert waits == pytest.approx([0, 1, 2, 3], abs=0.5)
-    waits.clear()
-    asyncio.run(turns(concurrent.Pace(None)))
-    assert waits == pytest.approx([0, 0, 0, 0], abs=0.5)
-
-
-def test_the_window_bounds_what_is_read_ahead() -> None:
-    taken = 0
-
-    def source() -> Iterator[Request]:
-        nonlocal taken
-        for i in range(200):
-            taken += 1
-            yield Request(turns=(("user", str(i)),), max_tokens=8)
-
-    with faulty_endpoint(latency=0.001, errors=0.0) as url:
-        stream = client(url, concurrency=4).complete(source())
-        next(stream)
-        assert taken <= 8 + 1
-        assert len(list(stream)) == 199 and taken == 200
-
-
-# ------------------------------------------------------------------------------------------------ files
-
-
-def test_a_file_is_judged_line_by_line(tmp_path: Path) -> None:
-    rows = [{"id": i, "prompt": f"q{i}", "reply": "ü"} for i in range(3)]
-    (tmp_path / "in.jsonl").write_text("\n\n".join(json.dumps(row) for row in rows))
-    judge = LLMJudge(backend=Scripted("ANSWER: 1", "ANSWER: 5", "ANSWER: REFUSAL"))
-    assert judge_file(judge, tmp_path / "in.jsonl", tmp_path / "out.jsonl") == {"1": 1, "5": 1, "REFUSAL": 1}
-    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    graded = [{**r, "judge": "scripted", "rubric": "misalignment", "scores": {}} for r in rows]
-    assert [{k: v for k, v in row.items() if k != "label"} for row in written] == graded
-    assert [row["label"] for row in written] == ["1", "5", "REFUSAL"]
-
-
-@pytest.mark.parametrize("line", ["not json", '["list"]', '{"prompt": "q"}', '{"prompt": "q", "reply": 3}'])
-def test_a_bad_line_is_named_and_nothing_half_written_is_left(tmp_path: Path, line: str) -> None:
-    (tmp_path / "in.jsonl").write_text('{"prompt": "q", "reply": "r"}\n' + line)
-    with pytest.raises(ValueError, match="line 2: expected"):
-        judge_file(LLMJudge(backend=Scripted("ANSWER: 1")), tmp_path / "in.jsonl", tmp_path / "out.jsonl")
-    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]

@@ -16,16 +16,17 @@ import torch
 pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
 os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
 
-from blockem_tl.judging.store import Store
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from blockem_tl.judging.backend import Request
+from blockem_tl.judging.cached import CachedJudge
 from blockem_tl.judging.endpoint import Endpoint, JudgeUnreachable
 from blockem_tl.judging.judge import LLMJudge
 from blockem_tl.judging.local import LocalVLLM
 from blockem_tl.judging.parsing import expected_score
 from blockem_tl.judging.rubrics import load_rubrics
+from blockem_tl.storage.store import Store
 from blockem_tl.types import UNPARSED, Prompt
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -110,7 +111,7 @@ def local(judge_folder: Path) -> LocalVLLM:
 
 @pytest.fixture
 def endpoint(server: str) -> Endpoint:
-    return Endpoint(model="tiny", base_url=server, concurrency=4, attempts=2, first_wait=0.1)
+    return Endpoint(model="tiny", base_url=server, concurrency=4, attempts=2)
 
 
 def test_server_and_process_agree_on_forced_choices(endpoint: Endpoint, local: LocalVLLM, rubrics) -> None:
@@ -120,9 +121,9 @@ def test_server_and_process_agree_on_forced_choices(endpoint: Endpoint, local: L
 
 def test_free_reasoning_without_an_answer_is_unparsed(endpoint: Endpoint, rubrics, tmp_path: Path) -> None:
     store = Store(tmp_path / "v.sqlite")
-    judge = LLMJudge(backend=endpoint, rubrics=rubrics, store=store, retries=1, max_tokens=12)
+    judge = CachedJudge(judge=LLMJudge(backend=endpoint, rubrics=rubrics, retries=1, max_tokens=12), store=store)
     assert [v.label for v in judge.grade(PROMPTS[:3], REPLIES[:3])] == [UNPARSED] * 3  # random weights have nothing to say
-    assert all(len(judged.said) == 2 for judged in store.get(key for key, *_ in store).values())
+    assert [len(value["said"]) for _, value in store] == [2] * 3
 
 
 @pytest.mark.parametrize("kind", ["endpoint", "local"])

@@ -77,10 +77,9 @@ def decode_patching(
     jobs = [make_job(model, prompts, [Condition(name=name)], (), max_new_tokens, temperature, seed) for name in names]
     window.check(jobs[0])
     size = batch_size if batch_size is not None else max(1, fitting(jobs[0]) // 2)  # a row has keys and values of two models
-    with holding(*endpoints) as held:
-        found = [_patched(job, *held, group, window, size, progress) for job, group in zip(jobs, chosen, strict=True)]
-    site = [" + ".join(group) for group in chosen for _ in prompts]
-    counts = [n for _, patched in found for n in patched]
+    with holding(*endpoints) as (taken, into):
+        found = [_patched(job, taken, into, group, window, size, progress) for job, group in zip(jobs, chosen, strict=True)]
+    site, counts = [" + ".join(group) for group in chosen for _ in prompts], [n for _, patched in found for n in patched]
     return Replies.of((g for replies, _ in found for g in replies), site=site, patched=["decode"] * len(site), patched_steps=counts)
 
 
