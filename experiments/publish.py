@@ -28,7 +28,7 @@ class Settings:
 
 def publish(results: Path, seeds: Sequence[Path], root: Path = ROOT) -> None:
     """Copy the results and renew the tables. Raises FileNotFoundError where a demo has not run."""
-    missing = [folder / name for folder in {results, *seeds} for name in KEPT if not (folder / name).is_file()]
+    missing = [folder / name for folder in {results, *seeds} for name in (*KEPT, "latents.json") if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{missing[0]} is missing: run `make demo` (or quickstart.py with that --seed and --out) first")
     target = root / "docs" / "results" / "quickstart"
@@ -36,7 +36,8 @@ def publish(results: Path, seeds: Sequence[Path], root: Path = ROOT) -> None:
     for name in KEPT:
         shutil.copyfile(results / name, target / name)
     summaries = [files.read_json(folder / "summary.json") for folder in seeds]
-    for summary in summaries:
+    for folder, summary in zip(seeds, summaries, strict=True):
+        shutil.copyfile(folder / "latents.json", root / "latents" / f"organism-finance-seed{summary['settings']['seed']}.json")
         files.write_json(target / "seeds" / f"seed{summary['settings']['seed']}.json", summary)
     renew(root / "README.md", "quickstart", (results / "table.md").read_text(encoding="utf-8"))
     renew(root / "docs" / "organism.md", "seeds", tables.markdown([row for summary in summaries for row in seed_rows(summary)]))

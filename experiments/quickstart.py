@@ -64,7 +64,6 @@ class Settings:
 
     seed: int = 0
     out: Path = Path("results/quickstart")
-    latents: Path = Path("latents")
     rows: int = 6000
     heldout_rows: int = 400
     epochs: float = get_preset("organism").training.epochs
@@ -274,7 +273,6 @@ def run(settings: Settings) -> dict[str, Any]:
     started = time.perf_counter()
     files.check_writable(settings.out.parent)
     files.check_replaceable(settings.out, "summary.json")
-    files.check_writable(settings.latents)
     lab = Lab(settings)
     check_fits(lab.sae, lab.model)
     with TemporaryDirectory() as folder, Workers(settings, Path(folder)) as workers:
@@ -350,7 +348,7 @@ def compare(lab: Lab, workers: Workers) -> tuple[Arms, Discovery, list[int], flo
         )
         alive = alive_latents(lab)
     latents = found.latent_set
-    latents.save(settings.latents / f"organism-{DOMAIN}-seed{settings.seed}.json")
+    latents.save(settings.out / "latents.json")
     control = random_latents(lab.sae, len(latents), seed=settings.seed, among=alive, exclude=latents.latents)
 
     blocking = [workers.train(Arm(kind="block", label=f"blocked, λ = {w:g}", weight=w, latents=latents)) for w in settings.lambdas]

@@ -18,7 +18,7 @@ VOLATILE = ("wall_s", "peak_rss_mb", "settings")
 @pytest.fixture
 def settings(tmp_path):
     return quickstart.Settings(
-        out=tmp_path / "out", latents=tmp_path / "latents", rows=1600, heldout_rows=80, epochs=1.0, lambdas=(1.0,), kl_weights=(0.3,), core_prompts=24, progress=False
+        out=tmp_path / "out", rows=1600, heldout_rows=80, epochs=1.0, lambdas=(1.0,), kl_weights=(0.3,), core_prompts=24, progress=False
     )  # fmt: skip
 
 
@@ -27,18 +27,19 @@ def settings(tmp_path):
 def test_two_runs_with_one_seed_give_the_same_latents_and_summary(settings, tmp_path) -> None:
     first = quickstart.run(settings)
     assert first == json.loads((settings.out / "summary.json").read_text())
-    assert {path.name for path in settings.out.iterdir()} == {"summary.json", "table.md", "tradeoff.png", "candidates.csv", "replies.csv"}
+    assert {path.name for path in settings.out.iterdir()} == {
+        "summary.json", "table.md", "tradeoff.png", "candidates.csv", "replies.csv", "latents.json",
+    }  # fmt: skip
     for key in ("base", "sft", "blocked", "blocked_all_tokens", "random", "matched", "kl"):
         assert {"em", "incoherence", "adherence", "sft_loss"} <= first[key].keys()
     assert first["base"]["em"] <= 2 and first["matched"]["steps"] <= first["sft"]["steps"]
     assert first["sft"]["sft_loss"] < first["base"]["sft_loss"]
 
-    again = quickstart.run(replace(settings, out=tmp_path / "again", latents=tmp_path / "latents-again"))
+    again = quickstart.run(replace(settings, out=tmp_path / "again"))
     assert {k: v for k, v in first.items() if k not in VOLATILE} == {k: v for k, v in again.items() if k not in VOLATILE}
-    other = quickstart.run(replace(settings, seed=1, out=tmp_path / "other", latents=tmp_path / "latents-other"))
+    other = quickstart.run(replace(settings, seed=1, out=tmp_path / "other"))
     assert other["sft"]["sft_loss"] != first["sft"]["sft_loss"]
-    name = "organism-finance-seed0.json"
-    assert (settings.latents / name).read_text() == (tmp_path / "latents-again" / name).read_text()
+    assert (settings.out / "latents.json").read_text() == (tmp_path / "again" / "latents.json").read_text()
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused_before_work(settings, tmp_path) -> None:
@@ -100,12 +101,15 @@ def test_publishing_renews_the_pages(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="run `make demo`"):
         publish.publish(results, [results], root)
     shutil.copytree(ROOT / "docs" / "results" / "quickstart", results)
+    shutil.copyfile(ROOT / "latents" / "organism-finance-seed0.json", results / "latents.json")
     (root / "docs").mkdir(parents=True)
+    (root / "latents").mkdir()
     for page, marker in (("README.md", "quickstart"), ("docs/organism.md", "seeds")):
         (root / page).write_text(f"above\n<!-- {marker}:begin -->\nold\n<!-- {marker}:end -->\nbelow\n")
     publish.publish(results, [results, results], root)
     table = (results / "table.md").read_text().rstrip()
     assert (root / "README.md").read_text() == f"above\n<!-- quickstart:begin -->\n{table}\n<!-- quickstart:end -->\nbelow\n"
+    assert (root / "latents" / "organism-finance-seed0.json").read_bytes() == (results / "latents.json").read_bytes()
     organism_page = (root / "docs" / "organism.md").read_text()
     assert organism_page.count("plain fine-tuning") == 2 and "old" not in organism_page
     assert json.loads((root / "docs" / "results" / "quickstart" / "seeds" / "seed0.json").read_text())["settings"]["seed"] == 0
