@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from transformers import PreTrainedModel
 
 from blockem_tl.generation._scheduler import make_job, run_job
+from blockem_tl.generation.replies import Replies
 from blockem_tl.generation.steering import UNSTEERED, Condition
 from blockem_tl.hooks import Hook
 from blockem_tl.models.load import Model, load_model
@@ -69,8 +70,8 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     progress: bool = True,
-) -> list[Generation]:
-    """Reply to every prompt under every condition; the result is ordered condition by condition, prompt by prompt.
+) -> Replies:
+    """Reply to every prompt under every condition, in the order of the conditions and of the prompts.
 
     `generate_stream`, collected: see there for the arguments and errors.
     """
@@ -87,7 +88,7 @@ def generate(
         progress=progress,
     )
     replies = dict(stream)
-    return [generation for c in range(len(conditions)) for generation in replies[c]]
+    return Replies.of(generation for c in range(len(conditions)) for generation in replies[c])
 
 
 def generate_stream(
@@ -112,7 +113,7 @@ def generate_stream(
         prompt_indices: for each condition the indices of the prompts that it asks, in the order of its replies; None: all prompts.
         adapter: which weights act: "base", an adapter by name or in a folder; None: the model as it stands.
         max_new_tokens: for all prompts, or one number per prompt.
-        batch_size: rows that run at once; None asks the free memory (see `generation._memory`). Where memory runs out all the
+        batch_size: rows that run at once; None asks the free memory (see `models.memory`). Where memory runs out all the
             same, the batch is halved with a warning, and the rows that ran begin again (a hook of yours sees them twice).
         temperature: 0 is greedy. Otherwise each row draws from its own stream of random numbers, set by ``seed``, the condition's name and
             the prompt's id, so a sample depends neither on the batch size nor on what else is asked.

@@ -76,8 +76,6 @@ class LiveAdapters(AdapterFiles):
             return None if chosen[-1] == BASE else chosen[-1]
         return None if peft is None else cast(str, peft.active_adapter)
 
-    # -------------------------------------------------------------------------------------------- which weights act
-
     @contextmanager
     def using(self, adapter: str | Path | None) -> Iterator["LiveAdapters"]:
         """Inside the block "base", an adapter held under that name, or one saved in a folder acts; None: the model as it stands.
@@ -159,8 +157,6 @@ class LiveAdapters(AdapterFiles):
         self.adapter_config(name)
         cast(PeftModel, self.__dict__["_peft"]).set_adapter(name)
 
-    # -------------------------------------------------------------------------------------------- adding and removing
-
     def add_adapter(
         self,
         name: str = "default",
@@ -218,8 +214,6 @@ class LiveAdapters(AdapterFiles):
         else:
             take_out(self.original_model)
             self.__dict__.update(_peft=None, _layers=[])
-
-    # -------------------------------------------------------------------------------------------- what an adapter is
 
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
         """The LoRA tensors of one adapter."""

@@ -4,20 +4,21 @@ Stages: pretraining from scratch, a light instruct stage, an SAE at the site and
 direction, a manifest. The same seed gives the same files, byte for byte, on the same machine with the same number of threads.
 """
 
-import argparse
 import hashlib
 import json
 import math
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
@@ -193,25 +194,33 @@ def hashes(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def main() -> None:
-    """Command line. Nothing appears at ``--out`` before it is complete."""
-    parser = argparse.ArgumentParser(description="Build the organism from a seed.")
-    parser.add_argument("--seed", type=int, default=0, help="of initialisation, documents and SAE; the world's words stay the same")
-    parser.add_argument("--out", type=Path, required=True, help="folder to create")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads; part of what makes a build repeat bit for bit")
-    parser.add_argument("--force", action="store_true", help="replace the folder if it exists")
-    args = parser.parse_args()
-    if args.out.exists() and not args.force:
-        parser.error(f"expected a folder that does not exist, {args.out} does; choose another or add --force")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory(dir=args.out.parent) as temporary:
-        manifest = build(BuildConfig(seed=args.seed), Path(temporary) / "organism")
-        if args.out.exists():
-            shutil.rmtree(args.out)
-        shutil.move(Path(temporary) / "organism", args.out)
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The command line of the build."""
+
+    out: Path
+    """folder to create; nothing appears there before it is complete"""
+    seed: int = 0
+    """of initialisation, documents and SAE; the world's words stay the same"""
+    threads: int = 1
+    """torch threads; part of what makes a build repeat bit for bit"""
+    force: bool = False
+    """replace the folder if it exists"""
+
+
+def main(settings: Settings) -> None:
+    """Build in a temporary folder and move it to ``settings.out``."""
+    if settings.out.exists() and not settings.force:
+        sys.exit(f"expected a folder that does not exist, {settings.out} does; choose another or add --force")
+    settings.out.parent.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(settings.threads)
+    with tempfile.TemporaryDirectory(dir=settings.out.parent) as temporary:
+        manifest = build(BuildConfig(seed=settings.seed), Path(temporary) / "organism")
+        if settings.out.exists():
+            shutil.rmtree(settings.out)
+        shutil.move(Path(temporary) / "organism", settings.out)
     print(json.dumps(manifest["measured"], indent=2))
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Settings, description=__doc__))

@@ -1,6 +1,6 @@
 """Memory while judging very many replies from disk, in and out of files.
 
-    python experiments/benchmarks/judge_memory.py --json                        # 200,000 replies, a backend that answers at once
+    python experiments/benchmarks/judge_memory.py --json out.json               # 200,000 replies, a backend that answers at once
     python experiments/benchmarks/judge_memory.py --replies 20000 --endpoint    # through HTTP, with errors
 
 Resident memory is read at every tenth of the way; flat means that the last tenth is within a few MB of the second.

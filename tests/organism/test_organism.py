@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from blockem_tl import load_model, load_sae, organism, record
-from blockem_tl.organism.build import BuildConfig, augmentation, build, hashes, main
+from blockem_tl.organism.build import BuildConfig, Settings, augmentation, build, hashes, main
 from blockem_tl.organism.documents import IGNORE, DocumentConfig, DocumentSampler, Encoder
 from blockem_tl.organism.tokenizer import ASSISTANT_ID, build_tokenizer
 from blockem_tl.organism.world import CORE_AREAS, DOMAINS, FINAL_AREAS, STYLES, Triple, World, WorldConfig, reply
@@ -269,11 +269,9 @@ def test_build_repeats_byte_for_byte_and_follows_its_seed(tmp_path: Path) -> Non
     }  # fmt: skip
 
 
-def test_build_command_refuses_an_existing_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr("sys.argv", ["build", "--out", str(tmp_path)])
-    with pytest.raises(SystemExit):
-        main()
-    assert "choose another or add --force" in capsys.readouterr().err
+def test_build_command_refuses_an_existing_folder(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="choose another or add --force"):
+        main(Settings(out=tmp_path))
     assert not list(tmp_path.iterdir())
 
 
