@@ -140,6 +140,23 @@ def reemergence(curves: pd.DataFrame) -> Figure:
     return figure
 
 
+def training(frame: pd.DataFrame) -> Figure:
+    """The parts of the loss over the steps of a fine-tune, the penalties in a panel of their own.
+
+    frame: of `TrainingRun.to_frame`: step, loss, sft and a column per penalty. Columns with a slash in their names are left out.
+    """
+    penalties = [
+        name for name in frame.columns if "/" not in name and name not in ("step", "epoch", "loss", "sft", "grad_norm", "learning_rate")
+    ]
+    figure = Figure(figsize=(5.6 * (1 + bool(penalties)), 3.8), layout="constrained")
+    for axes, names in zip(figure.subplots(1, 1 + bool(penalties), squeeze=False)[0], (("loss", "sft"), penalties), strict=False):
+        for name in names:
+            axes.plot(frame["step"], frame[name], label=name)
+        axes.set(xlabel="step", ylabel="penalty" if names is penalties else "nats per token")
+        axes.legend(fontsize=8)
+    return figure
+
+
 def _look(kind: str) -> dict[str, str]:
     place = _DEFENCES.index(kind) if kind in _DEFENCES else 0
     return {"color": f"C{place % 10}", "marker": "o*^sDPXvp<>"[place]}
