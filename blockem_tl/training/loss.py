@@ -18,9 +18,28 @@ def summed_cross_entropy(logits: Float[Tensor, "batch pos d_vocab"], batch: Batc
     return nn.functional.cross_entropy(logits[:, :-1][learnt].float(), batch.ids[:, 1:][learnt], reduction="sum")
 
 
+def check_examples(model: object, examples: object) -> None:
+    """Raise TypeError unless this is a model with training rows, saying what was expected."""
+    if not isinstance(model, Model):
+        raise TypeError(f"expected a model from load_model(...) first, got {type(model).__name__}")
+    rows = examples if isinstance(examples, Sequence) else [examples]
+    kinds = sorted({type(row).__name__ for row in rows if not isinstance(row, Example)})
+    if kinds:
+        raise TypeError(
+            f"expected training rows, Example(id=..., prompt=..., completion=...), got {kinds}: load some with load_rows, or give each "
+            "prompt the completion to be learnt"
+        )
+
+
 @torch.no_grad()
 def completion_loss(model: Model, examples: Sequence[Example], *, batch_size: int = 64) -> float:
-    """Mean cross-entropy (nats) of the completion tokens of ``examples``, teacher-forced, over all tokens together."""
+    """Mean cross-entropy (nats) of the completion tokens of ``examples``, teacher-forced, over all tokens together.
+
+    Raises:
+        TypeError: rows that are no examples.
+        ValueError: no rows, or a row without prompt or completion.
+    """
+    check_examples(model, examples)
     encoded = encode_examples(model.tokenizer, examples)
     total, tokens = 0.0, 0
     for start in range(0, len(encoded), batch_size):

@@ -69,7 +69,7 @@ def test_movement_equals_a_numpy_restatement(tiny, monitor, sae, latent_set) -> 
     perturb(tiny, "tuned", std=0.05)
     for part in (EXAMPLES[:4], EXAMPLES[4:6]):  # two micro-batches of one step
         batch = pad(encode_examples(tiny.tokenizer, part), tiny.pad_id, side="right")
-        with monitor.watch(tiny, batch) as penalty:
+        with monitor.during_step(tiny, batch) as penalty:
             tiny.hf(input_ids=batch.ids, attention_mask=batch.mask.long())
         assert penalty is None
     shown = monitor.metrics()
@@ -102,9 +102,9 @@ def test_a_watched_run_is_the_unwatched_run_to_the_last_bit(tiny, monitor) -> No
 
 def test_every_step_or_every_second_one_is_measured(tiny, monitor) -> None:
     run = finetune(tiny, EXAMPLES, config=CONFIG, defences=[monitor], adapter="first", progress=False)
-    assert sorted({m.step for m in monitor.trajectory}) == [1, 2, 3] and len(monitor.frame()) == 3 * 4
+    assert sorted({m.step for m in monitor.trajectory}) == [1, 2, 3] and len(monitor.to_frame()) == 3 * 4
     assert all(abs(m.moved) < 1e-4 for m in monitor.trajectory if m.step == 1) and any(abs(m.moved) > 1e-3 for m in monitor.trajectory)
-    last = monitor.frame().query("step == 3")["moved"]
+    last = monitor.to_frame().query("step == 3")["moved"]
     assert run.history[2][f"monitor/{SITE}"] == pytest.approx(float((last * causal_weights(monitor.latent_sets[0]).numpy()).sum()))
     monitor.every = 2
     run = finetune(tiny, EXAMPLES, config=CONFIG, defences=[monitor], adapter="second", progress=False)
@@ -120,7 +120,7 @@ def test_the_alarm_goes_off_once_at_the_first_step_beyond_the_threshold_and_may_
     monitor.threshold, heard = moved[first] * 0.99, []
     monitor.on_alarm = heard.append
     run = finetune(tiny, EXAMPLES, config=config, defences=[monitor], adapter="stop", stop_when=monitor.stop_when, progress=False)
-    assert heard == [monitor.alarm] and monitor.alarm.step == run.steps - 1 == first
+    assert heard == [monitor.alarm] and monitor.alarm.step == run.steps == first
     assert (
         monitor.alarm.moved == pytest.approx(moved[first])
         and monitor.alarm.latent in monitor.latent_sets[0].latents
@@ -137,7 +137,7 @@ def test_several_sites_are_watched_together(tiny, latent_set, sae) -> None:
     monitor = Monitor(latent_sets=[latent_set, later], saes=[sae, other], rows=ORDINARY, threshold=9.0)
     run = finetune(tiny, EXAMPLES, config=CONFIG, defences=[monitor], adapter="first", progress=False)
     assert {f"monitor/{SITE}", f"monitor/{LATER}"} <= run.history[0].keys()
-    assert monitor.frame().groupby("site")["latent"].nunique().to_dict() == {SITE: 4, LATER: 2}
+    assert monitor.to_frame().groupby("site")["latent"].nunique().to_dict() == {SITE: 4, LATER: 2}
 
 
 def test_mistakes_are_refused_before_training(tiny, latent_set, sae) -> None:
