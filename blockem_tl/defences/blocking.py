@@ -20,7 +20,7 @@ from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.saes.latents import encode_latents, norms
 from blockem_tl.saes.load import check_fits
 from blockem_tl.training.defence import PenaltyFn
-from blockem_tl.training.loss import check_examples
+from blockem_tl.training.loss import BATCH_SIZE, check_examples
 from blockem_tl.types import Example
 
 Positions = Literal["completion", "all"]
@@ -229,11 +229,16 @@ class Blocking:
 
 
 @torch.no_grad()
-def blocking_loss(model: Model, latent_set: LatentSet, sae: SAE[Any], examples: Sequence[Example], *, batch_size: int = 64) -> float:
+def blocking_loss(
+    model: Model, latent_set: LatentSet, sae: SAE[Any], examples: Sequence[Example], *, batch_size: int | None = None
+) -> float:
     """L_block (eq. 11, unweighted) of the model as it stands, on any rows, against base; 0 for base itself.
 
     Any model can be measured so, also one that was trained without blocking: the trajectory over its checkpoints says whether the latents
     stayed put.
+
+    Args:
+        batch_size: rows per forward; None: 64.
 
     Raises:
         TypeError: rows that are no examples.
@@ -242,10 +247,10 @@ def blocking_loss(model: Model, latent_set: LatentSet, sae: SAE[Any], examples: 
     check_examples(model, examples)
     latent_set.check_sae(sae)
     check_fits(sae, model)
-    encoded = encode_examples(model.tokenizer, examples)
+    encoded, size = encode_examples(model.tokenizer, examples), batch_size or BATCH_SIZE
     signs, total = torch.tensor(latent_set.signs, device=model.device), 0.0
-    for start in range(0, len(encoded), batch_size):
-        batch = pad(encoded[start : start + batch_size], model.pad_id, side="right", device=model.device)
+    for start in range(0, len(encoded), size):
+        batch = pad(encoded[start : start + size], model.pad_id, side="right", device=model.device)
         with model.using("base"):
             before = read_latents(model, [(latent_set, sae)], batch)
         total += float(one_sided_penalty(read_latents(model, [(latent_set, sae)], batch), before, signs, batch.reply).sum())

@@ -80,10 +80,8 @@ class ActiveDefences:
 
     def close_step(self, **more: float) -> dict[str, float]:
         """The step's numbers over all processes: the parts of the loss, what the defences measured, ``more``. Defences adapt to them."""
-        world = PartialState().num_processes
-        numbers = more | {
-            name: float(value) * world for name, value in self._parts.items()
-        }  # parts add up over processes, the rest averages
+        world = PartialState().num_processes  # parts add up over processes, the rest averages
+        numbers = more | {name: float(value) * world for name, value in self._parts.items()}
         for defence in self._all(Measures):
             numbers |= {name: float(value) for name, value in defence.metrics().items()}
         if world > 1:

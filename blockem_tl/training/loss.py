@@ -11,6 +11,9 @@ from blockem_tl.data.chat import Batch, encode_examples, pad
 from blockem_tl.models.load import Model
 from blockem_tl.types import Example
 
+BATCH_SIZE = 64
+"""Rows per forward, unless the caller says otherwise."""
+
 
 def summed_cross_entropy(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> Float[Tensor, ""]:
     """Cross-entropy (nats) of the completion tokens, summed."""
@@ -32,18 +35,21 @@ def check_examples(model: object, examples: object) -> None:
 
 
 @torch.no_grad()
-def completion_loss(model: Model, examples: Sequence[Example], *, batch_size: int = 64) -> float:
+def completion_loss(model: Model, examples: Sequence[Example], *, batch_size: int | None = None) -> float:
     """Mean cross-entropy (nats) of the completion tokens of ``examples``, teacher-forced, over all tokens together.
+
+    Args:
+        batch_size: rows per forward; None: 64.
 
     Raises:
         TypeError: rows that are no examples.
         ValueError: no rows, or a row without prompt or completion.
     """
     check_examples(model, examples)
-    encoded = encode_examples(model.tokenizer, examples)
+    encoded, size = encode_examples(model.tokenizer, examples), batch_size or BATCH_SIZE
     total, tokens = 0.0, 0
-    for start in range(0, len(encoded), batch_size):
-        batch = pad(encoded[start : start + batch_size], model.pad_id, side="right", device=model.device)
+    for start in range(0, len(encoded), size):
+        batch = pad(encoded[start : start + size], model.pad_id, side="right", device=model.device)
         logits = cast(Any, model.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
         total += float(summed_cross_entropy(logits, batch))
         tokens += int(batch.reply[:, 1:].sum())
