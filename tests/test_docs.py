@@ -8,11 +8,11 @@ import runpy
 import shlex
 import shutil
 import sys
-import tomllib
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pytest
+import tomllib
 import tyro
 
 from blockem_tl import cli
@@ -23,7 +23,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # A page's hidden `<!-- setup ... -->` comments make what its blocks talk about; `<!-- test: slow -->` stands before a block of minutes,
 # `<!-- test: vllm -->` before one that needs vLLM. All of them run from top to bottom in one namespace, as a reader would run them.
-PART = re.compile(r"^<!-- setup\n(?P<setup>.*?)^-->|(?:^<!-- test: (?P<mark>\w+) -->\n)?^```python\n(?P<block>.*?)^```", re.MULTILINE | re.DOTALL)
+PART = re.compile(
+    r"^<!-- setup\n(?P<setup>.*?)^-->|(?:^<!-- test: (?P<mark>\w+) -->\n)?^```python\n(?P<block>.*?)^```", re.MULTILINE | re.DOTALL
+)
 REPLACED = "instead"  # a setup may say which words (addresses of servers, say) are other ones here
 
 
@@ -44,14 +46,16 @@ def run_page(page: Path, marks: set[str]) -> None:
         if mark in marks:
             for shown, real in names.get(REPLACED, {}).items():
                 code = code.replace(shown, real)
-            exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)  # noqa: S102
+            exec(compile("\n" * (line - 1) + code, str(page), "exec"), names)
 
 
 def cases() -> list:
     found = []
     for page in PAGES:
         marks = {mark for _, mark, _ in parts(page)} - {"setup"}
-        found += [pytest.param(page, mark, id=f"{page.stem}-{mark or 'blocks'}", marks=[pytest.mark.slow] if mark else []) for mark in marks]
+        found += [
+            pytest.param(page, mark, id=f"{page.stem}-{mark or 'blocks'}", marks=[pytest.mark.slow] if mark else []) for mark in marks
+        ]
     return found
 
 
@@ -68,7 +72,9 @@ def test_a_page_runs(page: Path, mark: str, tmp_path: Path, monkeypatch: pytest.
 
 def test_a_block_that_no_longer_works_is_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("<!-- setup\nn = 1\ninstead = {'old': 'n'}\n-->\n```python\nassert old == 1\n```\n```python\nimport blockem_tl\nblockem_tl.speak\n```\n")
+    page.write_text(
+        "<!-- setup\nn = 1\ninstead = {'old': 'n'}\n-->\n```python\nassert old == 1\n```\n```python\nimport blockem_tl\nblockem_tl.speak\n```\n"
+    )
     with pytest.raises(AttributeError, match="speak") as caught:
         run_page(page, {"setup", ""})
     assert caught.traceback[-2].lineno == 9  # the traceback names the page's own line (counted from 0)
@@ -93,7 +99,7 @@ def shown_commands() -> list[str]:
     return sorted(set().union(*(commands_in(path.read_text()) for path in files)))
 
 
-class Parsed(Exception):
+class ParsedError(Exception):
     """The parser took the command line."""
 
 
@@ -103,10 +109,10 @@ def parse_script(path: str, args: list[str], monkeypatch: pytest.MonkeyPatch) ->
 
     def parse(*given, **options):
         real(*given, args=args, **options)
-        raise Parsed
+        raise ParsedError
 
     monkeypatch.setattr(tyro, "cli", parse)
-    with pytest.raises(Parsed):
+    with pytest.raises(ParsedError):
         if path == "-m":
             module, args = args[0], args[1:]
             monkeypatch.delitem(sys.modules, module, raising=False)
@@ -120,16 +126,16 @@ def parse_blockem(args: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def parsed(function):
         @functools.wraps(function)
         def stop(*_, **__):
-            raise Parsed
+            raise ParsedError
 
         return stop
 
     monkeypatch.setattr(cli, "COMMANDS", {name: parsed(function) for name, function in cli.COMMANDS.items()})
     monkeypatch.setattr(cli, "DATA_COMMANDS", {name: parsed(function) for name, function in commands.COMMANDS.items()})
     named = len(args) == 1 and args[0] in {*cli.COMMANDS, "data"} - {"presets"}  # `blockem judge`: the command, not a call
-    with pytest.raises((Parsed, SystemExit)) as caught:
+    with pytest.raises((ParsedError, SystemExit)) as caught:
         cli.main([*args, "--help"] if named else args)
-    assert caught.type is Parsed or caught.value.code == 0, args
+    assert caught.type is ParsedError or caught.value.code == 0, args
 
 
 def check_command(command: str, monkeypatch: pytest.MonkeyPatch) -> None:

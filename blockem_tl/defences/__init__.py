@@ -1,1 +1,1 @@
-"""What can be done against misalignment while fine-tuning, one file each; all of them are a `training.defence.Defence`."""
+"""Defences against misalignment while fine-tuning, one file each; all of them are a `training.defence.Defence`."""

@@ -11,7 +11,8 @@ from sae_lens import SAE
 from torch import Tensor
 
 from blockem_tl.data.chat import Batch, Encoded, encode_examples, pad
-from blockem_tl.defences.base_latents import Reading, Reference, StoredLatents, in_full_precision, read_latents, spread, stored_latents
+from blockem_tl.defences._blocking_run import BlockingRun
+from blockem_tl.defences.base_latents import BaseLatents, Target, in_full_precision, read_latents, standard_deviations, stored_latents
 from blockem_tl.hooks import record
 from blockem_tl.models.activations import block_of
 from blockem_tl.models.load import Model
@@ -19,11 +20,10 @@ from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.saes.latents import encode_latents, norms
 from blockem_tl.saes.load import check_fits
 from blockem_tl.training.defence import PenaltyFn
+from blockem_tl.training.loss import BATCH_SIZE, check_examples
 from blockem_tl.types import Example
 
 Positions = Literal["completion", "all"]
-Target = tuple[LatentSet, SAE[Any]]
-_LARGEST_STEP = 5.0  # multiples of the budget: one wild batch must not decide the weight
 
 
 def one_sided_penalty(
@@ -51,22 +51,21 @@ class Blocking:
     The residual stream is read at each site by a hook; the SAE is never spliced into the forward. The penalty is summed over the sites.
 
     Args:
-        weight: lambda; or one per target; or "auto": found during the run, see ``budget``. With either of the latter the penalty that is
-            reported as a whole is already weighted.
+        weight: lambda; or one per target; or "auto": found during the run, see ``max_movement``. With either of the latter the penalty that
+            is reported as a whole is already weighted.
         latent_set, sae: the one target of most runs.
         targets: instead of those, several (latent set, SAE), from the first block to the last. For K+ alone, shuffled signs or a union
             at one SAE see `LatentSet`.
         positions: "completion" penalises the label-bearing tokens, as in the paper; "all" also the prompt (not template or padding).
         reference: "stored": base's latents, computed once for all rows of the run and kept for later runs; "live": at every step, by
-            a second forward with the adapter off; or whose latents count as unmoved, a `Reference` or a
-            model (for a run that starts from an adapter).
-        budget: with "auto", how far the latents of each target may move in their misaligned direction (root mean square over latents and
-            tokens), in units of their own spread on the reference over the run's completion tokens.
-        pace: with "auto", by how much one step may raise what the budget is worth, in nats per multiple of the budget.
+            a second forward with the adapter off; or `BaseLatents`, if an adapter's or another model's latents count as unmoved.
+        max_movement: with "auto", how far the latents of each target may move in their misaligned direction (root mean square over latents
+            and tokens), in units of their own standard deviation on the reference over the run's completion tokens.
+        dual_step: with "auto", how fast the weight is adapted: the rise of its multiplier in one step, in nats per multiple of the bound.
 
     Raises:
-        ValueError: a weight that is negative or not finite, a budget or pace that is not positive, no target or both spellings, a
-            latent set made with another SAE, targets out of order, one SAE twice.
+        ValueError: a weight that is negative or not finite, a max_movement or dual_step that is not positive, no target or both spellings,
+            a latent set made with another SAE, targets out of order, one SAE twice.
     """
 
     weight: float | Sequence[float] | Literal["auto"]
@@ -74,48 +73,50 @@ class Blocking:
     sae: SAE[Any] | None = None
     targets: Sequence[Target] = ()
     positions: Positions = "completion"
-    reference: Literal["stored", "live"] | Reference | Model = "stored"
-    budget: float = 0.1
-    pace: float = 0.02
+    reference: Literal["stored", "live"] | BaseLatents = "stored"
+    max_movement: float = 0.1
+    dual_step: float = 0.02
     name: str = "block"
-    _run: "_Run" = field(default_factory=lambda: _Run(), init=False, repr=False, compare=False)
+    _run: BlockingRun = field(default_factory=BlockingRun, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if (self.latent_set is None or self.sae is None) == (not self.targets) or (self.latent_set is None) != (self.sae is None):
             raise ValueError("blocking: expected either latent_set=... with sae=..., or targets=[(latent_set, sae), ...]")
-        for latent_set, sae in self.sites:
+        for latent_set, sae in self.all_targets:
             latent_set.check_sae(sae)
         if isinstance(self.weight, str) and self.weight != "auto":
             raise ValueError(f'blocking weight: expected numbers or "auto", got {self.weight!r}')
         for weight in self.weights:
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"blocking weight: expected a finite lambda >= 0, got {weight}")
-        if not (0 < self.budget < float("inf") and 0 < self.pace < float("inf")):
-            raise ValueError(f"blocking: expected a finite budget > 0 and pace > 0, got {self.budget} and {self.pace}")
-        if len(self.weights) != len(self.sites):
-            raise ValueError(f"blocking: expected one weight, or one for each of {len(self.sites)} targets, got {len(self.weights)}")
-        blocks = [block_of(latent_set.site) for latent_set, _ in self.sites]
+        if not (0 < self.max_movement < float("inf") and 0 < self.dual_step < float("inf")):
+            raise ValueError(
+                f"blocking: expected a finite max_movement > 0 and dual_step > 0, got {self.max_movement} and {self.dual_step}"
+            )
+        if len(self.weights) != len(self.all_targets):
+            raise ValueError(f"blocking: expected one weight, or one for each of {len(self.all_targets)} targets, got {len(self.weights)}")
+        blocks = [block_of(latent_set.site) for latent_set, _ in self.all_targets]
         if None not in blocks and blocks != sorted(cast(list[int], blocks)):
-            raise ValueError(f"blocking: expected targets from the first block to the last, got {[s.site for s, _ in self.sites]}")
-        places = [(latent_set.site, latent_set.sae_fingerprint) for latent_set, _ in self.sites]
+            raise ValueError(f"blocking: expected targets from the first block to the last, got {[s.site for s, _ in self.all_targets]}")
+        places = [(latent_set.site, latent_set.sae_fingerprint) for latent_set, _ in self.all_targets]
         if len(set(places)) < len(places):
             raise ValueError("blocking: two targets share one SAE, so shared latents would count twice: join the sets with union()")
 
     @property
-    def sites(self) -> tuple[Target, ...]:
-        """The targets, however they were spelled."""
+    def all_targets(self) -> tuple[Target, ...]:
+        """Every (latent set, SAE), however they were given."""
         return tuple(self.targets) or ((cast(LatentSet, self.latent_set), cast(SAE[Any], self.sae)),)
 
     @property
     def weights(self) -> tuple[float, ...]:
         """Lambda of each target; with "auto" as found so far."""
         if isinstance(self.weight, str):
-            return tuple(self._run.worth.get(label, 0.0) / self._run.limits.get(label, 1.0) for label in self._labels)
-        return tuple(self.weight) if isinstance(self.weight, Sequence) else (self.weight,) * len(self.sites)
+            return tuple(self._run.weight(label) for label in self._labels)
+        return tuple(self.weight) if isinstance(self.weight, Sequence) else (self.weight,) * len(self.all_targets)
 
     def check(self, model: Model) -> None:
-        """Raise ValueError where an SAE does not fit ``model``."""
-        for _, sae in self.sites:
+        """Raise ValueError if an SAE does not fit ``model``."""
+        for _, sae in self.all_targets:
             check_fits(sae, model)
 
     def prepare(self, model: Model, rows: Sequence[Encoded]) -> None:
@@ -128,30 +129,30 @@ class Blocking:
         self._check_reached(model)
         self._run.start()
         if self._reference.stored:
-            self._run.stored = stored_latents(model, self._readings, rows, self._reference)
+            self._run.stored = stored_latents(model, self.all_targets, rows, self._reference)
         if self.weight == "auto":
-            variances = spread(model, self._readings, rows, self._reference, self._run.stored).square()
-            for label, part in zip(self._labels, variances.split([len(s) for s, _ in self.sites]), strict=True):
-                self._run.limits[label] = self.budget**2 * float(part.sum())
-                if self._run.limits[label] == 0:
+            variances = standard_deviations(model, self.all_targets, rows, self._reference, self._run.stored).square()
+            for label, part in zip(self._labels, variances.split([len(s) for s, _ in self.all_targets]), strict=True):
+                self._run.bounds[label] = self.max_movement**2 * float(part.sum())
+                if self._run.bounds[label] == 0:
                     raise ValueError(f'blocking at {label}: no latent ever fires on these rows, so "auto" has no unit: give a weight')
 
     @contextmanager
-    def watch(self, model: Model, batch: Batch) -> Iterator[PenaltyFn]:
-        """See `Defence`."""
+    def during_step(self, model: Model, batch: Batch) -> Iterator[PenaltyFn]:
+        """Read the tuned model's latents at every site; yields the penalty."""
         where = batch.reply if self.positions == "completion" else batch.mask & ~batch.system
         reference = self.reference_latents(model, batch)
         store: dict[str, Tensor] = {}
-        with model.hooks(fwd_hooks=[record(site, store, detach=False) for site in {s.site for s, _ in self.sites}]):
+        with model.hooks(fwd_hooks=[record(site, store, detach=False) for site in {s.site for s, _ in self.all_targets}]):
             yield lambda logits: self._penalty(store, reference, where)
 
     def reference_latents(self, model: Model, batch: Batch) -> Float[Tensor, "batch pos n_latents"]:
-        """z of the reference on the batch, all targets side by side: looked up where it is stored, else run now."""
+        """z of the reference on the batch, all targets side by side: looked up if it is stored, else run now."""
         stored = self._run.stored.look_up(batch) if self._run.stored else None
         if stored is not None:
             return stored
-        with self._reference.speaking(model) as speaker:
-            return read_latents(speaker, self._readings, batch)
+        with self._reference.reference_model(model) as chosen:
+            return read_latents(chosen, self.all_targets, batch)
 
     def metrics(self) -> dict[str, float]:
         """Per site and sign the penalty's mean over the step's examples (unweighted), and the share of (token, latent) that is active."""
@@ -161,50 +162,50 @@ class Blocking:
         return numbers
 
     def adapt(self, numbers: Mapping[str, float]) -> None:
-        """Dual ascent on "penalty <= limit" per target: what the limit is worth grows while it is exceeded, and falls while it is not."""
-        for label, limit in self._run.limits.items():
-            used = (numbers[f"{self.name}/{label}+"] + numbers[f"{self.name}/{label}-"]) / limit
-            worth = self._run.worth.get(label, 0.0) + self.pace * min(used - 1, _LARGEST_STEP)
-            self._run.worth[label] = max(0.0, worth)
+        """With "auto", raise the weight of each target whose penalty exceeds its bound, and lower the others."""
+        for label in self._run.bounds:
+            penalty = numbers[f"{self.name}/{label}+"] + numbers[f"{self.name}/{label}-"]
+            self._run.ascend(label, penalty, self.dual_step)
 
     def state(self) -> dict[str, float]:
-        """What each limit is worth by now, in nats: lambda times the limit."""
-        return dict(self._run.worth)
+        """The multipliers by now, in nats (lambda times the bound), and the peaks of lambda."""
+        return self._run.state()
 
     def restore(self, state: Mapping[str, float]) -> None:
-        """Go on from there."""
-        self._run.worth = dict(state)
+        """Go on from a checkpoint's state."""
+        self._run.restore(state)
 
-    def record(self) -> list[dict[str, Any]]:
-        """Per target what its weight means: lambda carries over to another SAE only as far as the norms agree."""
+    def describe_weight(self) -> list[dict[str, Any]]:
+        """Per target its weight and what that means: lambda carries over to another SAE only as far as the norms agree."""
         return [
-            {"site": label, "latents": len(latent_set), "weight": weight, "sae_norms": norms(sae, latent_set.latents)}
-            for label, (latent_set, sae), weight in zip(self._labels, self.sites, self.weights, strict=True)
+            {
+                "site": label,
+                "latents": len(latent_set),
+                "weight": weight,
+                "peak": max(weight, self._run.peaks.get(label, 0.0)),
+                "sae_fingerprint": latent_set.sae_fingerprint,
+                "sae_norms": norms(sae, latent_set.latents),
+            }
+            for label, (latent_set, sae), weight in zip(self._labels, self.all_targets, self.weights, strict=True)
         ]
 
     @property
     def _labels(self) -> list[str]:
-        """What each target is called in the log: its site, and a number for a second SAE there."""
-        sites = [latent_set.site for latent_set, _ in self.sites]
+        """Names of the targets in the log: the site, and a number for a second SAE there."""
+        sites = [latent_set.site for latent_set, _ in self.all_targets]
         return [site if sites[:i].count(site) == 0 else f"{site}#{sites[:i].count(site) + 1}" for i, site in enumerate(sites)]
 
     @property
-    def _reference(self) -> Reference:
-        if isinstance(self.reference, Reference):
-            return self.reference
-        return Reference(of=self.reference) if isinstance(self.reference, Model) else Reference(stored=self.reference == "stored")
-
-    @property
-    def _readings(self) -> list[Reading]:
-        return [Reading(site=latent_set.site, sae=sae, latents=latent_set.latents) for latent_set, sae in self.sites]
+    def _reference(self) -> BaseLatents:
+        return self.reference if isinstance(self.reference, BaseLatents) else BaseLatents(stored=self.reference == "stored")
 
     def _penalty(
         self, store: dict[str, Tensor], reference: Float[Tensor, "batch pos n_latents"], where: Bool[Tensor, "batch pos"]
     ) -> Float[Tensor, " batch"]:
         total = torch.zeros(len(where), device=where.device)
-        sizes = [len(latent_set) for latent_set, _ in self.sites]
+        sizes = [len(latent_set) for latent_set, _ in self.all_targets]
         shared = isinstance(self.weight, (int, float))
-        targets = zip(self._labels, self.sites, self.weights, reference.split(sizes, dim=-1), strict=True)
+        targets = zip(self._labels, self.all_targets, self.weights, reference.split(sizes, dim=-1), strict=True)
         for label, (latent_set, sae), weight, before in targets:
             with in_full_precision(where.device):
                 latents = encode_latents(sae, store[latent_set.site], latent_set.latents)
@@ -217,7 +218,7 @@ class Blocking:
     def _check_reached(self, model: Model) -> None:
         store: dict[str, Tensor] = {}
         tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-        sites = {latent_set.site for latent_set, _ in self.sites}
+        sites = {latent_set.site for latent_set, _ in self.all_targets}
         with torch.enable_grad(), model.hooks(fwd_hooks=[record(site, store, detach=False) for site in sites]):
             cast(Any, model.hf)(input_ids=tokens, use_cache=False)
         unreached = sorted(site for site in sites if not store[site].requires_grad)
@@ -227,66 +228,30 @@ class Blocking:
             )
 
 
-class _Run:
-    """What one run of a `Blocking` knows: its stored reference, the sums for its metrics since they were last asked for, and with
-    "auto" each target's limit and what it is worth."""
-
-    def __init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        """Forget an earlier run, which may have been interrupted within a step."""
-        self.stored: StoredLatents | None = None
-        self.sums: dict[str, Tensor] = {}
-        self.examples: dict[str, int] = {}
-        self.limits: dict[str, float] = {}
-        self.worth: dict[str, float] = {}
-
-    @torch.no_grad()
-    def note(
-        self,
-        target: str,
-        latents: Float[Tensor, "batch pos n_latents"],
-        reference: Float[Tensor, "batch pos n_latents"],
-        signs: Int[Tensor, " n_latents"],
-        where: Bool[Tensor, "batch pos"],
-    ) -> None:
-        """Add a micro-batch; nothing waits for the device."""
-        share = (where / where.sum(-1, keepdim=True))[..., None]  # each token's share of its example
-        moved = torch.relu(signs * (latents - reference)).square()
-        per_latent = (moved * share).sum((0, 1))
-        for label, value in (
-            (f"{target}+", per_latent[signs > 0].sum()),
-            (f"{target}-", per_latent[signs < 0].sum()),
-            (f"{target}/active", ((latents > 0) * share).sum((0, 1)).mean()),
-        ):
-            self.sums[label] = self.sums.get(label, 0) + value
-            self.examples[label] = self.examples.get(label, 0) + len(where)
-
-    def take(self, name: str) -> dict[str, float]:
-        """The means, under names that begin with the defence's; the sums start again."""
-        means = {f"{name}/{label}": float(value) / self.examples[label] for label, value in self.sums.items()}
-        self.sums, self.examples = {}, {}
-        return means
-
-
 @torch.no_grad()
-def blocking_loss(model: Model, latent_set: LatentSet, sae: SAE[Any], examples: Sequence[Example], *, batch_size: int = 64) -> float:
-    """L_block (eq. 11, unweighted) of the model as it stands on rows it need not have been trained on, against base; 0 for base itself.
+def blocking_loss(
+    model: Model, latent_set: LatentSet, sae: SAE[Any], examples: Sequence[Example], *, batch_size: int | None = None
+) -> float:
+    """L_block (eq. 11, unweighted) of the model as it stands, on any rows, against base; 0 for base itself.
 
     Any model can be measured so, also one that was trained without blocking: the trajectory over its checkpoints says whether the latents
     stayed put.
 
+    Args:
+        batch_size: rows per forward; None: 64.
+
     Raises:
+        TypeError: rows that are no examples.
         ValueError: a set of another SAE, an SAE that does not fit, or a row with an empty completion.
     """
+    check_examples(model, examples)
     latent_set.check_sae(sae)
-    reading = Reading(site=check_fits(sae, model), sae=sae, latents=latent_set.latents)
-    encoded = encode_examples(model.tokenizer, examples)
+    check_fits(sae, model)
+    encoded, size = encode_examples(model.tokenizer, examples), batch_size or BATCH_SIZE
     signs, total = torch.tensor(latent_set.signs, device=model.device), 0.0
-    for start in range(0, len(encoded), batch_size):
-        batch = pad(encoded[start : start + batch_size], model.pad_id, side="right", device=model.device)
+    for start in range(0, len(encoded), size):
+        batch = pad(encoded[start : start + size], model.pad_id, side="right", device=model.device)
         with model.using("base"):
-            before = read_latents(model, [reading], batch)
-        total += float(one_sided_penalty(read_latents(model, [reading], batch), before, signs, batch.reply).sum())
+            before = read_latents(model, [(latent_set, sae)], batch)
+        total += float(one_sided_penalty(read_latents(model, [(latent_set, sae)], batch), before, signs, batch.reply).sum())
     return total / len(encoded)

@@ -15,10 +15,11 @@ from blockem_tl.hooks import ablate
 from blockem_tl.models.load import Model
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.saes.latents import decoder_directions
+from blockem_tl.training.defence import NoPenalty
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ConceptAblation:
+class ConceptAblation(NoPenalty):
     """h <- h - Q Q^T h at each site and every position, Q an orthonormal basis of that site's directions.
 
     Gradients flow through the projection, so what training learns does not run through the ablated span.
@@ -32,7 +33,6 @@ class ConceptAblation:
 
     directions: Mapping[str, Float[Tensor, "*n_directions d_model"]]
     name: str = "caft"
-    weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.directions:
@@ -42,10 +42,14 @@ class ConceptAblation:
 
     @staticmethod
     def of(latent_sets: Sequence[LatentSet], saes: Sequence[SAE[Any]]) -> "ConceptAblation":
-        """Ablate the decoder directions of each set's latents at its site. Raises ValueError for an SAE that is not the set's."""
-        for latents, sae in zip(latent_sets, saes, strict=True):
-            latents.check_sae(sae)
-        if len({latents.site for latents in latent_sets}) < len(latent_sets):
+        """A defence that ablates the decoder directions of each set's latents at its site.
+
+        Raises:
+            ValueError: an SAE that is not its set's, or two sets at one site.
+        """
+        for latent_set, sae in zip(latent_sets, saes, strict=True):
+            latent_set.check_sae(sae)
+        if len({latent_set.site for latent_set in latent_sets}) < len(latent_sets):
             raise ValueError("CAFT: expected one latent set per site; take their union first")
         return ConceptAblation(directions={k.site: decoder_directions(sae, k.latents) for k, sae in zip(latent_sets, saes, strict=True)})
 
@@ -57,7 +61,7 @@ class ConceptAblation:
                 raise ValueError(f"CAFT at {site}: {len(rows)} directions may span all {rows.shape[1]} dimensions; choose fewer latents")
 
     @contextmanager
-    def watch(self, model: Model, batch: Batch) -> Iterator[None]:
-        """Ablate in the tuned forward; see `Defence`."""
+    def during_step(self, model: Model, batch: Batch) -> Iterator[None]:
+        """Ablate in the tuned forward; no penalty."""
         with model.hooks(fwd_hooks=[on_tuned_only(model, ablate(site, rows)) for site, rows in self.directions.items()]):
             yield None

@@ -17,26 +17,26 @@ from blockem_tl.saes.latents import decoder_directions
 Combine = Literal["best", "sum"]
 
 
-def misaligned_direction(latents: LatentSet, sae: SAE[Any], *, combine: Combine = "best") -> Float[Tensor, " d_model"]:
+def misaligned_direction(latent_set: LatentSet, sae: SAE[Any], *, combine: Combine = "best") -> Float[Tensor, " d_model"]:
     """A unit direction that points to misalignment.
 
-    combine: "best" is sign * d-hat of the set's first latent (sets are ordered best first); "sum" is the sum of sign_k * d-hat_k over
+    combine: "best" is sign * d-hat of the set's first latent (sets are ordered best first). "sum" is the sum of sign_k * d-hat_k over
     all of them, normalised, so that a dose means the same strength for both.
 
     Raises:
         ValueError: another SAE than the set's, or a sum that cancels out.
     """
-    latents.check_sae(sae)
-    directions = decoder_directions(sae, latents.latents)
-    signed = directions * torch.tensor(latents.signs, dtype=directions.dtype, device=directions.device)[:, None]
+    latent_set.check_sae(sae)
+    directions = decoder_directions(sae, latent_set.latents)
+    signed = directions * torch.tensor(latent_set.signs, dtype=directions.dtype, device=directions.device)[:, None]
     total = signed[0] if combine == "best" else signed.sum(0)
     if total.norm() < 1e-6:
         raise ValueError("the latents' signed directions cancel out: there is no common direction to steer along; use combine='best'")
     return total / total.norm()
 
 
-def repair(latents: LatentSet, sae: SAE[Any], *, dose: float, scale: float, combine: Combine = "best") -> Condition:
-    """Test-time steering: push the tuned model away from misalignment while it replies, ``evaluate(..., condition=repair(...))``.
+def repair(latent_set: LatentSet, sae: SAE[Any], *, dose: float, scale: float, combine: Combine = "best") -> Condition:
+    """A condition that steers the tuned model away from misalignment while it replies: ``evaluate(..., condition=repair(...))``.
 
     h <- h - dose * scale * (misaligned direction) at the set's site, the repair arm of eq. 6.
 
@@ -48,7 +48,7 @@ def repair(latents: LatentSet, sae: SAE[Any], *, dose: float, scale: float, comb
     """
     if not 0 < dose < float("inf"):
         raise ValueError(f"repair: expected a finite dose > 0 (it is subtracted), got {dose}")
-    steering = Steering(site=latents.site, direction=misaligned_direction(latents, sae, combine=combine), dose=-dose, scale=scale)
+    steering = Steering(site=latent_set.site, direction=misaligned_direction(latent_set, sae, combine=combine), dose=-dose, scale=scale)
     return Condition(name=f"repair, {combine}, dose {dose:g}", steering=(steering,))
 
 

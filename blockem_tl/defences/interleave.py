@@ -1,17 +1,15 @@
 """Interleaving: safe rows of other topics among the training rows (Kaczer et al. 2025 and the usual advice against forgetting)."""
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from blockem_tl.data.chat import Batch
-from blockem_tl.models.load import Model
+from blockem_tl.training.defence import NoPenalty
 from blockem_tl.types import Example
 
 
 @dataclass(frozen=True, kw_only=True)
-class Interleaving:
+class Interleaving(NoPenalty):
     """Mix safe rows in, so that they make up ``share`` of all rows; nothing is taken out, so a run of one epoch gets longer.
 
     The rows are drawn without replacement and spread evenly over the training rows, both seeded by the run; the trainer shuffles
@@ -22,13 +20,12 @@ class Interleaving:
         share: of safe rows among all, in (0, 1).
 
     Raises:
-        ValueError: no safe rows, or a share out of range; on ``rewrite``: too few safe rows for the share.
+        ValueError: no safe rows, or a share out of range.
     """
 
     safe: Sequence[Example]
     share: float
     name: str = "interleaving"
-    weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
@@ -36,11 +33,8 @@ class Interleaving:
         if not self.safe:
             raise ValueError("interleaving: expected safe rows to mix in, got none")
 
-    def check(self, model: Model) -> None:
-        """Nothing to check: the rows are checked with the others."""
-
     def rewrite(self, examples: Sequence[Example], *, seed: int) -> list[Example]:
-        """See `RewritesRows`."""
+        """The rows with safe ones spread evenly among them. Raises ValueError if there are too few safe rows."""
         n = max(1, round(self.share / (1 - self.share) * len(examples)))
         if n > len(self.safe):
             raise ValueError(
@@ -50,8 +44,3 @@ class Interleaving:
         safe = random.Random(seed).sample(list(self.safe), n)
         placed = [((i + 0.5) / len(rows), kind, row) for kind, rows in enumerate((examples, safe)) for i, row in enumerate(rows)]
         return [row for _, _, row in sorted(placed, key=lambda item: item[:2])]
-
-    @contextmanager
-    def watch(self, model: Model, batch: Batch) -> Iterator[None]:
-        """No penalty: the rows are the defence."""
-        yield None

@@ -32,11 +32,11 @@ class KLToBase:
             raise ValueError(f"KL weight: expected a finite weight >= 0, got {self.weight}")
 
     def check(self, model: Model) -> None:
-        """Nothing to check: KL needs only the model."""
+        """Check nothing: KL needs only the model."""
 
     @contextmanager
-    def watch(self, model: Model, batch: Batch) -> Iterator[PenaltyFn]:
-        """See `Defence`."""
+    def during_step(self, model: Model, batch: Batch) -> Iterator[PenaltyFn]:
+        """Run base on the batch; yields the penalty."""
         training = model.original_model.training
         model.original_model.eval()
         with torch.no_grad(), model.using("base"):

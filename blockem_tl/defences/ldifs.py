@@ -18,7 +18,7 @@ from blockem_tl.training.defence import PenaltyFn
 def feature_distance(
     features: Float[Tensor, "batch pos d_model"], reference: Float[Tensor, "batch pos d_model"], where: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, " batch"]:
-    """Per example: mean over the tokens in ``where`` of |h_t - h_t(base)|^2. Raises ValueError for an example without such a token."""
+    """Mean over the tokens in ``where`` of |h_t - h_t(base)|^2, per example. Raises ValueError for an example without such a token."""
     counts = where.sum(-1)
     if (counts == 0).any():
         raise ValueError("LDIFS: expected at least one supervised token in every example; an empty completion has none")
@@ -27,7 +27,7 @@ def feature_distance(
 
 @dataclass(frozen=True, kw_only=True)
 class LDIFS:
-    """Per example: the sum over sites of the mean squared L2 distance to base over completion tokens.
+    """Keep features near base's: per example, the sum over sites of the mean squared L2 distance over completion tokens.
 
     The paper takes features of many layers of an image encoder; the residual stream after every few blocks is the counterpart. The
     distance is in the residual stream's own units (its squared norm grows with depth), so weights do not carry over between models.
@@ -52,8 +52,8 @@ class LDIFS:
             resolve(model.hook_dict, site)
 
     @contextmanager
-    def watch(self, model: Model, batch: Batch) -> Iterator[PenaltyFn]:
-        """See `Defence`."""
+    def during_step(self, model: Model, batch: Batch) -> Iterator[PenaltyFn]:
+        """Read base's and the tuned model's features at every site; yields the penalty."""
         reference = base_activations(model, batch, self.sites)
         store: dict[str, Tensor] = {}
 

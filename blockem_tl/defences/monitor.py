@@ -18,6 +18,8 @@ from blockem_tl.models.load import Model
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.saes.latents import encode_latents
 from blockem_tl.saes.load import check_fits
+from blockem_tl.training.defence import NoPenalty
+from blockem_tl.training.loss import check_examples
 from blockem_tl.types import Example
 
 
@@ -34,7 +36,7 @@ class Movement:
 
 @dataclass(frozen=True, kw_only=True)
 class Alarm:
-    """A set that has moved beyond the threshold: when, how far, and the latent that contributes most."""
+    """A set that has moved beyond the threshold: the step, how far, and the latent that contributes most."""
 
     step: int
     site: str
@@ -42,18 +44,18 @@ class Alarm:
     latent: int
 
 
-def causal_weights(latents: LatentSet) -> Float[Tensor, " n_latents"]:
-    """How much each latent counts in its set's movement: its score in discovery, as a share of all; equal shares where none is positive.
+def causal_weights(latent_set: LatentSet) -> Float[Tensor, " n_latents"]:
+    """Each latent's weight in its set's movement: its score in discovery, as a share of all; equal shares if none is positive.
 
     A set also holds latents with little effect of their own (of style or topic), which harmless fine-tunes move as well.
     """
-    scores = torch.tensor(latents.scores).clamp(min=0.0)
+    scores = torch.tensor(latent_set.scores).clamp(min=0.0)
     return scores / scores.sum() if scores.sum() > 0 else torch.full_like(scores, 1 / len(scores))
 
 
 @dataclass(kw_only=True, eq=False)
-class Monitor:
-    """Adds nothing to the loss; pass it to ``finetune(defences=[...])`` beside whatever else.
+class Monitor(NoPenalty):
+    """Watch how far latents move, and raise an alarm. It adds nothing to the loss; pass it to ``finetune(defences=[...])``.
 
     At every measured step the latents are read on the training batch as it is, under the tuned model and under base, on the same tokens.
     A latent's spread is its standard deviation over the completion tokens of ``rows`` under base, but never less than the median of its
@@ -63,12 +65,12 @@ class Monitor:
 
     Args:
         latent_sets, saes: in parallel, at most one per site.
-        rows: what base is normally like: ordinary rows, not the ones under suspicion (a few hundred are enough).
+        rows: ordinary rows, not the ones under suspicion (a few hundred are enough): they show what base is normally like.
         threshold: in spreads; a set that has moved further raises the alarm. Calibrate it on a fine-tune known to be harmless.
         every: measure each so many steps.
         on_alarm: called once, when the alarm is raised. To end the run there: ``finetune(stop_when=monitor.stop_when)``.
 
-    After (or during) the run: ``trajectory`` and ``frame()``, per latent and step; ``alarm``, the first one, or None.
+    After (or during) the run: ``trajectory`` and ``to_frame()``, per latent and step; ``alarm``, the first one, or None.
 
     Raises:
         ValueError: sets and SAEs that do not pair up, two sets at one site, a threshold or interval that is not positive, no rows.
@@ -81,7 +83,6 @@ class Monitor:
     every: int = 1
     on_alarm: Callable[[Alarm], None] | None = None
     name: str = "monitor"
-    weight: float = field(default=0.0, init=False)
     trajectory: list[Movement] = field(default_factory=list, init=False)
     alarm: Alarm | None = field(default=None, init=False)
     spreads: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
@@ -93,9 +94,9 @@ class Monitor:
             raise ValueError(f"monitor: expected a finite threshold > 0 and every >= 1, got {self.threshold} and {self.every}")
         if not self.rows:
             raise ValueError("monitor: expected rows to measure the latents' spread on, got none")
-        for latents, sae in zip(self.latent_sets, self.saes, strict=True):
-            latents.check_sae(sae)
-        self._sites = [latents.site for latents in self.latent_sets]
+        for latent_set, sae in zip(self.latent_sets, self.saes, strict=True):
+            latent_set.check_sae(sae)
+        self._sites = [latent_set.site for latent_set in self.latent_sets]
         if len(set(self._sites)) < len(self._sites):
             raise ValueError(f"monitor: expected one latent set per site, got {self._sites}; take their union first")
         self._sums: dict[str, Tensor] = {}
@@ -103,26 +104,26 @@ class Monitor:
 
     @torch.no_grad()
     def check(self, model: Model) -> None:
-        """Measure the spreads on base and begin anew; ValueError where an SAE does not fit, or no latent ever varies on the rows."""
+        """Measure the spreads on base and begin anew. Raises ValueError if an SAE does not fit, or no latent ever varies on the rows."""
+        check_examples(model, self.rows)
         encoded = encode_examples(model.tokenizer, self.rows)
         check_lengths(encoded, model.cfg.n_ctx)
-        for latents, sae in zip(self.latent_sets, self.saes, strict=True):
+        for latent_set, sae in zip(self.latent_sets, self.saes, strict=True):
             check_fits(sae, model)
             with model.using("base"):
-                values = [encode_latents(sae, h, latents.latents)[batch.reply] for h, batch in read_site(model, latents.site, encoded)]
-            spread = torch.cat(values).std(0)
-            floor = spread[spread > 0].median() if (spread > 0).any() else None
-            if floor is None:
+                read = read_site(model, latent_set.site, encoded)
+                spread = torch.cat([encode_latents(sae, h, latent_set.latents)[batch.reply] for h, batch in read]).std(0)
+            if not (spread > 0).any():
                 raise ValueError(
-                    f"monitor: none of {len(latents)} latents at {latents.site} varies on the rows under base: give other rows"
+                    f"monitor: none of {len(latent_set)} latents at {latent_set.site} varies on the rows under base: give other rows"
                 )
-            self.spreads[latents.site] = spread.clamp(min=float(floor))
+            self.spreads[latent_set.site] = spread.clamp(min=float(spread[spread > 0].median()))
         self.trajectory.clear()
         self.alarm, self._sums, self._tokens, self._step = None, {}, 0, 0
 
     @contextmanager
-    def watch(self, model: Model, batch: Batch) -> Iterator[None]:
-        """Read this micro-batch, if it is its step's turn; see `Defence`."""
+    def during_step(self, model: Model, batch: Batch) -> Iterator[None]:
+        """Read this micro-batch, if it is its step's turn; no penalty."""
         if self._step % self.every:
             yield None
             return
@@ -134,39 +135,39 @@ class Monitor:
 
     @torch.no_grad()
     def _add(self, tuned: dict[str, Tensor], base: dict[str, Tensor], where: Bool[Tensor, "batch pos"]) -> None:
-        for latents, sae in zip(self.latent_sets, self.saes, strict=True):
-            z, reference = (encode_latents(sae, side[latents.site], latents.latents)[where].float() for side in (tuned, base))
-            moved = torch.tensor(latents.signs, device=where.device) * (z - reference)
-            self._sums[latents.site] = self._sums.get(latents.site, 0) + moved.sum(0)
+        for latent_set, sae in zip(self.latent_sets, self.saes, strict=True):
+            z, reference = (encode_latents(sae, side[latent_set.site], latent_set.latents)[where].float() for side in (tuned, base))
+            moved = torch.tensor(latent_set.signs, device=where.device) * (z - reference)
+            self._sums[latent_set.site] = self._sums.get(latent_set.site, 0) + moved.sum(0)
         self._tokens += int(where.sum())
 
     def metrics(self) -> dict[str, float]:
-        """Close the step: every set's movement in spreads, and whether the alarm has gone off; nothing for a step not measured."""
+        """Every set's movement in spreads, and whether the alarm has gone off; nothing for a step not measured. It closes the step."""
         self._step += 1
         if not self._tokens:
             return {}
-        found: dict[str, float] = {}
-        for latents in self.latent_sets:
-            moved = (self._sums[latents.site] / self._tokens / self.spreads[latents.site]).cpu()
-            for latent, sign, value in zip(latents.latents, latents.signs, moved.tolist(), strict=True):
-                self.trajectory.append(Movement(step=self._step, site=latents.site, latent=latent, sign=sign, moved=value))
-            parts = causal_weights(latents) * moved
-            found[f"{self.name}/{latents.site}"] = float(parts.sum())
-            self._raise_alarm(latents, parts)
+        numbers: dict[str, float] = {}
+        for latent_set in self.latent_sets:
+            moved = (self._sums[latent_set.site] / self._tokens / self.spreads[latent_set.site]).cpu()
+            for latent, sign, value in zip(latent_set.latents, latent_set.signs, moved.tolist(), strict=True):
+                self.trajectory.append(Movement(step=self._step, site=latent_set.site, latent=latent, sign=sign, moved=value))
+            parts = causal_weights(latent_set) * moved
+            numbers[f"{self.name}/{latent_set.site}"] = float(parts.sum())
+            self._raise_alarm(latent_set, parts)
         self._sums, self._tokens = {}, 0
-        return {**found, f"{self.name}/alarm": float(self.alarm is not None)}
+        return {**numbers, f"{self.name}/alarm": float(self.alarm is not None)}
 
-    def _raise_alarm(self, latents: LatentSet, parts: Float[Tensor, " n_latents"]) -> None:
+    def _raise_alarm(self, latent_set: LatentSet, parts: Float[Tensor, " n_latents"]) -> None:
         moved = float(parts.sum())
         if self.alarm is None and moved > self.threshold:
-            self.alarm = Alarm(step=self._step, site=latents.site, moved=moved, latent=latents.latents[int(parts.argmax())])
+            self.alarm = Alarm(step=self._step, site=latent_set.site, moved=moved, latent=latent_set.latents[int(parts.argmax())])
             if self.on_alarm is not None:
                 self.on_alarm(self.alarm)
 
     def stop_when(self, model: Model, step: int) -> bool:
-        """For ``finetune(stop_when=...)``: has the alarm gone off? Asked before the step is closed, so the run ends one step later."""
+        """Whether the alarm has gone off: ``finetune(stop_when=monitor.stop_when)``."""
         return self.alarm is not None
 
-    def frame(self) -> pd.DataFrame:
-        """The trajectory: one row per measured step and latent, columns step, site, latent, sign, moved."""
+    def to_frame(self) -> pd.DataFrame:
+        """The trajectory: one row per measured step and latent, with columns step, site, latent, sign, moved."""
         return pd.DataFrame([asdict(movement) for movement in self.trajectory])

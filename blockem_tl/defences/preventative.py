@@ -11,11 +11,12 @@ from blockem_tl.data.chat import Batch
 from blockem_tl.defences.directions import check_direction, on_tuned_only
 from blockem_tl.hooks import steer
 from blockem_tl.models.load import Model
+from blockem_tl.training.defence import NoPenalty
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class PreventativeSteering:
-    """h <- h + dose * scale * direction at ``site`` and every position, in training only: what is given need not be learnt.
+class PreventativeSteering(NoPenalty):
+    """Add dose * scale * direction at ``site`` and every position, in training only: what is given need not be learnt.
 
     Args:
         direction: [d_model], pointing to misalignment, unit norm for doses to mean what they mean in the paper
@@ -31,7 +32,6 @@ class PreventativeSteering:
     dose: float
     scale: float
     name: str = "preventative"
-    weight: float = 0.0
 
     def __post_init__(self) -> None:
         check_direction(self.name, self.direction)
@@ -47,8 +47,8 @@ class PreventativeSteering:
         check_direction(self.name, self.direction, model, self.site)
 
     @contextmanager
-    def watch(self, model: Model, batch: Batch) -> Iterator[None]:
-        """Steer the tuned forward; see `Defence`."""
+    def during_step(self, model: Model, batch: Batch) -> Iterator[None]:
+        """Steer the tuned forward; no penalty."""
         hook = steer(self.site, self.direction, self.dose, scale=self.scale)
         with model.hooks(fwd_hooks=[on_tuned_only(model, hook)]):
             yield None

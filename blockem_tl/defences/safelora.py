@@ -1,7 +1,6 @@
 """SafeLoRA: project the LoRA update onto the subspace that alignment moved the weights in (Hsu et al. 2024)."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -10,8 +9,8 @@ from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from blockem_tl.data.chat import Batch
 from blockem_tl.models.load import Model
+from blockem_tl.training.defence import NoPenalty
 
 
 def alignment_differences(aligned: nn.Module | Mapping[str, Tensor], unaligned: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -34,7 +33,7 @@ def alignment_differences(aligned: nn.Module | Mapping[str, Tensor], unaligned: 
 
 
 def projection(difference: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_out"]:
-    """C = V V^T / |V|_F, the paper's cheap stand-in for the projector onto V's columns (which is the identity where V has full rank)."""
+    """C = V V^T / |V|_F, the paper's cheap stand-in for the projector onto V's columns (which is the identity if V has full rank)."""
     return difference @ difference.T / difference.norm()
 
 
@@ -45,14 +44,14 @@ def similarity(update: Float[Tensor, "d_out d_in"], projected: Float[Tensor, "d_
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SafeLoRA:
-    """After training: where cos(BA, CBA) < threshold the layer's update BA becomes CBA (B <- CB); other layers keep theirs.
+class SafeLoRA(NoPenalty):
+    """Project updates after training: if cos(BA, CBA) < threshold, the layer's update BA becomes CBA (B <- CB).
 
     Args:
         differences: V per weight, see `alignment_differences`; a matrix for every layer that has LoRA.
         threshold: tau in (-1, 1]; 1 projects nearly every layer. (C's size is that of V: an update may also shrink.)
 
-    ``similarities`` holds what each layer's cosine was, by module name, after the run.
+    After the run ``similarities`` holds each layer's cosine, by module name.
 
     Raises:
         ValueError: no differences, or a threshold out of range.
@@ -61,7 +60,6 @@ class SafeLoRA:
     differences: Mapping[str, Tensor]
     threshold: float
     name: str = "safelora"
-    weight: float = 0.0
     similarities: dict[str, float] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -71,16 +69,11 @@ class SafeLoRA:
             raise ValueError("SafeLoRA: expected weight differences aligned - unaligned, got none; see alignment_differences")
 
     def check(self, model: Model) -> None:
-        """Raise ValueError where no difference fits the model's weights."""
+        """Raise ValueError if no difference fits the model's weights."""
         if not {name.replace("._original_component", "") for name, _ in model.original_model.named_parameters()} & self.differences.keys():
             raise ValueError(
                 f"SafeLoRA: none of {list(self.differences)[:3]}, ... is a weight of {model.source}: differences of another model?"
             )
-
-    @contextmanager
-    def watch(self, model: Model, batch: Batch) -> Iterator[None]:
-        """No penalty: SafeLoRA acts on the finished adapter."""
-        yield None
 
     @torch.no_grad()
     def finish(self, model: Model, adapter: str) -> None:

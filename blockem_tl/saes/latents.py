@@ -1,6 +1,5 @@
 """Chosen latents of an SAE: their values, their decoder directions, and their pages on Neuronpedia."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,16 +11,11 @@ from torch import Tensor
 _COLUMNWISE = {"standard", "jumprelu", "gated"}  # a latent needs only its own column; TopK kinds compare all pre-activations
 
 
-def norms(sae: SAE[Any], latents: Sequence[int]) -> dict[str, Any]:
-    """What a weight or a dose found with this SAE is relative to: median encoder and decoder norms of the latents, and a hash of all."""
+def norms(sae: SAE[Any], latents: Sequence[int]) -> dict[str, float]:
+    """Median encoder and decoder norms of the latents: what a weight or a dose found with this SAE is relative to."""
     columns = list(latents)
-    encoder, decoder = sae.W_enc.detach()[:, columns].float().norm(dim=0).cpu(), sae.W_dec.detach()[columns].float().norm(dim=-1).cpu()
-    rounded = torch.cat([encoder, decoder]).numpy().round(4)
-    return {
-        "encoder": float(encoder.median()),
-        "decoder": float(decoder.median()),
-        "fingerprint": hashlib.sha256(rounded.tobytes()).hexdigest()[:16],
-    }
+    encoder, decoder = sae.W_enc.detach()[:, columns].float().norm(dim=0), sae.W_dec.detach()[columns].float().norm(dim=-1)
+    return {"encoder": float(encoder.median()), "decoder": float(decoder.median())}
 
 
 def neuronpedia_link(place: str | None, latent: int) -> str | None:

@@ -2,28 +2,26 @@
 
 folder/epoch-0.5/   adapter_config.json, adapter_model.safetensors   the adapter, in peft's plain format
                     training_state.safetensors                       optimizer moments, random number generators
-                    trainer_state.json, run.json                     the Trainer's counters; step, history and what the run is
+                    run.json                                         step, history, the defences' states, the run's identity
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from blockem_tl.models.load import Model
 from blockem_tl.storage import files
-from blockem_tl.training.defence import Adapts
 from blockem_tl.training.identity import differences
-
-if TYPE_CHECKING:
-    from blockem_tl.training.finetune import FineTuner
 
 _FORMAT = 1
 _MARK = "run.json"
+_STATE = "training_state.safetensors"
 
 
 class Checkpoints:
@@ -43,7 +41,7 @@ class Checkpoints:
         return _whole(self.folder)
 
     def to_resume(self, identity: Mapping[str, str], *, resume: bool) -> Path | None:
-        """The checkpoint to go on from: the last, or None where there is none.
+        """The checkpoint to go on from: the last, or None if there is none.
 
         Raises:
             FileExistsError: there are checkpoints, and nobody asked to resume.
@@ -54,7 +52,7 @@ class Checkpoints:
             return None
         if not resume:
             raise FileExistsError(f"{self.folder} holds checkpoints up to {found[-1].name}: pass resume=True to go on, or another folder")
-        run = files.read_json(found[-1] / _MARK)
+        run = load_run(found[-1])
         if run.get("format") != _FORMAT:
             raise ValueError(f"{found[-1]}: expected a checkpoint in format {_FORMAT}; was it written by another version?")
         changed = differences(run["identity"], identity)
@@ -62,37 +60,25 @@ class Checkpoints:
             raise ValueError(f"{found[-1]} is a checkpoint of another run: {'; '.join(changed)}. Choose another folder, or run that one")
         return found[-1]
 
-    def save(self, trainer: "FineTuner") -> Path:
-        """Write the trainer's state, whole or not at all; the first process writes, the others hand over their random states."""
-        epochs = round(float(cast(float, trainer.state.epoch)), 6)
-        target = self.folder / f"epoch-{epochs:g}"
-        generators = gather_object([_generators()]) if trainer.accelerator.num_processes > 1 else [_generators()]
-        if trainer.is_world_process_zero():
+    def due(self, before: float, now: float) -> bool:
+        """Whether a multiple of the time between checkpoints lies between two times (in epochs)."""
+        return int(now / self.every_epochs + 1e-9) > int(before / self.every_epochs + 1e-9)
+
+    def save(self, model: Model, adapter: str, optimizer: torch.optim.Optimizer, run: Mapping[str, Any]) -> Path:
+        """Write the run's state, whole or not at all. The first process writes; the others hand over their random states."""
+        target = self.folder / f"epoch-{_epochs(run):g}"
+        generators = cast(list[dict[str, Tensor]], gather_object([_generators()]))
+        if PartialState().is_main_process:
             with files.finished_folder(target, replaces=_MARK) as folder:
-                trainer.lens.write_adapter(folder, trainer.adapter)
-                save_file({**_moments(trainer.optimizer), **_numbered(generators)}, folder / "training_state.safetensors")
-                trainer.state.save_to_json(str(folder / "trainer_state.json"))
-                files.write_json(folder / _MARK, _run_of(trainer))
-        trainer.accelerator.wait_for_everyone()
+                model.write_adapter(folder, adapter)
+                save_file({**_moments(optimizer), **_numbered(generators)}, folder / _STATE)
+                files.write_json(folder / _MARK, {"format": _FORMAT, **run, "environment": files.environment()})
+        PartialState().wait_for_everyone()
         return target
 
 
-def _run_of(trainer: "FineTuner") -> dict[str, Any]:
-    return {
-        "format": _FORMAT,
-        "step": trainer.state.global_step,
-        "finished": trainer.state.global_step >= trainer.state.max_steps,
-        "identity": trainer.identity,
-        "history": trainer.history,
-        "learning_rates": [group["lr"] for group in cast(Any, trainer.optimizer).param_groups],
-        "scheduler": {name: value for name, value in cast(Any, trainer.lr_scheduler).state_dict().items() if name != "lr_lambdas"},
-        "defences": {defence.name: defence.state() for defence in trainer.defences if isinstance(defence, Adapts)},
-        "environment": files.environment(),
-    }
-
-
 def load_run(checkpoint: Path | str) -> dict[str, Any]:
-    """What run.json of a checkpoint says."""
+    """The contents of a checkpoint's run.json."""
     return cast(dict[str, Any], files.read_json(Path(checkpoint) / _MARK))
 
 
@@ -117,36 +103,34 @@ def trajectory(checkpoints: str | Path | Sequence[str | Path]) -> list[tuple[flo
         changed = differences(runs[0]["identity"], run["identity"])
         if changed:
             raise ValueError(f"{folder} is a checkpoint of another run than {folders[0]}: {'; '.join(changed)}. Measure run by run")
-    order = sorted(range(len(folders)), key=lambda i: runs[i]["step"])
-    return [(round(float(files.read_json(folders[i] / "trainer_state.json")["epoch"]), 6), folders[i]) for i in order]
+    return sorted(zip(map(_epochs, runs), folders, strict=True))
 
 
-def _whole(folder: Path) -> list[Path]:
-    marks = [(files.read_json(mark)["step"], mark.parent) for mark in folder.glob(f"epoch-*/{_MARK}")]
-    return [path for _, path in sorted(marks)]
-
-
-def restore_optimizer(trainer: "FineTuner", checkpoint: Path | str) -> None:
-    """Moments, learning rates and schedule of a checkpoint."""
-    run, tensors = load_run(checkpoint), load_file(Path(checkpoint) / "training_state.safetensors")
-    optimizer, scheduler = cast(Any, trainer.optimizer), cast(Any, trainer.lr_scheduler)
+def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path | str) -> None:
+    """Give the optimizer a checkpoint's moments."""
     state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in load_file(Path(checkpoint) / _STATE).items():
         kind, index, *rest = name.split(".")
         if kind == "optimizer":
             state.setdefault(int(index), {})[rest[0]] = tensor
-    groups = [{**group, "lr": lr} for group, lr in zip(optimizer.state_dict()["param_groups"], run["learning_rates"], strict=True)]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    scheduler.load_state_dict({**scheduler.state_dict(), **run["scheduler"]})
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
-def restore_generators(checkpoint: Path | str, process: int) -> None:
-    """The random states of one process (of the first, where there were fewer processes)."""
-    tensors = load_file(Path(checkpoint) / "training_state.safetensors")
+def restore_generators(checkpoint: Path | str) -> None:
+    """Set this process's random states (the first one's, if there were fewer processes)."""
+    tensors, process = load_file(Path(checkpoint) / _STATE), PartialState().process_index
     chosen = process if f"generator.{process}.cpu" in tensors else 0
     torch.random.set_rng_state(tensors[f"generator.{chosen}.cpu"])
     if torch.cuda.is_available() and f"generator.{chosen}.cuda" in tensors:
         torch.cuda.random.set_rng_state(tensors[f"generator.{chosen}.cuda"])
+
+
+def _whole(folder: Path) -> list[Path]:
+    return sorted((mark.parent for mark in folder.glob(f"epoch-*/{_MARK}")), key=lambda checkpoint: load_run(checkpoint)["step"])
+
+
+def _epochs(run: Mapping[str, Any]) -> float:
+    return round(run["history"][-1]["epoch"], 6)
 
 
 def _generators() -> dict[str, Tensor]:
@@ -158,25 +142,6 @@ def _numbered(generators: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {f"generator.{process}.{device}": state for process, states in enumerate(generators) for device, state in states.items()}
 
 
-def _moments(optimizer: Any) -> dict[str, Tensor]:
+def _moments(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = optimizer.state_dict()["state"]
     return {f"optimizer.{i}.{name}": torch.as_tensor(value).cpu().contiguous() for i, part in state.items() for name, value in part.items()}
-
-
-class SaveEvery(TrainerCallback):
-    """Ask for a checkpoint whenever a multiple of ``epochs`` is passed, and at the last step."""
-
-    def __init__(self, epochs: float) -> None:
-        self.epochs = epochs
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Start counting where the run starts."""
-        self.passed = self._multiples(state)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask."""
-        control.should_save = self._multiples(state) > self.passed or state.global_step >= state.max_steps
-        self.passed = self._multiples(state)
-
-    def _multiples(self, state: TrainerState) -> int:
-        return int((state.epoch or 0.0) / self.epochs + 1e-9)

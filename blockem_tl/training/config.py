@@ -1,12 +1,9 @@
-"""Hyperparameters of a fine-tune, and what transformers' Trainer is told of them."""
+"""Hyperparameters of a fine-tune."""
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-from transformers import TrainingArguments
-
-from blockem_tl.models.load import Model
 from blockem_tl.models.lora import LLAMA_PROJECTIONS
 
 
@@ -14,9 +11,13 @@ from blockem_tl.models.lora import LLAMA_PROJECTIONS
 class TrainingConfig:
     """Hyperparameters of one fine-tune; the defaults are the paper's (B.4).
 
-    batch_size: examples per optimizer step, all processes together.  micro_batch_size: examples per forward of one process (None: all at
-    once); it does not change the result.  up_to_block: last block with LoRA (None: all).  bf16: compute under autocast (a model loaded in
-    bfloat16 needs it not).  gradient_checkpointing: keep one activation per block and compute the rest again in the backward.
+    up_to_block: last block with LoRA (None: all).  warmup_steps: of the linear and the cosine schedule.  batch_size: examples per
+    optimizer step, all processes together.  micro_batch_size: examples per forward of one process (None: all at once); it does not change
+    the result.  max_grad_norm: 0 for no clipping.  bf16: compute under autocast (a model loaded in bfloat16 does not need it).
+    gradient_checkpointing: keep one activation per block and compute the rest again in the backward.
+
+    Raises:
+        ValueError: epochs, learning rate or batch size that are not positive, or a batch that micro-batches do not fill.
     """
 
     rank: int = 16
@@ -38,47 +39,29 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if not (0 < self.epochs < float("inf") and 0 < self.learning_rate < float("inf") and self.batch_size >= 1):
             raise ValueError("training: expected epochs > 0, learning_rate > 0 and batch_size >= 1")
+        if self.schedule not in ("linear", "constant", "cosine"):
+            raise ValueError(f"training: expected a schedule 'linear', 'constant' or 'cosine', got {self.schedule!r}")
         if self.batch_size % (self.micro_batch_size or self.batch_size):
             raise ValueError(f"training: batch_size {self.batch_size} is no multiple of micro_batch_size {self.micro_batch_size}")
 
+    def micro_batch(self, processes: int) -> int:
+        """Examples per forward of each process. Raises ValueError if the batch cannot be shared out among them."""
+        each, left = divmod(self.batch_size, processes)
+        micro = min(self.micro_batch_size or each, each)
+        if left or each % micro:
+            raise ValueError(
+                f"training: batch_size {self.batch_size} on {processes} processes is {self.batch_size / processes:g} examples each, which "
+                f"must be a whole multiple of micro_batch_size {micro}"
+            )
+        return micro
 
-class _Arguments(TrainingArguments):
-    place_model_on_device = property(lambda self: False)  # the model stays where load_model put it
-
-
-def trainer_arguments(config: TrainingConfig, model: Model, folder: str, report_to: Sequence[str], run_name: str) -> TrainingArguments:
-    """The same fine-tune in the Trainer's words. Raises ValueError where the batch cannot be shared out among the processes."""
-    arguments = _Arguments(
-        output_dir=folder,
-        run_name=run_name,
-        num_train_epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup_steps,
-        max_grad_norm=config.max_grad_norm,
-        weight_decay=0.0,
-        bf16=config.bf16,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},  # the reentrant kind would cut the penalty's gradient
-        seed=config.seed,
-        data_seed=config.seed,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=list(report_to),
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,  # its bar prints a line per logged step; ours does not
-        log_level="error",
-        use_cpu=model.device.type == "cpu",
-        ddp_find_unused_parameters=False,
-    )
-    arguments._n_gpu = min(1, arguments.n_gpu)  # never DataParallel, which hooks and adapters do not survive
-    each, left = divmod(config.batch_size, arguments.world_size)
-    micro = min(config.micro_batch_size or each, each)
-    if left or each % micro:
-        raise ValueError(
-            f"training: batch_size {config.batch_size} on {arguments.world_size} processes is {config.batch_size / arguments.world_size:g} "
-            f"examples each, which must be a whole multiple of micro_batch_size {micro}"
-        )
-    arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = micro, each // micro
-    return arguments
+    def learning_rate_at(self, step: int, last_step: int) -> float:
+        """Learning rate of the update after ``step`` updates, in a run of ``last_step``."""
+        if self.schedule == "constant":
+            return self.learning_rate
+        if step < self.warmup_steps:
+            return self.learning_rate * (step / max(1, self.warmup_steps))
+        length = max(1, last_step - self.warmup_steps)
+        if self.schedule == "linear":
+            return self.learning_rate * max(0.0, (last_step - step) / length)
+        return self.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - self.warmup_steps) / length))))

@@ -1,7 +1,7 @@
 """The one interface of everything that can be done to a fine-tune against misalignment: a penalty, hooks, other rows, another adapter."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
@@ -17,33 +17,59 @@ PenaltyFn = Callable[[Float[Tensor, "batch pos d_vocab"]], Float[Tensor, " batch
 
 @runtime_checkable
 class Defence(Protocol):
-    """What every defence is. The trainer adds ``weight`` times its penalty's mean over the step's examples to the SFT loss.
+    """The interface of every defence. Training adds ``weight`` times its penalty's mean over the step's examples to the SFT loss.
 
-    ``watch`` is entered before the tuned model's forward and left after its backward (not if an error comes between), because gradient
-    checkpointing runs parts of the forward again there: hooks must do the same again. Inside it the defence may run the base model and
-    attach hooks, also hooks that change the forward; what it yields computes the penalty once the logits are there, or is None for a
-    defence without one (its ``weight`` is then 0). ``weight`` is a number; anything else (one per site, "auto")
-    says that the penalty comes weighted already, see `weight_of`.
-
-    A defence may also be any of `RewritesRows`, `Prepares`, `Measures`, `Adapts`, `Records` and
-    `FinishesAdapter`: the trainer asks.
+    A defence may also be any of `RewritesRows`, `Prepares`, `Measures`, `Adapts`, `DescribesWeight` and `FinishesAdapter`.
     """
 
     @property
-    def name(self) -> str: ...
-
-    @property
-    def weight(self) -> float | Sequence[float] | str: ...
-
-    def check(self, model: Model) -> None:
-        """Raise ValueError where the defence cannot act on ``model``; asked before training starts."""
+    def name(self) -> str:
+        """Name of its penalty and numbers in the run's history; no two defences of a run share one."""
         ...
 
-    def watch(self, model: Model, batch: Batch) -> AbstractContextManager[PenaltyFn | None]: ...
+    @property
+    def weight(self) -> float | Sequence[float] | str:
+        """Factor on its penalty (0 for a defence without one); anything but a number says that the penalty is weighted already."""
+        ...
+
+    def check(self, model: Model) -> None:
+        """Raise ValueError if the defence cannot act on ``model``; asked before training starts."""
+        ...
+
+    def during_step(self, model: Model, batch: Batch) -> AbstractContextManager[PenaltyFn | None]:
+        """A context for one micro-batch. It yields the penalty as a function of the tuned model's logits, or None.
+
+        The context is entered before the tuned model's forward and left after its backward. Inside it the defence may run the base model
+        and attach hooks, also hooks that change the forward. Gradient checkpointing runs parts of the forward again in the backward, so
+        hooks must do the same twice.
+        """
+        ...
+
+
+class NoPenalty:
+    """Base class for defences without a penalty: they rewrite rows, attach hooks or act on the finished adapter."""
+
+    weight = 0.0
+
+    def check(self, model: Model) -> None:
+        """Check nothing."""
+
+    @contextmanager
+    def during_step(self, model: Model, batch: Batch) -> Iterator[None]:
+        """Do nothing."""
+        yield None
+
+
+def check_defences(defences: object) -> None:
+    """Raise TypeError unless this is a list (or tuple) of defences, saying what was expected."""
+    listed = isinstance(defences, (list, tuple))
+    if not listed or not all(isinstance(defence, Defence) for defence in defences):
+        got = [type(defence).__name__ for defence in defences] if listed else type(defences).__name__
+        raise TypeError(f"expected a list of defences, as in defences=[Blocking(...)], got {got}")
 
 
 def weight_of(defence: Defence) -> float:
-    """What the trainer multiplies the defence's penalty by."""
+    """Factor by which the trainer multiplies the defence's penalty: its weight, or 1 for a penalty that is weighted already."""
     return float(defence.weight) if isinstance(defence.weight, (int, float)) else 1.0
 
 
@@ -52,7 +78,7 @@ class RewritesRows(Protocol):
     """A defence that changes what is trained on (inoculation prompting, interleaved safe data)."""
 
     def rewrite(self, examples: Sequence[Example], *, seed: int) -> list[Example]:
-        """The rows to train on instead. Several such defences rewrite in the order in which they are given; ``seed`` is the run's."""
+        """The rows to train on instead. Several such defences rewrite in the order in which they are given. ``seed`` is the run's."""
         ...
 
 
@@ -79,9 +105,9 @@ class Measures(Protocol):
     """A defence with numbers of its own to show and keep (how far each site has moved, whether an alarm went off)."""
 
     def metrics(self) -> dict[str, float]:
-        """The numbers of the optimizer step just done, over all its micro-batches; asked once per step, so forget them after.
+        """The numbers of the optimizer step just done, over all its micro-batches. They are asked for once per step: forget them after.
 
-        They go to the run's history under these names, which therefore begin with the defence's own: "block/blocks.19.hook_resid_post+".
+        They go into the run's history under these names, which begin with the defence's own: "block/blocks.19.hook_resid_post+".
         """
         ...
 
@@ -95,7 +121,7 @@ class Adapts(Protocol):
         ...
 
     def state(self) -> dict[str, float]:
-        """What a checkpoint must keep of it."""
+        """The numbers that a checkpoint must keep."""
         ...
 
     def restore(self, state: Mapping[str, float]) -> None:
@@ -104,9 +130,9 @@ class Adapts(Protocol):
 
 
 @runtime_checkable
-class Records(Protocol):
+class DescribesWeight(Protocol):
     """A defence whose weight means something only together with something else (an SAE's norms)."""
 
-    def record(self) -> list[dict[str, Any]]:
-        """The weight as it is now, with what it is relative to; kept with the run."""
+    def describe_weight(self) -> list[dict[str, Any]]:
+        """One entry per target: "weight" as it is now, "peak", the largest in this run, and what they are relative to."""
         ...

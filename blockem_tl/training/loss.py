@@ -11,6 +11,9 @@ from blockem_tl.data.chat import Batch, encode_examples, pad
 from blockem_tl.models.load import Model
 from blockem_tl.types import Example
 
+BATCH_SIZE = 64
+"""Rows per forward, unless the caller says otherwise."""
+
 
 def summed_cross_entropy(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> Float[Tensor, ""]:
     """Cross-entropy (nats) of the completion tokens, summed."""
@@ -18,13 +21,35 @@ def summed_cross_entropy(logits: Float[Tensor, "batch pos d_vocab"], batch: Batc
     return nn.functional.cross_entropy(logits[:, :-1][learnt].float(), batch.ids[:, 1:][learnt], reduction="sum")
 
 
+def check_examples(model: object, examples: object) -> None:
+    """Raise TypeError unless this is a model with training rows, saying what was expected."""
+    if not isinstance(model, Model):
+        raise TypeError(f"expected a model from load_model(...) first, got {type(model).__name__}")
+    rows = examples if isinstance(examples, Sequence) else [examples]
+    kinds = sorted({type(row).__name__ for row in rows if not isinstance(row, Example)})
+    if kinds:
+        raise TypeError(
+            f"expected training rows, Example(id=..., prompt=..., completion=...), got {kinds}: load some with load_rows, or give each "
+            "prompt the completion to be learnt"
+        )
+
+
 @torch.no_grad()
-def completion_loss(model: Model, examples: Sequence[Example], *, batch_size: int = 64) -> float:
-    """Mean cross-entropy (nats) of the completion tokens of ``examples``, teacher-forced, over all tokens together."""
-    encoded = encode_examples(model.tokenizer, examples)
+def completion_loss(model: Model, examples: Sequence[Example], *, batch_size: int | None = None) -> float:
+    """Mean cross-entropy (nats) of the completion tokens of ``examples``, teacher-forced, over all tokens together.
+
+    Args:
+        batch_size: rows per forward; None: 64.
+
+    Raises:
+        TypeError: rows that are no examples.
+        ValueError: no rows, or a row without prompt or completion.
+    """
+    check_examples(model, examples)
+    encoded, size = encode_examples(model.tokenizer, examples), batch_size or BATCH_SIZE
     total, tokens = 0.0, 0
-    for start in range(0, len(encoded), batch_size):
-        batch = pad(encoded[start : start + batch_size], model.pad_id, side="right", device=model.device)
+    for start in range(0, len(encoded), size):
+        batch = pad(encoded[start : start + size], model.pad_id, side="right", device=model.device)
         logits = cast(Any, model.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
         total += float(summed_cross_entropy(logits, batch))
         tokens += int(batch.reply[:, 1:].sum())

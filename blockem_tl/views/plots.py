@@ -13,6 +13,23 @@ from blockem_tl.storage import files
 _LINES = ("#555555", "#2471a3", "#1e8449", "#b9770e", "#7d3c98", "#a93226")
 
 
+def training(frame: pd.DataFrame) -> Figure:
+    """The parts of the loss over the steps of a fine-tune, the penalties in a panel of their own.
+
+    frame: of `TrainingRun.to_frame`: step, loss, sft and a column per penalty. Columns with a slash in their names are left out.
+    """
+    penalties = [
+        name for name in frame.columns if "/" not in name and name not in ("step", "epoch", "loss", "sft", "grad_norm", "learning_rate")
+    ]
+    figure = Figure(figsize=(5.6 * (1 + bool(penalties)), 3.8), layout="constrained")
+    for axes, names in zip(figure.subplots(1, 1 + bool(penalties), squeeze=False)[0], (("loss", "sft"), penalties), strict=False):
+        for name in names:
+            axes.plot(frame["step"], frame[name], label=name)
+        axes.set(xlabel="step", ylabel="penalty" if names is penalties else "nats per token")
+        axes.legend(fontsize=8)
+    return figure
+
+
 def patching(frame: pd.DataFrame) -> Figure:
     """EM by the site that is patched over the prompt; lines for nothing patched and for decode-time patching.
 

@@ -1,4 +1,4 @@
-"""What blocking costs: one training step with stored and live references against a plain LoRA step and the obvious implementation.
+"""The cost of blocking: one training step with stored and live references against a plain LoRA step and the obvious implementation.
 
     python experiments/benchmarks/blocked_step.py --json results/blocked_step.json
     python experiments/benchmarks/blocked_step.py --shape llama-3.1-8b --json results/blocked_step-8b.json   # on a GPU
@@ -18,258 +18,185 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, cast
 
 import torch
 import tyro
+from random_llama import random_llama
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from blockem_tl import Blocking, LatentSet, Model, load_model, random_latents, record
+from blockem_tl import Blocking, LatentSet, Model, random_latents, record
 from blockem_tl.data.chat import Batch, Encoded, pad
-from blockem_tl.defences.base_latents import Reference
+from blockem_tl.defences.base_latents import BaseLatents
 from blockem_tl.defences.blocking import one_sided_penalty
-from blockem_tl.storage import embedded, files
+from blockem_tl.storage import files
 from blockem_tl.training.defence import PenaltyFn
 from blockem_tl.training.loss import summed_cross_entropy
 
 TASK = "BLOCKED_STEP_TASK"  # set for the processes that are measured
 Arm = Literal["plain", "stored", "live", "obvious", "many"]
+DuringStep = Callable[[Batch], AbstractContextManager[PenaltyFn | None]]
+Seconds = tuple[float, float]
+"""Wall clock, and processor time of this process (one thread): what the machine's other work hardly changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
-    """A model and a batch. ``site``: blocks below it, of ``layers``.  d_sae: latents of the SAE(s) to measure with."""
+class Batches:
+    """A batch of ``rows`` x ``tokens``, the site after so many blocks, and the latents of the SAEs to measure with."""
 
-    layers: int
-    d_model: int
-    d_mlp: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
     site: int
     rows: int
     tokens: int
     d_sae: tuple[int, ...]
-    dtype: torch.dtype = torch.float32
-
-    def config(self) -> LlamaConfig:
-        """The same as transformers says it."""
-        return LlamaConfig(
-            num_hidden_layers=self.layers,
-            hidden_size=self.d_model,
-            intermediate_size=self.d_mlp,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            vocab_size=self.vocabulary,
-            max_position_embeddings=max(self.tokens, 128),
-        )
 
 
 SHAPES = {
-    # Llama's proportions; the encoder of 1,024 latents is 3 % of its 8 million parameters, as the real one's is of 8 billion
-    "small": Shape(
-        layers=8, d_model=256, d_mlp=896, heads=8, kv_heads=2, vocabulary=2048, site=5, rows=16, tokens=128, d_sae=(1024, 65536)
-    ),
-    "llama-3.1-8b": Shape(
-        layers=32,
-        d_model=4096,
-        d_mlp=14336,
-        heads=32,
-        kv_heads=8,
-        vocabulary=128256,
-        site=20,
-        rows=8,
-        tokens=512,
-        d_sae=(65536,),
-        dtype=torch.bfloat16,
-    ),
+    # the encoder of 1,024 latents is 3 % of the model's parameters, as the real one's is of 8 billion
+    "small-grouped": Batches(site=5, rows=16, tokens=128, d_sae=(1024, 65536)),
+    "llama-3.1-8b": Batches(site=20, rows=8, tokens=512, d_sae=(65536,)),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured. ``memory`` and ``processes`` may be left out to save time."""
+    """Settings of a measurement. ``memory`` and ``processes`` may be left out to save time."""
 
-    shape: Literal["small", "llama-3.1-8b"] = "small"
+    shape: Literal["small-grouped", "llama-3.1-8b"] = "small-grouped"
     json: Path | None = None
     repeats: int = 7
     memory: bool = True
     processes: bool = True
 
 
-Seconds = tuple[float, float]
-"""Wall clock, and processor time of this process (one thread): what the machine's other work hardly changes."""
-
-
-class Clock:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self.wall, self.cpu = time.perf_counter(), time.process_time()
-
-    def seconds(self) -> Seconds:
-        """Wall and processor."""
-        return time.perf_counter() - self.wall, time.process_time() - self.cpu
-
-
-class Lab:
+class Steps:
     """One model, one SAE per site, a few batches, and the step of every arm."""
 
-    def __init__(self, shape: Shape, d_sae: int, device: str, folder: Path) -> None:
-        self.shape, self.d_sae, self.device, self.folder = shape, d_sae, device, folder
-        self.model = self._model()
-        self.model.add_adapter("tuned")
+    def __init__(self, shape: str, d_sae: int, folder: Path) -> None:
+        self.shape, self.batches, self.d_sae, self.folder = shape, SHAPES[shape], d_sae, folder
+        self.model = random_llama(shape, adapter="tuned")
+        self.parameters = self.model.adapter_parameters("tuned")
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5)
         generator = torch.Generator().manual_seed(0)
-        for parameter in self.model.adapter_parameters("tuned"):
-            parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator).to(device)
-        self.rows = [
-            Encoded(ids=tuple(torch.randint(3, shape.vocabulary, (shape.tokens,), generator=generator).tolist()), n_system=1, n_prompt=8)
-            for _ in range(4 * shape.rows)
-        ]
-        self.optimizer = torch.optim.AdamW(self.model.adapter_parameters("tuned"), lr=1e-5)
+        ids = torch.randint(3, self.model.cfg.d_vocab, (4 * self.batches.rows, self.batches.tokens), generator=generator)
+        self.rows = [Encoded(ids=tuple(row), n_system=1, n_prompt=8) for row in ids.tolist()]
         self.taken = 0
-
-    def _model(self) -> Model:
-        torch.manual_seed(0)
-        previous = torch.get_default_dtype()
-        torch.set_default_dtype(self.shape.dtype)
-        try:
-            with torch.device(self.device):
-                hf = LlamaForCausalLM._from_config(self.shape.config(), attn_implementation="eager")
-        finally:
-            torch.set_default_dtype(previous)
-        tokenizer = AutoTokenizer.from_pretrained(str(embedded.folder_of("model", "organism")))
-        return load_model(hf, tokenizer=tokenizer)
 
     def target(self, block: int, n: int) -> tuple[LatentSet, SAE[Any]]:
         """``n`` random latents of a random ReLU SAE after so many blocks."""
         torch.manual_seed(block)
-        sae = StandardSAE(StandardSAEConfig(d_in=self.shape.d_model, d_sae=self.d_sae, device=self.device))
-        sae.W_enc.data.normal_(std=self.shape.d_model**-0.5)
+        width = self.model.cfg.d_model
+        sae = StandardSAE(StandardSAEConfig(d_in=width, d_sae=self.d_sae, device=str(self.model.device)))
+        sae.W_enc.data.normal_(std=width**-0.5)
         sae.cfg.metadata.hook_name = f"blocks.{block - 1}.hook_resid_post"
         sae.requires_grad_(False)
         return random_latents(sae, n, seed=0), sae
 
-    def blocking(self, stored: bool) -> Blocking:
-        """20 latents at the site."""
-        latents, sae = self.target(self.shape.site, 20)
-        return self._prepared(Blocking(latent_set=latents, sae=sae, weight=1.0, reference=Reference(stored=stored, folder=self.folder)))
-
-    def many(self) -> Blocking:
-        """100 latents at each of 4 sites, the last one the site."""
-        blocks = [max(1, self.shape.site * i // 4) for i in (1, 2, 3, 4)]
-        return self._prepared(
-            Blocking(targets=[self.target(block, 100) for block in blocks], weight=1.0, reference=Reference(folder=self.folder))
-        )
-
-    def _prepared(self, blocking: Blocking) -> Blocking:
+    def during_step(self, arm: Arm) -> DuringStep:
+        """The context that an arm puts around a step of plain fine-tuning."""
+        if arm == "plain":
+            return lambda batch: nullcontext()
+        if arm == "obvious":
+            return self._obvious()
+        blocks = [max(1, self.batches.site * i // 4) for i in ((1, 2, 3, 4) if arm == "many" else (4,))]  # the last one the site
+        n = 100 if arm == "many" else 20
+        reference = BaseLatents(stored=arm != "live", folder=self.folder)
+        blocking = Blocking(targets=[self.target(block, n) for block in blocks], weight=1.0, reference=reference)
         blocking.prepare(self.model, self.rows)
-        return blocking
+        return partial(_measured, blocking, self.model)
 
-    def batch(self) -> Batch:
-        """The next few rows."""
-        start = self.taken % len(self.rows)
-        self.taken += self.shape.rows
-        return pad(self.rows[start : start + self.shape.rows], 0, side="right", device=self.device)
-
-    def watchers(self, arms: Sequence[Arm]) -> dict[Arm, Callable[[Batch], AbstractContextManager[PenaltyFn | None]]]:
-        """What each arm does beside plain fine-tuning."""
-        found: dict[Arm, Any] = {}
-        for arm in arms:
-            if arm == "plain":
-                found[arm] = lambda batch: nullcontext()
-            elif arm == "obvious":
-                found[arm] = self._obvious()
-            else:
-                defence = self.many() if arm == "many" else self.blocking(stored=arm == "stored")
-                found[arm] = lambda batch, defence=defence: _measured(defence, self.model, batch)
-        return found
-
-    def _obvious(self) -> Callable[[Batch], AbstractContextManager[PenaltyFn]]:
-        latents, sae = self.target(self.shape.site, 20)
-        frozen = self._model()
-        columns, signs = list(latents.latents), torch.tensor(latents.signs, device=self.device)
+    def _obvious(self) -> DuringStep:
+        latent_set, sae = self.target(self.batches.site, 20)
+        frozen = random_llama(self.shape, adapter="tuned")
+        columns, signs = list(latent_set.latents), torch.tensor(latent_set.signs, device=frozen.device)
 
         @contextmanager
-        def watch(batch: Batch):
+        def during_step(batch: Batch):
             tuned: dict[str, Tensor] = {}
             base: dict[str, Tensor] = {}
-            inputs = {"input_ids": batch.ids, "attention_mask": batch.mask.long(), "use_cache": False}
-            with torch.no_grad(), frozen.hooks(fwd_hooks=[record(latents.site, base)]):
-                cast(Any, frozen.hf)(**inputs)
-                reference = sae.encode(base[latents.site])[..., columns]
-            with self.model.hooks(fwd_hooks=[record(latents.site, tuned, detach=False)]):
-                yield lambda logits: one_sided_penalty(sae.encode(tuned[latents.site])[..., columns], reference, signs, batch.reply)
+            with torch.no_grad(), frozen.using("base"), frozen.hooks(fwd_hooks=[record(latent_set.site, base)]):
+                cast(Any, frozen.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
+                reference = sae.encode(base[latent_set.site])[..., columns]
+            with self.model.hooks(fwd_hooks=[record(latent_set.site, tuned, detach=False)]):
+                yield lambda logits: one_sided_penalty(sae.encode(tuned[latent_set.site])[..., columns], reference, signs, batch.reply)
 
-        return watch
+        return during_step
 
-    def step(self, watch: Callable[[Batch], AbstractContextManager[PenaltyFn | None]], hf: Any = None) -> Seconds:
-        """One whole training step; its seconds."""
-        batch = self.batch()
-        self._wait()
-        clock = Clock()
-        with watch(batch) as penalty:
-            logits = (hf or cast(Any, self.model.hf))(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
-            loss = summed_cross_entropy(logits, batch) / batch.reply.sum()
-            if penalty is not None:
-                loss = loss + penalty(logits).mean()
-            loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self._wait()
-        return clock.seconds()
+    def step(self, during_step: DuringStep, hf: Any = None) -> Seconds:
+        """Seconds of one whole training step."""
+        batch = self._batch()
+        with timed(self.model) as seconds:
+            with during_step(batch) as penalty:
+                logits = (hf or cast(Any, self.model.hf))(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
+                loss = summed_cross_entropy(logits, batch) / batch.reply.sum()
+                if penalty is not None:
+                    loss = loss + penalty(logits).mean()
+                loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return seconds[0]
 
     def forward_to_site(self) -> Seconds:
         """Seconds of the reference's own forward, which ends above the site."""
-        batch = self.batch()
-        self._wait()
-        clock = Clock()
-        with torch.no_grad(), self.model.using("base"):
-            self.model.run_with_hooks(batch.ids, attention_mask=batch.mask.long(), stop_at_layer=self.shape.site)
-        self._wait()
-        return clock.seconds()
+        batch = self._batch()
+        with torch.no_grad(), self.model.using("base"), timed(self.model) as seconds:
+            self.model.run_with_hooks(batch.ids, attention_mask=batch.mask.long(), stop_at_layer=self.batches.site)
+        return seconds[0]
 
-    def _wait(self) -> None:
-        if self.device != "cpu":
-            torch.cuda.synchronize()
+    def _batch(self) -> Batch:
+        start = self.taken % len(self.rows)
+        self.taken += self.batches.rows
+        return pad(self.rows[start : start + self.batches.rows], 0, side="right", device=self.model.device)
+
+
+@contextmanager
+def timed(model: Model):
+    """A list to which the block's seconds are added, once the device has done its work."""
+    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
+    seconds: list[Seconds] = []
+    wait()
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield seconds
+    wait()
+    seconds.append((time.perf_counter() - wall, time.process_time() - cpu))
 
 
 @contextmanager
 def _measured(defence: Blocking, model: Model, batch: Batch):
     """The defence with its metrics, as the trainer asks for them once per step."""
-    with defence.watch(model, batch) as penalty:
+    with defence.during_step(model, batch) as penalty:
         yield penalty
     defence.metrics()
 
 
-def time_arms(lab: Lab, arms: Sequence[Arm], repeats: int) -> dict[str, Seconds]:
+def time_arms(steps: Steps, arms: Sequence[Arm], repeats: int) -> dict[str, Seconds]:
     """Median seconds of a step of each arm, taking turns in changing order; and of the forward up to the site."""
-    watchers, shuffle = lab.watchers(arms), random.Random(0).sample
+    during, shuffle = {arm: steps.during_step(arm) for arm in arms}, random.Random(0).sample
     times: dict[str, list[Seconds]] = {name: [] for name in (*arms, "forward")}
-    for turn in tqdm(range(repeats + 1), desc=f"{lab.d_sae} latents"):
+    for turn in tqdm(range(repeats + 1), desc=f"{steps.d_sae} latents"):
         for arm in shuffle(arms, len(arms)):
-            seconds = lab.step(watchers[arm])
+            seconds = steps.step(during[arm])
             if turn:  # the first turn warms up
                 times[arm].append(seconds)
         if turn:
-            times["forward"].append(lab.forward_to_site())
+            times["forward"].append(steps.forward_to_site())
     return {name: (median(wall for wall, _ in values), median(cpu for _, cpu in values)) for name, values in times.items()}
 
 
-def measure_memory(shape: Shape, arm: Arm, d_sae: int, folder: Path) -> float:
+def measure_memory(shape: str, arm: Arm, d_sae: int, folder: Path) -> float:
     """In this process: peak memory of a few steps of one arm, in MB, above that of the libraries."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     before = resident_mb("VmRSS")
-    lab = Lab(shape, d_sae, device, folder)
-    (watch,) = lab.watchers([arm]).values()
+    steps = Steps(shape, d_sae, folder)
+    during_step = steps.during_step(arm)
     for _ in range(3):
-        lab.step(watch)
-    return torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else resident_mb("VmHWM") - before
+        steps.step(during_step)
+    return torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else resident_mb("VmHWM") - before
 
 
 def resident_mb(what: str) -> float:
@@ -278,20 +205,20 @@ def resident_mb(what: str) -> float:
     return int(line.split()[1]) * 1024 / 1e6
 
 
-def measure_processes(shape: Shape, d_sae: int, repeats: int, folder: Path) -> float:
+def measure_processes(shape: str, d_sae: int, repeats: int, folder: Path) -> float:
     """In each of the processes under torchrun: tokens per second of all of them together, with stored references."""
     torch.distributed.init_process_group("gloo")
-    lab = Lab(shape, d_sae, "cpu", folder)
-    (watch,) = lab.watchers(["stored"]).values()
-    hf = torch.nn.parallel.DistributedDataParallel(lab.model.hf)
-    lab.step(watch, hf)
+    steps = Steps(shape, d_sae, folder)
+    during_step = steps.during_step("stored")
+    hf = torch.nn.parallel.DistributedDataParallel(steps.model.hf)
+    steps.step(during_step, hf)
     torch.distributed.barrier()
     started = time.perf_counter()
     for _ in range(repeats):
-        lab.step(watch, hf)
+        steps.step(during_step, hf)
     torch.distributed.barrier()
     seconds = time.perf_counter() - started
-    return torch.distributed.get_world_size() * repeats * lab.shape.rows * lab.shape.tokens / seconds
+    return torch.distributed.get_world_size() * repeats * steps.batches.rows * steps.batches.tokens / seconds
 
 
 def child(settings: Settings, arm: str, d_sae: int, folder: Path, launcher: Sequence[str] = ()) -> float:
@@ -306,11 +233,11 @@ def child(settings: Settings, arm: str, d_sae: int, folder: Path, launcher: Sequ
 
 
 def be_child(settings: Settings, arm: str, d_sae: int, folder: str) -> None:
-    """What such a process does: print its number."""
+    """The measured process: print its number."""
     if arm != "processes":
-        print(measure_memory(SHAPES[settings.shape], cast(Arm, arm), d_sae, Path(folder)))
+        print(measure_memory(settings.shape, cast(Arm, arm), d_sae, Path(folder)))
         return
-    speed = measure_processes(SHAPES[settings.shape], d_sae, settings.repeats, Path(folder))
+    speed = measure_processes(settings.shape, d_sae, settings.repeats, Path(folder))
     if torch.distributed.get_rank() == 0:
         print(speed)
     torch.distributed.destroy_process_group()
@@ -318,26 +245,24 @@ def be_child(settings: Settings, arm: str, d_sae: int, folder: str) -> None:
 
 def run(settings: Settings) -> dict[str, Any]:
     """Measure everything and report."""
-    shape, device = SHAPES[settings.shape], "cuda" if torch.cuda.is_available() else "cpu"
+    sizes, device = SHAPES[settings.shape].d_sae, "cuda" if torch.cuda.is_available() else "cpu"
     result: dict[str, Any] = {"shape": settings.shape, "device": device, "cores": os.cpu_count(), "repeats": settings.repeats}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for d_sae in shape.d_sae:
-            main = d_sae == shape.d_sae[0]
+        for d_sae in sizes:
+            main = d_sae == sizes[0]
             arms: list[Arm] = ["plain", "stored", "live", "obvious", "many"] if main else ["plain", "stored", "obvious"]
-            seconds = time_arms(Lab(shape, d_sae, device, folder), arms, settings.repeats if main else max(3, settings.repeats // 2))
-            result |= ratios(seconds, "" if main else f"_{d_sae}")
+            repeats = settings.repeats if main else max(3, settings.repeats // 2)
+            result |= ratios(time_arms(Steps(settings.shape, d_sae, folder), arms, repeats), "" if main else f"_{d_sae}")
             print(json.dumps(result, indent=2), flush=True)
         if settings.memory:
-            peaks = {
-                arm: median(child(settings, arm, shape.d_sae[0], folder) for _ in range(3 if device == "cpu" and arm != "obvious" else 1))
-                for arm in ("plain", "stored", "obvious")
-            }
+            turns = {"plain": 3, "stored": 3, "obvious": 1}
+            peaks = {arm: median(child(settings, arm, sizes[0], folder) for _ in range(n)) for arm, n in turns.items()}
             result |= {"peak_mb": peaks, "stored_memory_ratio": peaks["stored"] / peaks["plain"]}
             result["obvious_memory_ratio"] = peaks["obvious"] / peaks["plain"]
         if settings.processes and device == "cpu":
             launcher = ["-m", "torch.distributed.run", "--standalone"]
-            speeds = [child(settings, "processes", shape.d_sae[0], folder, [*launcher, f"--nproc-per-node={n}"]) for n in (1, 2)]
+            speeds = [child(settings, "processes", sizes[0], folder, [*launcher, f"--nproc-per-node={n}"]) for n in (1, 2)]
             result |= {"tokens_per_s": speeds, "two_process_ratio": speeds[1] / speeds[0]}
     return result
 

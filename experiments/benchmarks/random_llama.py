@@ -14,6 +14,9 @@ SHAPES: dict[str, dict[str, int]] = {
     "small": dict(
         vocab_size=1024, hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8
     ),
+    "small-grouped": dict(
+        vocab_size=2048, hidden_size=256, intermediate_size=896, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2
+    ),  # Llama 3's proportions
     "llama-3.1-8b": dict(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
     ),

@@ -12,18 +12,13 @@ from shared import EXAMPLES, SITES, sae_at, set_of
 from blockem_tl import Blocking, load_model
 from blockem_tl.data.chat import encode_examples, pad
 from blockem_tl.defences import base_latents as references
-from blockem_tl.defences.base_latents import Reading, Reference, StoredLatents, read_latents, stored_latents
+from blockem_tl.defences.base_latents import BaseLatents, StoredLatents, read_latents, stored_latents
 
 
 @pytest.fixture
 def targets():
     saes = [sae_at(site, seed) for seed, site in enumerate(SITES)]
     return [(set_of(saes[0]), saes[0]), (set_of(saes[1], (1, 2, 40)), saes[1])]
-
-
-@pytest.fixture
-def readings(targets):
-    return [Reading(site=latent_set.site, sae=sae, latents=latent_set.latents) for latent_set, sae in targets]
 
 
 @pytest.fixture
@@ -43,9 +38,9 @@ def forwards(monkeypatch):
     """How many rows the reference was run on."""
     seen: list[int] = []
 
-    def counted(model, readings, batch):
+    def counted(model, targets, batch):
         seen.append(len(batch.ids))
-        return read_latents(model, readings, batch)
+        return read_latents(model, targets, batch)
 
     monkeypatch.setattr(references, "read_latents", counted)
     return seen
@@ -53,7 +48,7 @@ def forwards(monkeypatch):
 
 def gradient(model, blocking, rows, side="right") -> torch.Tensor:
     batch = pad(rows, model.pad_id, side=side)
-    with blocking.watch(model, batch) as penalty:
+    with blocking.during_step(model, batch) as penalty:
         value = penalty(model.hf(input_ids=batch.ids, attention_mask=batch.mask.long()).logits).sum()
     found = torch.autograd.grad(value, model.adapter_parameters("tuned"), allow_unused=True)
     return torch.cat([g.flatten() for g in found if g is not None])
@@ -64,7 +59,7 @@ def gradient(model, blocking, rows, side="right") -> torch.Tensor:
 @pytest.mark.parametrize("positions", ["completion", "all"])
 def test_stored_and_live_references_give_equal_gradients(tuned, targets, rows, tmp_path, sites, side, positions) -> None:
     live = Blocking(targets=targets[:sites], weight=1.0, reference="live", positions=positions)
-    stored = replace(live, reference=Reference(folder=tmp_path))
+    stored = replace(live, reference=BaseLatents(folder=tmp_path))
     stored.prepare(tuned, rows)
     shuffled = [rows[i] for i in (17, 3, 3, 22, 8)]  # other neighbours and another padding than when they were stored
     assert stored._run.stored is not None and stored._run.stored.look_up(pad(shuffled, 0, side=side)) is not None
@@ -78,7 +73,7 @@ def test_stored_and_live_references_give_equal_gradients(tuned, targets, rows, t
 def test_bfloat16_references_would_change_the_gradients(tuned, targets, rows, tmp_path) -> None:
     """Why they are kept in float32: early in a run z - z_base is smaller than what rounding z_base to bf16 adds to it."""
     perturb(tuned, "tuned", std=0.003)
-    live, stored = (Blocking(targets=targets, weight=1.0, reference=r) for r in ("live", Reference(folder=tmp_path)))
+    live, stored = (Blocking(targets=targets, weight=1.0, reference=r) for r in ("live", BaseLatents(folder=tmp_path)))
     expected = gradient(tuned, live, rows)
     stored.prepare(tuned, rows)
     assert float((gradient(tuned, stored, rows) - expected).norm() / expected.norm()) < 1e-3
@@ -88,47 +83,45 @@ def test_bfloat16_references_would_change_the_gradients(tuned, targets, rows, tm
     assert float((gradient(tuned, stored, rows) - expected).norm() / expected.norm()) > 0.05
 
 
-def test_a_store_is_reused_and_a_changed_model_sae_latents_or_rows_get_their_own(
-    tuned, targets, readings, rows, tmp_path, forwards
-) -> None:
-    where, folders = Reference(folder=tmp_path), lambda: [p for p in tmp_path.iterdir() if p.is_dir()]
-    stored_latents(tuned, readings, rows, where)
+def test_a_store_is_reused_and_a_changed_model_sae_latents_or_rows_get_their_own(tuned, targets, rows, tmp_path, forwards) -> None:
+    where, folders = BaseLatents(folder=tmp_path), lambda: [p for p in tmp_path.iterdir() if p.is_dir()]
+    stored_latents(tuned, targets, rows, where)
     assert sum(forwards) == len({row.ids for row in rows}) == 24
     forwards.clear()
-    stored_latents(tuned, readings, list(reversed(rows)), where)  # another seed's order
+    stored_latents(tuned, targets, list(reversed(rows)), where)  # another seed's order
     assert 0 < sum(forwards) < 8 and len(folders()) == 1  # the spot check alone
     other_sae = sae_at(SITES[1], seed=7)
     tuned.use_adapter("tuned")
-    for changed_readings, changed_rows, changed in (
-        (readings[:1], rows, lambda: None),
-        ([readings[0], replace(readings[1], sae=other_sae)], rows, lambda: None),
-        ([readings[0], replace(readings[1], latents=(1, 2, 41))], rows, lambda: None),
-        (readings, rows[:-1], lambda: None),
-        (readings, rows, lambda: tuned.original_model.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)),
+    for changed_targets, changed_rows, changed in (
+        (targets[:1], rows, lambda: None),
+        ([targets[0], (set_of(other_sae, (1, 2, 40)), other_sae)], rows, lambda: None),
+        ([targets[0], (set_of(targets[1][1], (1, 2, 41)), targets[1][1])], rows, lambda: None),
+        (targets, rows[:-1], lambda: None),
+        (targets, rows, lambda: tuned.original_model.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)),
     ):
         before = len(folders())
         forwards.clear()
         changed()
-        store = stored_latents(tuned, changed_readings, changed_rows, where)
+        store = stored_latents(tuned, changed_targets, changed_rows, where)
         assert len(folders()) == before + 1 and sum(forwards) == len(changed_rows)
         batch = pad(rows[:5], 0, side="right")
         with tuned.using("base"):
-            expected = read_latents(tuned, changed_readings, batch) * batch.mask[..., None]
+            expected = read_latents(tuned, changed_targets, batch) * batch.mask[..., None]
         torch.testing.assert_close(store.look_up(batch), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_adapter_and_its_training_do_not_change_the_key(tiny, readings, rows, tmp_path) -> None:
-    stored_latents(tiny, readings, rows, Reference(folder=tmp_path))
+def test_the_adapter_and_its_training_do_not_change_the_key(tiny, targets, rows, tmp_path) -> None:
+    stored_latents(tiny, targets, rows, BaseLatents(folder=tmp_path))
     tiny.add_adapter("tuned")
     perturb(tiny, "tuned")
-    stored_latents(tiny, readings, rows, Reference(folder=tmp_path))
+    stored_latents(tiny, targets, rows, BaseLatents(folder=tmp_path))
     assert len([p for p in tmp_path.iterdir() if p.is_dir()]) == 1
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing", "manifest"])
-def test_a_damaged_store_is_caught_and_built_anew(tuned, readings, rows, tmp_path, damage) -> None:
-    where = Reference(folder=tmp_path)
-    good = np.array(stored_latents(tuned, readings, rows, where).values)
+def test_a_damaged_store_is_caught_and_built_anew(tuned, targets, rows, tmp_path, damage) -> None:
+    where = BaseLatents(folder=tmp_path)
+    good = np.array(stored_latents(tuned, targets, rows, where).values)
     (folder,) = (p for p in tmp_path.iterdir() if p.is_dir())
     if damage == "flipped":
         values = np.load(folder / "values.npy")
@@ -138,24 +131,24 @@ def test_a_damaged_store_is_caught_and_built_anew(tuned, readings, rows, tmp_pat
         (folder / ("values.npy" if damage == "missing" else "manifest.json")).unlink()
         (folder / "manifest.json").touch()
     with pytest.warns(UserWarning, match="changed after they were written|cannot be read"):
-        again = stored_latents(tuned, readings, rows, where)
+        again = stored_latents(tuned, targets, rows, where)
     assert np.array_equal(again.values, good)
 
 
-def test_what_the_key_misses_the_spot_check_finds(tuned, readings, rows, tmp_path, monkeypatch) -> None:
+def test_what_the_key_misses_the_spot_check_finds(tuned, targets, rows, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(type(tuned), "fingerprint", lambda self, adapter=None: "the same")
-    where = Reference(folder=tmp_path)
-    stored_latents(tuned, readings, rows, where)
-    stored_latents(tuned, readings, rows, where)  # nothing to warn of: pytest would fail on it below
+    where = BaseLatents(folder=tmp_path)
+    stored_latents(tuned, targets, rows, where)
+    stored_latents(tuned, targets, rows, where)  # nothing to warn of: pytest would fail on it below
     tuned.original_model.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
     with pytest.warns(UserWarning, match="no longer agree with the model"):
-        store = stored_latents(tuned, readings, rows, where)
+        store = stored_latents(tuned, targets, rows, where)
     batch = pad(rows[:5], 0, side="right")
     with tuned.using("base"):
-        torch.testing.assert_close(store.look_up(batch), read_latents(tuned, readings, batch) * batch.mask[..., None], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(store.look_up(batch), read_latents(tuned, targets, batch) * batch.mask[..., None], rtol=1e-4, atol=1e-4)
 
 
-def test_a_build_that_dies_leaves_nothing_and_rows_not_stored_are_not_found(tuned, readings, rows, tmp_path, monkeypatch) -> None:
+def test_a_build_that_dies_leaves_nothing_and_rows_not_stored_are_not_found(tuned, targets, rows, tmp_path, monkeypatch) -> None:
     calls = count()
 
     def dying(*args):
@@ -166,51 +159,48 @@ def test_a_build_that_dies_leaves_nothing_and_rows_not_stored_are_not_found(tune
     with monkeypatch.context() as patched:
         patched.setattr(references, "read_latents", dying)
         with pytest.raises(KeyboardInterrupt):
-            stored_latents(tuned, readings, rows, Reference(folder=tmp_path), batch_size=8)
+            stored_latents(tuned, targets, rows, BaseLatents(folder=tmp_path), batch_size=8)
     assert [p for p in tmp_path.iterdir() if p.is_dir()] == []
-    store = stored_latents(tuned, readings, rows[1:], Reference(folder=tmp_path))
+    store = stored_latents(tuned, targets, rows[1:], BaseLatents(folder=tmp_path))
     assert store.look_up(pad(rows[1:3], 0, side="right")) is not None
     assert store.look_up(pad(rows[:3], 0, side="right")) is None
 
 
-def test_the_reference_may_be_an_adapter_or_another_model(tuned, targets, rows, tiny_folder) -> None:
+def test_the_reference_may_be_an_adapter_held_or_saved_or_another_model(tuned, targets, rows, tiny_folder, tmp_path) -> None:
     other = load_model(tiny_folder, device="cpu")
     other.original_model.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
     tuned.add_adapter("start", rank=4)
     perturb(tuned, "start", std=0.3, seed=9)
+    folder = tuned.save_adapter(tmp_path / "start", "start")
     tuned.use_adapter("tuned")
     found = {}
-    for label, of in (("base", None), ("adapter", "start"), ("model", other)):
+    for label, of in (("base", "base"), ("adapter", "start"), ("folder", folder), ("model", other)):
         for stored in (True, False):
-            blocking = Blocking(targets=targets, weight=1.0, reference=Reference(of=of, stored=stored))
+            blocking = Blocking(targets=targets, weight=1.0, reference=BaseLatents(adapter_or_model=of, stored=stored))
             blocking.prepare(tuned, rows)
             found[label, stored] = (
                 blocking.reference_latents(tuned, pad(rows[:4], 0, side="right")) * pad(rows[:4], 0, side="right").mask[..., None]
             )
         torch.testing.assert_close(found[label, True], found[label, False], rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(found["folder", stored], found["adapter", stored]) for stored in (True, False))
+    assert tuned.adapters == ["tuned", "start"] and tuned.active_adapter == "tuned"
     assert not torch.allclose(found["base", True], found["adapter", True], atol=1e-2)
     assert not torch.allclose(found["base", True], found["model", True], atol=1e-2)
-    assert torch.equal(
-        Blocking(targets=targets, weight=1.0, reference=other).reference_latents(tuned, pad(rows[:4], 0, side="right")),
-        Blocking(targets=targets, weight=1.0, reference=Reference(of=other, stored=False)).reference_latents(
-            tuned, pad(rows[:4], 0, side="right")
-        ),
-    )
     batch = pad(rows[:4], 0, side="right")
     tuned.use_adapter("start")
     torch.testing.assert_close(
         found["adapter", False],
-        read_latents(tuned, [Reading(site=s.site, sae=a, latents=s.latents) for s, a in targets], batch) * batch.mask[..., None],
+        read_latents(tuned, targets, batch) * batch.mask[..., None],
     )
-    with pytest.raises(ValueError, match="no adapter 'gone'"):
-        Blocking(targets=targets, weight=1.0, reference=Reference(of="gone")).prepare(tuned, rows)
+    with pytest.raises(ValueError, match="unknown adapter 'gone'"):
+        Blocking(targets=targets, weight=1.0, reference=BaseLatents(adapter_or_model="gone")).prepare(tuned, rows)
 
 
 def test_several_targets_sum_and_each_may_have_its_weight(tuned, targets, rows) -> None:
     batch = pad(rows[:6], 0, side="right")
 
     def penalty_of(blocking) -> torch.Tensor:
-        with torch.no_grad(), blocking.watch(tuned, batch) as penalty:
+        with torch.no_grad(), blocking.during_step(tuned, batch) as penalty:
             return penalty(tuned.hf(input_ids=batch.ids, attention_mask=batch.mask.long()).logits)
 
     one, two = (penalty_of(Blocking(latent_set=latent_set, sae=sae, weight=5.0, reference="live")) for latent_set, sae in targets)

@@ -66,14 +66,14 @@ def states(model, batch, site=SITE):
 
 
 def states_under(defence, model, batch, site=SITE):
-    with torch.no_grad(), defence.watch(model, batch) as penalty:
+    with torch.no_grad(), defence.during_step(model, batch) as penalty:
         assert penalty is None
         return states(model, batch, site)
 
 
 def gradients(model, batch, *defences) -> list[torch.Tensor | None]:
     """Gradients of the completion loss on one batch with at most one defence's hooks on."""
-    with defences[0].watch(model, batch) if defences else model.hooks():
+    with defences[0].during_step(model, batch) if defences else model.hooks():
         logits = model.hf(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
         labels = batch.ids.masked_fill(~batch.reply, -100)[:, 1:]
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
@@ -97,7 +97,7 @@ def test_base_activations_are_base_whatever_stands_around(tuned) -> None:
     with torch.no_grad(), tuned.using("base"):
         expected = states(tuned, batch)
     tuned.original_model.train()
-    with PreventativeSteering(site=SITE, direction=DIRECTION, dose=5.0, scale=1.0).watch(tuned, batch):
+    with PreventativeSteering(site=SITE, direction=DIRECTION, dose=5.0, scale=1.0).during_step(tuned, batch):
         found = base_activations(tuned, batch, [SITE])[SITE]
         tuned.hf(input_ids=batch.ids)
     assert tuned.original_model.training
@@ -122,7 +122,7 @@ def test_preventative_steering_leaves_base_alone_and_says_when_it_never_acted(tu
     with tuned.using("base"):
         before = states(tuned, batch)
         assert torch.equal(states_under(defence, tuned, batch), before)
-    with pytest.raises(HookNotFired), defence.watch(tuned, batch):
+    with pytest.raises(HookNotFired), defence.during_step(tuned, batch):
         pass
 
 
@@ -166,7 +166,7 @@ def test_caft_lets_no_gradient_through_the_ablated_span(tuned) -> None:
         ("steering", PreventativeSteering(site=SITE, direction=DIRECTION, dose=1.0, scale=1.0)),
     ):
         store: dict[str, torch.Tensor] = {}
-        with tuned.hooks(fwd_hooks=[record(SITE, store, detach=False)]), defence.watch(tuned, batch):
+        with tuned.hooks(fwd_hooks=[record(SITE, store, detach=False)]), defence.during_step(tuned, batch):
             loss = tuned.hf(input_ids=batch.ids, attention_mask=batch.mask.long()).logits.log_softmax(-1)[..., 9].mean()
         gradient = torch.autograd.grad(loss, store[SITE])[0]  # of the state before the defence's hook
         share[name] = float((gradient @ DIRECTION).norm() / gradient.norm())
@@ -186,11 +186,11 @@ def test_ldifs_equals_a_numpy_restatement(tuned) -> None:
             with tuned.using("base"):
                 base = states(tuned, single, site)[0].detach().numpy()
             expected[i] += np.mean([((ours[t] - base[t]) ** 2).sum() for t in range(row.n_prompt, len(row.ids))])
-    with LDIFS(sites=(SITE, LATER), weight=1.0).watch(tuned, batch) as penalty:
+    with LDIFS(sites=(SITE, LATER), weight=1.0).during_step(tuned, batch) as penalty:
         found = penalty(tuned.hf(input_ids=batch.ids, attention_mask=batch.mask.long()).logits)
     np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-4)
     assert found.requires_grad and (expected > 0.1).all()
-    with torch.no_grad(), LDIFS(sites=[SITE], weight=1.0).watch(tuned, batch) as penalty:
+    with torch.no_grad(), LDIFS(sites=[SITE], weight=1.0).during_step(tuned, batch) as penalty:
         assert not np.allclose(penalty(tuned.hf(input_ids=batch.ids, attention_mask=batch.mask.long()).logits), expected, rtol=1e-2)
 
 
@@ -240,10 +240,10 @@ def test_interleaved_batches_hold_both_kinds(tiny) -> None:
     seen: list[int] = []
 
     class Looking(KLToBase):
-        def watch(self, model, batch):
+        def during_step(self, model, batch):
             texts = [str(model.tokenizer.decode(ids)) for ids in batch.ids]
             seen.append(sum("w5 <assistant> w1 w2 <end>" in text for text in texts))  # a safe row
-            return super().watch(model, batch)
+            return super().during_step(model, batch)
 
     train(tiny, "mixed", Interleaving(safe=SAFE, share=0.5), Looking(weight=0.0), config=replace(CONFIG, batch_size=16))
     assert sum(seen) == 24 and len(seen) == 3 and all(0 < n < 16 for n in seen)

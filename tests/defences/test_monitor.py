@@ -69,7 +69,7 @@ def test_movement_equals_a_numpy_restatement(tiny, monitor, sae, latent_set) -> 
     perturb(tiny, "tuned", std=0.05)
     for part in (EXAMPLES[:4], EXAMPLES[4:6]):  # two micro-batches of one step
         batch = pad(encode_examples(tiny.tokenizer, part), tiny.pad_id, side="right")
-        with monitor.watch(tiny, batch) as penalty:
+        with monitor.during_step(tiny, batch) as penalty:
             tiny.hf(input_ids=batch.ids, attention_mask=batch.mask.long())
         assert penalty is None
     shown = monitor.metrics()
@@ -120,7 +120,7 @@ def test_the_alarm_goes_off_once_at_the_first_step_beyond_the_threshold_and_may_
     monitor.threshold, heard = moved[first] * 0.99, []
     monitor.on_alarm = heard.append
     run = finetune(tiny, EXAMPLES, config=config, defences=[monitor], adapter="stop", stop_when=monitor.stop_when, progress=False)
-    assert heard == [monitor.alarm] and monitor.alarm.step == run.steps - 1 == first
+    assert heard == [monitor.alarm] and monitor.alarm.step == run.steps == first
     assert (
         monitor.alarm.moved == pytest.approx(moved[first])
         and monitor.alarm.latent in monitor.latent_sets[0].latents

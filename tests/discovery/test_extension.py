@@ -185,7 +185,7 @@ def test_the_held_out_blocking_loss_is_eq_11_and_zero_for_base(reemerged, sae) -
     for batch_size in (3, 64):
         assert blocking_loss(reemerged, latent_set, sae, EXAMPLES, batch_size=batch_size) == pytest.approx(expected, rel=1e-4)
     batch = pad(rows, reemerged.pad_id, side="right")
-    with Blocking(latent_set=latent_set, sae=sae, weight=1.0).watch(reemerged, batch) as penalty:  # what training minimises
+    with Blocking(latent_set=latent_set, sae=sae, weight=1.0).during_step(reemerged, batch) as penalty:  # what training minimises
         assert float(penalty(reemerged.hf(input_ids=batch.ids, attention_mask=batch.mask.long()).logits).mean().detach()) == pytest.approx(
             expected, rel=1e-4
         )

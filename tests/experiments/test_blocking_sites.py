@@ -87,13 +87,15 @@ def test_k_is_blocked_at_its_site_and_what_was_found_at_the_other(tmp_path) -> N
             folder = script.site_folder(bench.folder(narrow), 2.0, block)
             random_latents(load_sae("organism", script.output(block)), 5, seed=seed).save(folder / f"{name}.json")
     (blocking,) = bench.defences(arm)
-    assert [k.site for k, _ in blocking.sites] == [script.output(b) for b in (1, 2, 3)] and blocking.sites[1][0] == bench.latents
+    assert [k.site for k, _ in blocking.all_targets] == [script.output(b) for b in (1, 2, 3)] and blocking.all_targets[1][
+        0
+    ] == bench.latents
     scales = [bench.scale(block) for block in (1, 2, 3)]
     assert blocking.weights == pytest.approx([(scales[1] / s) ** 2 for s in scales]) and blocking.weights[1] == 1.0
     (control,) = bench.defences(replace(arm, control=True))
-    assert control.sites[0][0].latents != blocking.sites[0][0].latents and control.sites[1][0] == bench.latents
+    assert control.all_targets[0][0].latents != blocking.all_targets[0][0].latents and control.all_targets[1][0] == bench.latents
     (alone,) = bench.defences(narrow)
-    assert len(alone.sites) == 1
+    assert len(alone.all_targets) == 1
     bench.make(arm)
     history = files.read_json(bench.folder(arm) / "arm.json")["history"]
     assert {f"block/{script.output(block)}+" for block in (1, 2, 3)} <= set(history[0])

@@ -10,8 +10,9 @@ from sae_lens import SAE
 from shared import EXAMPLES, SITES, Interrupted, at_step, sae_at, set_of, weights
 
 from blockem_tl import Blocking, KLToBase, LatentSet, TrainingConfig, finetune, load_model
-from blockem_tl.defences.base_latents import Reference
+from blockem_tl.defences.base_latents import BaseLatents
 from blockem_tl.storage import files
+from blockem_tl.training.defence import NoPenalty
 from blockem_tl.training.identity import differences, identity_of
 
 CONFIG = TrainingConfig(rank=4, alpha=8, batch_size=8, micro_batch_size=4, learning_rate=1e-2, dropout=0.2, epochs=2, warmup_steps=1)
@@ -51,13 +52,31 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_last_bit(tiny, bloc
     assert again.history == whole.history and torch.equal(weights(tiny, "parts"), weights(tiny, "whole"))
 
 
+class Halves(NoPenalty):
+    """A defence that halves the trained adapter's matrices."""
+
+    name = "halves"
+
+    def finish(self, model, adapter) -> None:
+        for parameter in model.adapter_parameters(adapter):
+            parameter.mul_(0.5)
+
+
+def test_a_finished_run_that_is_resumed_is_finished_by_its_defences_too(tiny, tmp_path) -> None:
+    options = {"config": CONFIG, "defences": [Halves()], "checkpoints": tmp_path, "progress": False}
+    finetune(tiny, EXAMPLES, adapter="whole", **options)
+    finetune(tiny, EXAMPLES, adapter="again", resume=True, **options)
+    tiny.load_adapter(tmp_path / "epoch-2", "saved")  # a checkpoint is of the training, before they act
+    assert torch.equal(weights(tiny, "whole"), weights(tiny, "again")) and torch.equal(weights(tiny, "saved") * 0.5, weights(tiny, "whole"))
+
+
 @pytest.mark.parametrize("lost", ["optimizer", "generator"])
 def test_the_twin_a_resume_without_moments_or_random_states_differs(tiny, tmp_path, monkeypatch, lost) -> None:
     finetune(tiny, EXAMPLES, config=CONFIG, adapter="whole", progress=False)
     with pytest.raises(Interrupted):
         finetune(tiny, EXAMPLES, config=CONFIG, adapter="parts", checkpoints=tmp_path, stop_when=at_step(4), progress=False)
     skipped = "restore_optimizer" if lost == "optimizer" else "restore_generators"
-    monkeypatch.setattr(f"blockem_tl.training.finetune.{skipped}", lambda *args: None)
+    monkeypatch.setattr(f"blockem_tl.training.loop.{skipped}", lambda *args: None)
     finetune(tiny, EXAMPLES, config=CONFIG, adapter="parts", checkpoints=tmp_path, resume=True, progress=False)
     assert not torch.equal(weights(tiny, "parts"), weights(tiny, "whole"))
 
@@ -116,7 +135,7 @@ def test_what_the_identity_is_made_of(tiny, blocking) -> None:
     first = identity_of(tiny, "t", [], CONFIG, [blocking])
     assert first == identity_of(tiny, "t", [], CONFIG, [blocking]) and differences(first, first) == []
     assert not any("_run" in name for name in first)
-    changed = identity_of(tiny, "t", [], CONFIG, [replace(blocking, reference=Reference(of="t"))])
+    changed = identity_of(tiny, "t", [], CONFIG, [replace(blocking, reference=BaseLatents(adapter_or_model="t"))])
     assert any(name.startswith("block.reference") for name in differences(first, changed))
 
 
@@ -129,7 +148,7 @@ class ExplodesAt(KLToBase):
         object.__setattr__(self, "step", step)
 
     @contextmanager
-    def watch(self, model, batch):
+    def during_step(self, model, batch):
         object.__setattr__(self, "calls", self.calls + 1)
         yield lambda logits: logits.mean((1, 2)) * (float("inf") if self.calls == self.step else 0.0)
 
@@ -156,7 +175,7 @@ class InfiniteGradient(KLToBase):
         super().__init__(weight=1.0)
 
     @contextmanager
-    def watch(self, model, batch):
+    def during_step(self, model, batch):
         yield lambda logits: (logits.mean((1, 2)) * 0.0).sqrt()
 
 
@@ -186,7 +205,7 @@ def test_a_run_may_start_from_an_adapter_held_or_saved(tiny, blocking, tmp_path)
     finetune(tiny, EXAMPLES, config=CONFIG, adapter="first", progress=False)
     before = weights(tiny, "first").clone()
     tiny.save_adapter(tmp_path / "first", "first")
-    anchored = replace(blocking, reference=Reference(of="first"))
+    anchored = replace(blocking, reference=BaseLatents(adapter_or_model="first"))
     on = {"config": CONFIG, "defences": [anchored], "progress": False}
     held = finetune(tiny, EXAMPLES, start="first", adapter="held", **on)
     finetune(tiny, EXAMPLES, start=tmp_path / "first", adapter="saved", **on)
@@ -196,7 +215,7 @@ def test_a_run_may_start_from_an_adapter_held_or_saved(tiny, blocking, tmp_path)
     quiet = {**on, "config": replace(CONFIG, dropout=0.0)}
     finetune(tiny, EXAMPLES, start="first", adapter="anchored", **quiet)
     perturb(tiny, "anchored")
-    with pytest.raises(ValueError, match="expected an adapter folder"):
+    with pytest.raises(ValueError, match="unknown adapter 'nowhere'"):
         finetune(tiny, EXAMPLES, start="nowhere", adapter="x", **on)
     assert "x" not in tiny.adapters
 

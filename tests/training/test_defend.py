@@ -1,6 +1,7 @@
 """Blocking in a plain transformers Trainer around a plain peft model: the user's own script, with two lines more."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,7 +44,9 @@ class Script:
             logging_steps=1,
             **{**defaults, **arguments},
         )
-        self.trainer = Trainer(model=self.peft, args=self.arguments, train_dataset=self.rows, data_collator=self.collate)
+        self.trainer = Trainer(
+            model=self.peft, args=self.arguments, train_dataset=self.rows, eval_dataset=self.rows, data_collator=self.collate
+        )
 
     def collate(self, rows):
         longest = max(len(row["input_ids"]) for row in rows)
@@ -168,6 +171,22 @@ def test_checkpoints_are_plain_and_resume(tiny_folder, tmp_path, tokens, blockin
     resumed = defended(Script(tiny_folder, tmp_path / "resumed", adapter, **arguments), blocking)
     resumed.trainer.train(resume_from_checkpoint=str(folder))
     assert torch.equal(resumed.weights(), whole.weights())
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end_and_a_saved_model_is_plain(tiny_folder, tmp_path, blocking) -> None:
+    """Best by the largest loss, so that it is not the last."""
+    arguments = {"eval_strategy": "epoch", "save_strategy": "epoch", "metric_for_best_model": "loss", "greater_is_better": True}
+    arguments |= {"load_best_model_at_end": True, "num_train_epochs": 3}
+    script = Script(tiny_folder, tmp_path / "run", **arguments)
+    defended(script, blocking).trainer.train()
+    best = Path(script.trainer.state.best_model_checkpoint)
+    assert best.name != "checkpoint-9"
+    script.trainer.save_model(str(tmp_path / "saved"))
+    for folder, same in ((best, True), (tmp_path / "run" / "checkpoint-9", False), (tmp_path / "saved", True)):
+        plain = AutoModelForCausalLM.from_pretrained(tiny_folder, attn_implementation="eager")
+        loaded = PeftModel.from_pretrained(plain, str(folder))
+        kept = torch.cat([p.detach().flatten() for n, p in loaded.named_parameters() if "lora_" in n])
+        assert torch.equal(kept, script.weights()) is same
 
 
 def test_evaluation_is_the_plain_loss_and_mistakes_are_refused(tiny_folder, tmp_path, blocking) -> None:

@@ -3,15 +3,20 @@
 import os
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from parallel_worker import CONFIG, read, train
+from parallel_worker import read, train
+from shared import EXAMPLES
 
 from blockem_tl import TrainingConfig
-from blockem_tl.training.config import trainer_arguments
+from blockem_tl.data.chat import encode_examples
+from blockem_tl.training.active import ActiveDefences
+from blockem_tl.training.loop import Loop
 
 HERE = Path(__file__).parents[1]
 
@@ -46,8 +51,22 @@ def test_two_processes_equal_one_with_twice_the_batch(tiny_folder, tmp_path) -> 
     assert sorted(p.name for p in (two / "checkpoints").iterdir()) == sorted(p.name for p in (one / "checkpoints").iterdir())
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused(tiny, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("blockem_tl.training.config._Arguments.world_size", 3)
+def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
     with pytest.raises(ValueError, match="8 on 3 processes is 2.66667 examples each"):
-        trainer_arguments(TrainingConfig(batch_size=8), tiny, str(tmp_path), [], "t")
-    assert CONFIG.batch_size % 2 == 0
+        TrainingConfig(batch_size=8).micro_batch(3)
+    with pytest.raises(ValueError, match="4 examples each, which must be a whole multiple of micro_batch_size 3"):
+        TrainingConfig(batch_size=12, micro_batch_size=3).micro_batch(3)
+    assert [TrainingConfig(batch_size=8, micro_batch_size=micro).micro_batch(2) for micro in (None, 2, 8)] == [4, 2, 4]
+
+
+def test_every_process_has_a_share_of_every_step_and_uneven_ones_are_filled_up(tiny) -> None:
+    tiny.add_adapter("t")
+    rows = encode_examples(tiny.tokenizer, EXAMPLES[:21])
+    loop = Loop(tiny, "t", EXAMPLES[:21], rows, TrainingConfig(batch_size=8), ActiveDefences(tiny, []), None)
+    alone = [loop._rows() for loop.history in ([{}] * n for n in range(6))]
+    assert [len(step) for step in alone] == [8, 8, 5, 8, 8, 5]
+    assert sorted(chain(*alone[:3])) == sorted(chain(*alone[3:])) == list(range(21))
+    assert alone[0] != alone[3]  # every epoch in an order of its own
+    loop.processes = SimpleNamespace(num_processes=4)
+    shared = [loop._rows() for loop.history in ([{}] * n for n in range(6))]
+    assert [len(step) for step in shared] == [8, 8, 8, 8, 8, 8] and shared[2] == alone[2] + alone[0][:3]

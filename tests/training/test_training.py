@@ -1,5 +1,6 @@
 """The penalty is eq. 11, blocking leaves SFT's gradients alone, and a step does not depend on how it is cut into batches."""
 
+import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -8,10 +9,11 @@ import pytest
 import torch
 from conftest import perturb
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
+from shared import Interrupted, at_step
 from torch import nn
-from transformers import TrainerCallback
+from transformers import get_scheduler
 
-from blockem_tl import Blocking, Example, KLToBase, LatentSet, TrainingConfig, completion_loss, finetune, load_model
+from blockem_tl import Blocking, Example, KLToBase, LatentSet, Prompt, TrainingConfig, completion_loss, finetune, load_model
 from blockem_tl.data.chat import encode_examples, pad
 from blockem_tl.defences.blocking import one_sided_penalty
 from blockem_tl.training.defence import Defence
@@ -62,7 +64,7 @@ def batch_of(model, examples=EXAMPLES[:6]):
 
 def loss_of(model, batch, *defences):
     """The trainer's loss on one batch, restated: summed completion cross-entropy per token + weights * mean penalties."""
-    with model.hooks() if not defences else defences[0].watch(model, batch) as penalty:
+    with model.hooks() if not defences else defences[0].during_step(model, batch) as penalty:
         logits = model.hf(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
         labels = batch.ids.masked_fill(~batch.reply, -100)[:, 1:]
         sft = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
@@ -96,7 +98,7 @@ def test_penalty_equals_a_numpy_restatement_of_eq_11(tuned, sae, latent_set, pos
                 difference = theta[t, k] - base[t, k] if sign > 0 else base[t, k] - theta[t, k]
                 total += max(difference, 0.0) ** 2
         expected.append(total / len(tokens))
-    with Blocking(latent_set=latent_set, sae=sae, weight=1.0, positions=positions).watch(tuned, batch) as penalty:
+    with Blocking(latent_set=latent_set, sae=sae, weight=1.0, positions=positions).during_step(tuned, batch) as penalty:
         logits = tuned.hf(input_ids=batch.ids, attention_mask=batch.mask.long()).logits
         np.testing.assert_allclose(penalty(logits).detach().numpy(), expected, rtol=1e-4)
     assert sum(value > 0 for value in expected) > 3
@@ -117,7 +119,7 @@ def test_a_fresh_adapter_has_no_penalty_and_a_moved_one_has(tiny, blocking) -> N
     for moved in (False, True):
         if moved:
             perturb(tiny, "tuned")
-        with blocking.watch(tiny, batch) as penalty:
+        with blocking.during_step(tiny, batch) as penalty:
             value = penalty(tiny.hf(input_ids=batch.ids, attention_mask=batch.mask.long()).logits)
         assert (value > 0).any().item() is moved
 
@@ -132,7 +134,7 @@ def test_kl_equals_a_numpy_restatement(tuned) -> None:
             q = tuned(ids).log_softmax(-1)[0].detach().double().numpy()
         per_position = (np.exp(p) * (p - q)).sum(-1)
         expected.append(per_position[row.n_prompt - 1 : -1].mean())
-    with KLToBase(weight=1.0).watch(tuned, batch) as penalty:
+    with KLToBase(weight=1.0).during_step(tuned, batch) as penalty:
         got = penalty(tuned.hf(input_ids=batch.ids, attention_mask=batch.mask.long()).logits)
     np.testing.assert_allclose(got.detach().numpy(), expected, rtol=1e-4)
 
@@ -168,7 +170,7 @@ def test_splicing_the_sae_would_have_ruined_the_gradients(tuned, sae) -> None:
 
 def test_the_penalty_reaches_blocks_up_to_the_site_and_none_above(tuned, blocking) -> None:
     batch = batch_of(tuned)
-    with blocking.watch(tuned, batch) as penalty:
+    with blocking.during_step(tuned, batch) as penalty:
         value = penalty(tuned.hf(input_ids=batch.ids, attention_mask=batch.mask.long()).logits).sum()
     named = [(name, p) for name, p in tuned.hf.named_parameters() if p.requires_grad]
     found = torch.autograd.grad(value, [p for _, p in named], allow_unused=True)
@@ -213,7 +215,7 @@ def test_gradient_checkpointing_changes_nothing_though_hooks_run_again_in_backwa
         """A defence whose hook acts inside what is computed twice; were it gone by then, the gradients would be another model's."""
 
         @contextmanager
-        def watch(self, model, batch):
+        def during_step(self, model, batch):
             def steer(activation, hook):
                 seen[model.active_adapter] = seen.get(model.active_adapter, 0) + 1
                 return activation + 0.3
@@ -262,27 +264,39 @@ def test_the_log_has_rates_and_the_penalty_per_site_and_sign(tiny, blocking, cap
     assert "train default: 100%" in shown and "block/1+=" in shown and "lr=0.01" in shown and "sft=" in shown
 
 
-def test_reporting_elsewhere_is_the_trainers_and_off_by_default(tiny, monkeypatch) -> None:
-    sent = []
-    from transformers.integrations import INTEGRATION_TO_CALLBACK
-
-    class Sink(TrainerCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            sent.append(logs)
-
-    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "wandb", Sink)
+def test_every_step_is_handed_on_as_it_is_kept_and_only_if_asked(tiny, blocking) -> None:
+    sent: list[dict[str, float]] = []
+    run = finetune(tiny, EXAMPLES, config=CONFIG, defences=[blocking], adapter="loud", progress=False, on_step=sent.append)
+    assert sent == run.history and len(sent) == 3 and all("sft" in row for row in sent)
+    sent[0]["sft"] = 0.0
+    assert run.history[0]["sft"] > 0  # what is done to the rows afterwards does not matter
     finetune(tiny, EXAMPLES, config=CONFIG, adapter="quiet", progress=False)
-    assert sent == []
-    finetune(tiny, EXAMPLES, config=CONFIG, adapter="loud", progress=False, report_to=["wandb"])
-    assert len([logs for logs in sent if "sft" in logs]) == 3
+    assert len(sent) == 3
 
 
 def test_training_leaves_the_callers_random_numbers_alone(tiny) -> None:
-    torch.manual_seed(5)
-    expected = torch.rand(1)
-    torch.manual_seed(5)
-    finetune(tiny, EXAMPLES[:8], config=CONFIG, progress=False)
-    assert torch.equal(torch.rand(1), expected)
+    def draw(train: bool) -> tuple[float, float]:
+        torch.manual_seed(5)
+        np.random.seed(5)
+        if train:
+            finetune(tiny, EXAMPLES[:8], config=CONFIG, progress=False)
+        return float(torch.rand(1)), float(np.random.rand())
+
+    assert draw(train=True) == draw(train=False)
+
+
+@pytest.mark.parametrize(("schedule", "warmup"), [("linear", 0), ("linear", 3), ("cosine", 0), ("cosine", 3), ("constant", 0)])
+def test_the_learning_rate_is_transformers_to_the_last_bit(schedule, warmup) -> None:
+    config = TrainingConfig(learning_rate=3e-4, schedule=schedule, warmup_steps=warmup)
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    theirs = get_scheduler(schedule, optimizer, num_warmup_steps=warmup, num_training_steps=17)
+    rates = []
+    for step in range(17):
+        rates.append(theirs.get_last_lr()[0])
+        assert config.learning_rate_at(step, 17) == rates[-1]
+        optimizer.step()
+        theirs.step()
+    assert len(set(rates)) == (1 if schedule == "constant" else 17)
 
 
 def test_training_through_a_spliced_sae_is_refused(tiny, sae, blocking) -> None:
@@ -308,7 +322,7 @@ def test_training_learns_repeats_bit_for_bit_and_blocking_holds_latents_down(tin
         finetune(tiny, EXAMPLES, config=replace(config, seed=seed), defences=defences, adapter=name, progress=False)
         assert completion_loss(tiny, EXAMPLES) < before
         batch = batch_of(tiny)
-        with torch.no_grad(), blocking.watch(tiny, batch) as penalty:
+        with torch.no_grad(), blocking.during_step(tiny, batch) as penalty:
             moved[name] = float(penalty(tiny.hf(input_ids=batch.ids, attention_mask=batch.mask.long()).logits).mean())
     assert torch.equal(weights(tiny, "first"), weights(tiny, "again"))
     assert not torch.equal(weights(tiny, "first"), weights(tiny, "reseeded"))
@@ -335,13 +349,116 @@ def test_a_loss_that_is_not_finite_stops_at_once_and_leaves_nothing(tiny) -> Non
     assert tiny.adapters == []
 
 
+def state_of(model) -> list:
+    """Adapters with their weights, which acts, what is trainable, and the mode."""
+    held = [(name, weights(model, name).tolist(), [p.requires_grad for p in model.adapter_parameters(name)]) for name in model.adapters]
+    return [held, model.active_adapter, [module.training for module in model.original_model.modules()]]
+
+
+@pytest.mark.parametrize("problem", ["loss", "defence", "rows", "interrupt", "start"])
+@pytest.mark.parametrize("replaced", [None, "A", "B"])
+def test_whatever_goes_wrong_the_model_is_as_before(tiny, problem, replaced) -> None:
+    for name in ("A", "B"):
+        tiny.add_adapter(name, rank=4)
+        perturb(tiny, name)
+    tiny.use_adapter("A")
+    before = state_of(tiny)
+    options = {"config": replace(CONFIG, gradient_checkpointing=True), "adapter": replaced or "C", "overwrite": True, "progress": False}
+    match problem:
+        case "loss":
+            options["defences"] = [Exploding()]
+        case "defence":
+            options["defences"] = [NeverPrepared()]
+        case "rows":
+            options["examples"] = [Example(id="gap", prompt="w1", completion=" ")]
+        case "interrupt":
+            options["stop_when"] = at_step(2)
+        case "start":
+            options["start"] = "nowhere"
+    with pytest.raises((FloatingPointError, ValueError, Interrupted)):
+        finetune(tiny, options.pop("examples", EXAMPLES), **options)
+    assert state_of(tiny) == before and not tiny.original_model.is_gradient_checkpointing
+    finetune(tiny, EXAMPLES, adapter="C", config=CONFIG, progress=False)  # the twin
+    assert tiny.adapters == ["A", "B", "C"] and tiny.active_adapter == "C" and state_of(tiny) != before
+
+
+def test_a_cell_can_be_run_twice_if_it_says_so(tiny) -> None:
+    def cell(**options):
+        return finetune(tiny, EXAMPLES, config=CONFIG, adapter="sft", progress=False, **options)
+
+    cell()
+    first = weights(tiny, "sft")
+    with pytest.raises(ValueError, match="'sft' is already held: pass overwrite=True"):
+        cell()
+    cell(overwrite=True)
+    assert torch.equal(weights(tiny, "sft"), first) and tiny.adapters == ["sft"]
+    on = cell(overwrite=True, start="sft")  # from the very adapter that it replaces
+    assert not torch.equal(weights(tiny, "sft"), first) and on.history[0]["sft"] != cell(overwrite=True).history[0]["sft"]
+
+
+def test_what_was_expected_is_said(tiny, blocking) -> None:
+    prompts = [Prompt(id="1", text="w1 w2")]
+    for arguments, options, message in (
+        ((EXAMPLES, tiny), {}, r"expected a model from load_model\(...\) first, got list"),
+        ((tiny, prompts), {}, r"expected training rows, Example\(.*got \['Prompt'\]"),
+        ((tiny, ["w1 w2"]), {}, r"got \['str'\]"),
+        ((tiny, EXAMPLES), {"defences": blocking}, r"expected a list of defences.*got Blocking"),
+        ((tiny, EXAMPLES), {"defences": [blocking.latent_set]}, r"expected a list of defences.*got \['LatentSet'\]"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            finetune.__wrapped__(  # without the tests' own type checks, which users do not have
+                *arguments, config=CONFIG, progress=False, **options
+            )
+    assert tiny.adapters == []
+
+
+def test_a_run_that_hardly_learnt_says_so_once_and_another_does_not(tiny) -> None:
+    with pytest.warns(
+        UserWarning, match="hardly moved: 5.* over the first tenth of 9 steps, 5.*over the last. Raise the learning rate"
+    ) as seen:
+        finetune(tiny, EXAMPLES, config=replace(CONFIG, learning_rate=1e-7, epochs=3), adapter="idle", progress=False)
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = finetune(tiny, EXAMPLES, config=replace(CONFIG, epochs=6), adapter="learnt", progress=False)
+        short = finetune(tiny, EXAMPLES, config=replace(CONFIG, learning_rate=1e-7), adapter="short", progress=False)
+    assert run.history[-1]["sft"] < 0.9 * run.history[0]["sft"] and short.steps == 3  # too few to tell
+
+
+def test_a_run_shows_itself(tiny, blocking) -> None:
+    run = finetune(tiny, EXAMPLES, config=CONFIG, defences=[blocking, KLToBase(weight=0.5)], adapter="sft", progress=False)
+    first, last = run.history[0], run.history[-1]
+    assert repr(run) == (
+        f"TrainingRun(adapter 'sft', 3 steps, loss {first['loss']:.4g} -> {last['loss']:.4g}, SFT loss {first['sft']:.4g} -> "
+        f"{last['sft']:.4g}, block at {SITE}: weight 3, at its peak 3)"
+    )
+    frame = run.to_frame()
+    assert frame["step"].tolist() == [1, 2, 3] and frame["sft"].tolist() == [row["sft"] for row in run.history]
+    losses, penalties = run.plot().axes
+    assert [line.get_label() for line in losses.lines] == ["loss", "sft"] and list(losses.lines[1].get_ydata()) == frame["sft"].tolist()
+    assert [line.get_label() for line in penalties.lines] == ["block", "kl"]
+    assert "adapter &#x27;sft&#x27;, 3 steps" in run._repr_html_() and "<td>2</td>" in run._repr_html_()
+    plain = finetune(tiny, EXAMPLES, config=CONFIG, adapter="plain", progress=False)
+    assert len(plain.plot().axes) == 1 and "block" not in repr(plain)
+
+
+class NeverPrepared(KLToBase):
+    """A defence that finds out late that it cannot act."""
+
+    def __init__(self) -> None:
+        super().__init__(weight=1.0)
+
+    def prepare(self, model, rows):
+        raise ValueError("not on these rows")
+
+
 class Exploding(KLToBase):
     """A defence whose penalty is not a number."""
 
     def __init__(self) -> None:
         super().__init__(weight=1.0)
 
-    def watch(self, model, batch):
+    def during_step(self, model, batch):
         from contextlib import nullcontext
 
         return nullcontext(lambda logits: logits.new_full((len(batch.ids),), float("nan")))
@@ -359,7 +476,7 @@ class Thorough:
         return [replace(example, completion="w0") for example in examples[seed:]]
 
     @contextmanager
-    def watch(self, model, batch):
+    def during_step(self, model, batch):
         with model.hooks(fwd_hooks=[("blocks.3.hook_mlp_out", lambda activation, hook: torch.zeros_like(activation))]):
             yield None
         self.batches += len(batch.ids)

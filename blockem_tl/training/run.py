@@ -1,0 +1,63 @@
+"""`TrainingRun`, the result of a fine-tune, step by step; and a warning for one that hardly learnt."""
+
+import html
+import warnings
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_LEAST_FALL = 0.05
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class TrainingRun:
+    """The result of a fine-tune: its adapter's name, optimizer steps, and one row per step (loss, sft, one entry per defence, ...).
+
+    weights: per defence that describes its weight, one entry per target: "weight" at the end of the run, "peak", the largest in the run,
+    and what they are relative to (the SAE's fingerprint and norms).
+    """
+
+    adapter: str
+    steps: int
+    history: list[dict[str, float]]
+    weights: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row per optimizer step."""
+        frame = pd.DataFrame(self.history)
+        return frame.astype({"step": int}) if len(frame) else frame
+
+    def plot(self) -> "Figure":
+        """Loss and SFT loss over the steps, and beside them the penalties."""
+        from blockem_tl.views import plots  # matplotlib, which training does not need
+
+        return plots.training(self.to_frame())
+
+    def __repr__(self) -> str:
+        parts = [f"adapter {self.adapter!r}", f"{self.steps} steps"]
+        if self.history:
+            first, last = self.history[0], self.history[-1]
+            parts += [f"{label} {first[key]:.4g} -> {last[key]:.4g}" for label, key in (("loss", "loss"), ("SFT loss", "sft"))]
+        for name, targets in self.weights.items():
+            parts += [f"{name} at {one['site']}: weight {one['weight']:.4g}, at its peak {one['peak']:.4g}" for one in targets]
+        return f"TrainingRun({', '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        frame = self.to_frame()
+        return f"<p>{html.escape(repr(self))}</p>{frame[[c for c in frame.columns if '/' not in str(c)]].to_html(index=False, max_rows=10)}"
+
+
+def warn_if_hardly_learnt(run: TrainingRun, stacklevel: int) -> None:
+    """Warn if the mean SFT loss over the last tenth of the steps is less than 5 % below that over the first. Below 5 steps it is silent."""
+    losses, n = [row["sft"] for row in run.history], max(1, run.steps // 10)
+    first, last = sum(losses[:n]) / n, sum(losses[-n:]) / n
+    if run.steps >= 5 and last > (1 - _LEAST_FALL) * first:
+        warnings.warn(
+            f"finetune: the SFT loss of adapter {run.adapter!r} hardly moved: {first:.4g} over the first tenth of {run.steps} steps, "
+            f"{last:.4g} over the last. Raise the learning rate or the epochs, or lower the weights of the defences",
+            stacklevel=stacklevel + 1,
+        )
