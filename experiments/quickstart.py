@@ -292,6 +292,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "peak_rss_mb": files.peak_rss_mb(),
     }
     with files.finished_folder(settings.out, replaces="summary.json") as folder:
+        found.latent_set.save(folder / "latents.json")
         write(folder, summary, arms, found.to_frame())
     print(f"{summary['wall_s']:.0f} s, peak memory of one process {summary['peak_rss_mb']:.0f} MB; everything is in {settings.out}")
     return summary
@@ -348,7 +349,6 @@ def compare(lab: Lab, workers: Workers) -> tuple[Arms, Discovery, list[int], flo
         )
         alive = alive_latents(lab)
     latents = found.latent_set
-    latents.save(settings.out / "latents.json")
     control = random_latents(lab.sae, len(latents), seed=settings.seed, among=alive, exclude=latents.latents)
 
     blocking = [workers.train(Arm(kind="block", label=f"blocked, λ = {w:g}", weight=w, latents=latents)) for w in settings.lambdas]

@@ -17,10 +17,12 @@ from blockem_tl.types import Generation, Prompt
 
 @runtime_checkable
 class Engine(Protocol):
-    """Anything that replies under steering: `TransformerLensEngine` here, `VLLMEngine` in engines/. Both give the same replies."""
+    """Anything that replies under steering: `TransformerLensEngine` here, `VLLMEngine` in `generation.vllm`. Both give the same replies."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Names the engine in records and errors."""
+        ...
 
     def stream(
         self,

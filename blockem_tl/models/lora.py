@@ -8,7 +8,7 @@ with model.using("runs/sft"): ...   # one saved in a folder, for the time of the
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, cast
 
@@ -98,7 +98,8 @@ class LiveAdapters(AdapterFiles):
         if adapter is None or adapter == BASE or adapter in self.adapters:
             yield None if adapter is None else str(adapter)
             return
-        name = next(f"loaded-{n}" for n in count() if f"loaded-{n}" not in self.adapters)
+        given = Path(adapter).resolve().name.replace(".", "_")  # torch takes no module name with a dot
+        name = next(n for n in chain([given], (f"{given}-{i}" for i in count(2))) if n not in (BASE, *self.adapters))
         acts = self.active_adapter or BASE
         with self.adapters_kept():
             self._load(Path(adapter), name)

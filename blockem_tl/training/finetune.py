@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from blockem_tl.data.chat import check_lengths, encode_examples
+from blockem_tl.data.chat import Encoded, check_lengths, encode_examples
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
 from blockem_tl.training.active import ActiveDefences
@@ -41,15 +41,11 @@ def finetune(
 ) -> TrainingRun:
     """Train a LoRA adapter called ``adapter`` on the completion tokens of ``examples``; it ends up active.
 
-    If the run fails or is interrupted, the model's adapters are as they were before the call. There is a warning if the SFT loss hardly
-    moved: if, in a run of 5 steps or more, its mean over the last tenth of them is less than 5 % below that over the first tenth.
-
-    Under ``torchrun`` every process calls this with the same arguments, and ``config.batch_size`` is that of all processes together.
+    If the run fails, the adapters are as before. Under ``torchrun`` every process calls this, with the whole ``config.batch_size``.
 
     Args:
         defences: each adds weight * (mean over examples of its penalty), or what else it does.
-        start: go on from this adapter, held by the model (it stays as it is) or saved in a folder; its rank, targets and blocks are kept.
-            "base": a fresh one.
+        start: go on from a copy of this adapter (its name or folder), with its rank, targets and blocks; "base": a fresh one.
         overwrite: replace an adapter that the model holds under this name, as it must be to run a notebook's cell twice.
         checkpoints: folder for ``epoch-0.5/``, ``epoch-1/``, ...: plain peft adapters every ``save_every_epochs`` and at the end.
         resume: go on from the last checkpoint there, to the same result as without the interruption; from the start if there is none.
@@ -58,26 +54,38 @@ def finetune(
 
     Raises:
         TypeError: rows that are no examples, something that is no defence.
-        ValueError: a row without prompt or completion, a row longer than the context, a defence that does not fit the model, a name
-            already held, checkpoints of another run (naming what differs).
+        ValueError: a bad row, a defence that does not fit, a name already held, checkpoints of another run (naming what differs).
         FileExistsError: checkpoints are there already and ``resume`` is False.
         FloatingPointError: a loss or gradient that is NaN or infinite, naming the step, the rows and the last good checkpoint.
     """
-    check_examples(model, examples)
-    check_defences(defences)
-    active = ActiveDefences(model, defences)
-    examples = active.rewrite(examples, config.seed)
-    encoded = encode_examples(model.tokenizer, examples)
-    check_lengths(encoded, model.cfg.n_ctx)
+    active, examples, encoded = _checked(model, examples, config, defences)
     kept = Checkpoints(checkpoints, save_every_epochs) if checkpoints is not None else None
     with _new_adapter(model, adapter, config, start, overwrite), computing_as(model, config), torch.random.fork_rng():
         torch.manual_seed(config.seed)
         loop = Loop(model, adapter, examples, encoded, config, active, kept)
         loop.prepare(resume=resume)
         loop.run(stop_when, on_step, progress)
-    run = TrainingRun(adapter=adapter, steps=loop.done, history=loop.history, weights=active.describe_weights())
+    return _result(loop)
+
+
+def _checked(
+    model: Model, examples: Sequence[Example], config: TrainingConfig, defences: Sequence[Defence]
+) -> tuple[ActiveDefences, Sequence[Example], list[Encoded]]:
+    """The defences, the rows as they rewrite them, and their tokens; raises before any work if something does not fit."""
+    check_examples(model, examples)
+    check_defences(defences)
+    active = ActiveDefences(model, defences)
+    examples = active.rewrite(examples, config.seed)
+    encoded = encode_examples(model.tokenizer, examples)
+    check_lengths(encoded, model.cfg.n_ctx)
+    return active, examples, encoded
+
+
+def _result(loop: Loop) -> TrainingRun:
+    """What the run was. Warns if its SFT loss hardly moved."""
+    run = TrainingRun(adapter=loop.adapter, steps=loop.done, history=loop.history, weights=loop.defences.describe_weights())
     if loop.processes.is_main_process:
-        warn_if_hardly_learnt(run, stacklevel=2)
+        warn_if_hardly_learnt(run, stacklevel=3)
     return run
 
 

@@ -1,11 +1,12 @@
 """`TrainingRun`, the result of a fine-tune, step by step; and a warning for one that hardly learnt."""
 
-import html
 import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+
+from blockem_tl.views.results import Result
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -14,7 +15,7 @@ _LEAST_FALL = 0.05
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class TrainingRun:
+class TrainingRun(Result):
     """The result of a fine-tune: its adapter's name, optimizer steps, and one row per step (loss, sft, one entry per defence, ...).
 
     weights: per defence that describes its weight, one entry per target: "weight" at the end of the run, "peak", the largest in the run,
@@ -37,18 +38,20 @@ class TrainingRun:
 
         return plots.training(self.to_frame())
 
-    def __repr__(self) -> str:
+    def headline(self) -> str:
+        """The adapter, the number of steps, first and last loss, and each defence's weight."""
         parts = [f"adapter {self.adapter!r}", f"{self.steps} steps"]
         if self.history:
             first, last = self.history[0], self.history[-1]
             parts += [f"{label} {first[key]:.4g} -> {last[key]:.4g}" for label, key in (("loss", "loss"), ("SFT loss", "sft"))]
         for name, targets in self.weights.items():
             parts += [f"{name} at {one['site']}: weight {one['weight']:.4g}, at its peak {one['peak']:.4g}" for one in targets]
-        return f"TrainingRun({', '.join(parts)})"
+        return ", ".join(parts)
 
-    def _repr_html_(self) -> str:
+    def _shown(self) -> pd.DataFrame:
+        """Without the penalties' parts (block/blocks.2.hook_resid_post+, ...)."""
         frame = self.to_frame()
-        return f"<p>{html.escape(repr(self))}</p>{frame[[c for c in frame.columns if '/' not in str(c)]].to_html(index=False, max_rows=10)}"
+        return pd.DataFrame(frame[[column for column in frame.columns if "/" not in str(column)]])
 
 
 def warn_if_hardly_learnt(run: TrainingRun, stacklevel: int) -> None:

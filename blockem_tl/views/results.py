@@ -30,7 +30,11 @@ class Result(ABC):
         return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]}...)"
 
     def __str__(self) -> str:
-        return f"{self!r}\n{tables.text(self.to_frame())}"
+        return f"{self!r}\n{tables.text(self._shown())}"
 
     def _repr_html_(self) -> str:
-        return tables.html(self.to_frame(), caption=repr(self))
+        return tables.html(self._shown(), caption=repr(self))
+
+    def _shown(self) -> "pd.DataFrame":
+        """The part of the frame that is shown; all of it, unless a class has columns that are for further work only."""
+        return self.to_frame()

@@ -169,6 +169,7 @@ class LockstepDecoder(Decoder):
         return both
 
     def hooks(self) -> list[Hook]:
+        """The patches at the sites that run, which are not those of blocks that nothing sees."""
         live = self.lockstep.sites if self.plan.enter is None else (self.plan.enter, *self.plan.hooked)
         return [(site, partial(self._patch, site)) for site in live]
 

@@ -32,6 +32,7 @@ class SteeringWorker(PlatformWorker):  # pyright: ignore[reportGeneralTypeIssues
     steering: "Steering"
 
     def load_model(self, **options: Any) -> None:
+        """Load the model as vLLM does, and hang the steering into it."""
         super().load_model(**options)
         settings = self.vllm_config.additional_config[SETTINGS]
         with torch.inference_mode(False):
