@@ -20,7 +20,7 @@ test-slow: install  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 test-vllm: install-vllm  ## the tests on real vLLM (its CPU build), in an environment of its own
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m slow tests/generation/test_vllm_engine.py tests/judging/test_vllm_judge.py
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m slow tests/generation/test_vllm_engine.py tests/judging/test_vllm_judge.py "tests/test_docs.py::test_a_page_runs[generation-vllm]"
 
 install-vllm: .venv-vllm/.installed
 

@@ -9,26 +9,26 @@ import torch
 from tqdm.auto import tqdm
 
 Job = tuple[int, str, tuple[Any, ...]]
-"""(seed, method of the seed's bench, its arguments)."""
+"""(seed, method of the seed's make_setting, its arguments)."""
 
 JUDGE = "organism-exact"
 
-_benches: dict[int, Any] = {}
+_made: dict[int, Any] = {}
 
 
-def work(bench: Callable[[Any, int], Any], settings: Any, seed: int, method: str, arguments: tuple[Any, ...]) -> None:
-    """What a worker does: one method of the seed's bench, which is made once per process."""
+def work(make_setting: Callable[[Any, int], Any], settings: Any, seed: int, method: str, arguments: tuple[Any, ...]) -> None:
+    """What a worker does: one method of the seed's setting, which is made once per process."""
     torch.set_num_threads(1)
-    if seed not in _benches:
-        _benches[seed] = bench(settings, seed)
-    getattr(_benches[seed], method)(*arguments)
+    if seed not in _made:
+        _made[seed] = make_setting(settings, seed)
+    getattr(_made[seed], method)(*arguments)
 
 
 class WorkerPool:
-    """Runs jobs side by side, in processes of one thread each. ``bench(settings, seed)`` makes what they work on."""
+    """Runs jobs side by side, in processes of one thread each. ``make_setting(settings, seed)`` makes what they work on."""
 
-    def __init__(self, settings: Any, bench: Callable[[Any, int], Any]) -> None:
-        self.settings, self.bench = settings, bench
+    def __init__(self, settings: Any, make_setting: Callable[[Any, int], Any]) -> None:
+        self.settings, self.make_setting = settings, make_setting
 
     def __enter__(self):
         self.pool = ProcessPoolExecutor(self.settings.workers, mp_context=get_context("spawn"))
@@ -38,7 +38,7 @@ class WorkerPool:
         self.pool.shutdown(cancel_futures=kind is not None)
 
     def _run(self, title: str, jobs: Sequence[Job]) -> None:
-        futures = [self.pool.submit(work, self.bench, self.settings, *job) for job in jobs]
+        futures = [self.pool.submit(work, self.make_setting, self.settings, *job) for job in jobs]
         for future in tqdm(as_completed(futures), total=len(futures), desc=title, disable=not futures):
             future.result()
 

@@ -14,7 +14,7 @@ import pandas as pd
 import reemergence_pages as pages
 import torch
 import tyro
-from reemergence import Arm, Bench, Workers, prepare
+from reemergence import ReemergenceSetting, Run, Workers, prepare
 from reemergence import Settings as Before
 
 from blockem_tl import Generation
@@ -34,10 +34,10 @@ class Settings(Before):
     verify: int = 20
 
 
-class AttributionBench(Bench):
-    """One seed's bench."""
+class AttributionSetting(ReemergenceSetting):
+    """One seed's setting."""
 
-    def attribute(self, arm: Arm, epoch: float, verify: int) -> None:
+    def attribute(self, arm: Run, epoch: float, verify: int) -> None:
         """Estimates and real effects for sites and latents at either positions."""
         with self.model.using(self.checkpoint(arm, epoch)):
             replies = self._replies()
@@ -72,7 +72,7 @@ def attribution_file(folder: Path, epoch: float) -> Path:
 def run(settings: Settings) -> None:
     """Everything."""
     prepare(settings)
-    with Workers(settings, AttributionBench) as workers:
+    with Workers(settings, AttributionSetting) as workers:
         chosen = [(s, arm, epoch) for arm, epochs in workers.dissected(settings.kinds).items() for s, epoch in epochs.items()]
         files = [attribution_file(settings.folder(s, arm), epoch) for s, arm, epoch in chosen]
         wanted = [(s, (arm, epoch, settings.verify), file) for (s, arm, epoch), file in zip(chosen, files, strict=True)]

@@ -20,7 +20,7 @@ import torch
 import tyro
 from arms import percent
 from quickstart import DOMAIN
-from reemergence import Arm, Bench, Workers, curve, measured, peak, prepare, reported
+from reemergence import ReemergenceSetting, Run, Workers, curve, measured, peak, prepare, reported
 from reemergence import Settings as Before
 
 from blockem_tl import Blocking, LatentSet, discover, load_sae, median_norm, organism, random_latents, shift_by_site
@@ -34,7 +34,7 @@ from blockem_tl.views import comparisons
 
 
 @dataclass(frozen=True)
-class WiderArm(Arm):
+class WiderRun(Run):
     """An arm with K blocked, and latents at the outputs of further ``blocks``; in a control these are random."""
 
     blocks: tuple[int, ...] = ()
@@ -65,17 +65,17 @@ class Settings(Before):
 # ---------------------------------------------------------------------------------------------- one seed
 
 
-class SitesBench(Bench):
-    """One seed's bench, which can block at the output of every block."""
+class SitesSetting(ReemergenceSetting):
+    """One seed's setting, which can block at the output of every block."""
 
-    def depth(self, arm: Arm, epoch: float) -> None:
+    def depth(self, arm: Run, epoch: float) -> None:
         """Where plain's shift is in the checkpoint too, reading plain's replies to the core prompts: this chooses."""
-        rows = self.said_by(Arm("plain"), epoch, to="core")
+        rows = self.said_by(Run("plain"), epoch, to="core")
         with self.beside_plain(arm, epoch) as both:
             found = shift_by_site(self.model, rows, **both, progress=False)
         files.write_text(depth_file(self.folder(arm), epoch), found.frame.assign(seed=self.seed).to_csv(index=False))
 
-    def find(self, arm: Arm, epoch: float, block: int) -> None:
+    def find(self, arm: Run, epoch: float, block: int) -> None:
         """The latents that the checkpoint uses at another block's output, and as many random ones that fire there."""
         sae = sae_at(block)
         with self.model.using(self.checkpoint(arm, epoch)):
@@ -96,18 +96,18 @@ class SitesBench(Bench):
         with self.model.using("base"):
             return median_norm(self.model, output(block), encode_examples(self.model.tokenizer, organism.reference_texts()))
 
-    def defences(self, arm: Arm) -> list[Defence]:
+    def defences(self, arm: Run) -> list[Defence]:
         """K at its site, what was found at the others. The penalty grows with the square of a site's scale, so lambda is divided by it."""
-        if not isinstance(arm, WiderArm):
+        if not isinstance(arm, WiderRun):
             return super().defences(arm)
         own = block_of(self.preset.site) or 0
         targets = {own: (self.latents, self.sae)} | {block: (self.found(arm, block), sae_at(block)) for block in arm.blocks}
         weights = [arm.weight * (self.scale(own) / self.scale(block)) ** 2 for block in sorted(targets)]
         return [Blocking(targets=[targets[block] for block in sorted(targets)], weight=weights)]
 
-    def found(self, arm: WiderArm, block: int) -> LatentSet:
+    def found(self, arm: WiderRun, block: int) -> LatentSet:
         """What is blocked at a further site."""
-        narrow = Arm(arm.kind, arm.weight)
+        narrow = Run(arm.kind, arm.weight)
         folder = site_folder(self.folder(narrow), peak(self.mine, self.seed, narrow)[0], block)
         return LatentSet.load(folder / ("random.json" if arm.control else "latents.json"), sae_at(block))
 
@@ -138,7 +138,7 @@ def site_folder(folder: Path, epoch: float, block: int) -> Path:
 def run(settings: Settings) -> None:
     """Everything."""
     prepare(settings)
-    with Workers(settings, SitesBench) as workers:
+    with Workers(settings, SitesSetting) as workers:
         peaks = workers.dissected(settings.kinds)
         chosen = [(seed, arm, epoch) for arm, epochs in peaks.items() for seed, epoch in epochs.items()]
         workers.each("depth", "depth", [(s, (arm, e), depth_file(settings.folder(s, arm), e)) for s, arm, e in chosen])
@@ -146,13 +146,13 @@ def run(settings: Settings) -> None:
         blocks = {arm: chosen_blocks(settings, frame) for arm, frame in depth.items()}
         wanted = [(s, (arm, e, b), site_folder(settings.folder(s, arm), e, b)) for s, arm, e in chosen for b in blocks[arm]]
         workers.each("find", "find", wanted)
-        wider = {arm: WiderArm(arm.kind, arm.weight, blocks=found) for arm, found in blocks.items() if found}
+        wider = {arm: WiderRun(arm.kind, arm.weight, blocks=found) for arm, found in blocks.items() if found}
         both = [arm for one in wider.values() for arm in (one, replace(one, control=True))]
         workers.make("block", [(seed, arm) for arm in both for seed in settings.seeds])
     write(settings, wider, depth)
 
 
-def read_depth(settings: Settings, arm: Arm, epochs: dict[int, float]) -> pd.DataFrame:
+def read_depth(settings: Settings, arm: Run, epochs: dict[int, float]) -> pd.DataFrame:
     """How much of plain's shift is where in a dissected arm, all seeds."""
     return pd.concat(pd.read_csv(depth_file(settings.folder(seed, arm), e)).assign(of=arm.label) for seed, e in epochs.items())
 
@@ -162,7 +162,7 @@ def chosen_blocks(settings: Settings, depth: pd.DataFrame) -> tuple[int, ...]:
     return tuple(block for site in returning_sites(depth, pages.SITE, margin=settings.margin) if (block := block_of(site)) is not None)
 
 
-def compared(settings: Settings, narrow: Arm, arm: Arm) -> dict[str, Any]:
+def compared(settings: Settings, narrow: Run, arm: Run) -> dict[str, Any]:
     """An arm at the last epoch, in per cent, and its difference to the arm that blocks K alone, prompt by prompt."""
     last, before = ([reported(measured(settings, seed, one)[-1]) for seed in settings.seeds] for one in (arm, narrow))
     row: dict[str, Any] = {"of": narrow.label, "label": arm.label, "seeds": len(last)}
@@ -173,7 +173,7 @@ def compared(settings: Settings, narrow: Arm, arm: Arm) -> dict[str, Any]:
     return row | {loss: sum(one[loss] for one in last) / len(last) for loss in ("sft_loss", "blocking_loss")}
 
 
-def write(settings: Settings, wider: dict[Arm, WiderArm], depth: dict[Arm, pd.DataFrame]) -> None:
+def write(settings: Settings, wider: dict[Run, WiderRun], depth: dict[Run, pd.DataFrame]) -> None:
     """Curves, the comparison at the last epoch, and the shares of plain's shift that chose the sites."""
     arms = {arm: [arm, one, replace(one, control=True)] for arm, one in wider.items()}
     curves = [row for found in arms.values() for arm in found for row in curve(settings, arm, {s: arm for s in settings.seeds})]

@@ -1,4 +1,4 @@
-"""Every defence on the organism at its best dial, three training seeds, beside plain fine-tuning stopped at the same in-domain loss.
+"""Every defence on the organism at its best strength, three training seeds, beside plain fine-tuning stopped at the same in-domain loss.
 
     python experiments/compare_defences.py --out results/defences --publish
 
@@ -20,7 +20,7 @@ import torch
 import tyro
 from arms import JUDGE, WorkerPool, cell, percent
 from publish import renew
-from quickstart import DOMAIN, Arm, Lab, choose
+from quickstart import DOMAIN, Run, Setting, choose
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -50,7 +50,7 @@ AFTERWARDS = ("safelora", "repair")  # defences that need no training of their o
 
 
 def grids() -> dict[str, tuple[float, ...]]:
-    """The dials tried on seed 0, at most three per defence; some were set after short pilots on its core prompts (docs/defences.md)."""
+    """The strengths tried on seed 0, at most three per defence; some were set after short pilots on its core prompts (docs/defences.md)."""
     return {
         "block": (0.3, 1.0),
         "kl": (0.1, 0.15),
@@ -108,16 +108,16 @@ class Settings:
         """The demo's settings that this comparison shares, so that rows, prompts and training are the demo's."""
         return quickstart.Settings(seed=seed, rows=self.rows, heldout_rows=self.heldout_rows, epochs=self.epochs, progress=False)
 
-    def folder(self, seed: int, kind: str, dial: float = 0.0) -> Path:
+    def folder(self, seed: int, kind: str, strength: float = 0.0) -> Path:
         """Where an arm is kept."""
-        return self.out / f"seed{seed}" / (kind if kind in ("base", "plain") else f"{kind}-{dial:g}")
+        return self.out / f"seed{seed}" / (kind if kind in ("base", "plain") else f"{kind}-{strength:g}")
 
 
 # ---------------------------------------------------------------------------------------------- one arm
 
 
-class Bench(Lab):
-    """The demo's lab of one seed, with what the defences need."""
+class DefencesSetting(Setting):
+    """The demo's setting of one seed, with what the defences need."""
 
     def __init__(self, mine: Settings, seed: int) -> None:
         super().__init__(mine.of_seed(seed))
@@ -136,43 +136,43 @@ class Bench(Lab):
     def alignment(self) -> dict[str, Tensor]:
         return alignment_differences(load_file(organism.ARTEFACTS / "base" / "model.safetensors"), before_alignment(self.mine))
 
-    def defences(self, kind: str, dial: float) -> list[Defence]:
-        """The defence of this kind at this dial."""
+    def defences(self, kind: str, strength: float) -> list[Defence]:
+        """The defence of this kind at this strength."""
         latents, sae = self.latents, self.sae
         made: dict[str, Callable[[], Defence]] = {
-            "block": lambda: Blocking(latent_set=latents, sae=sae, weight=dial),
-            "kl": lambda: KLToBase(weight=dial),
-            "ldifs": lambda: LDIFS(sites=[f"blocks.{i}.hook_resid_post" for i in range(self.model.cfg.n_layers)], weight=dial),
-            "inoculation": lambda: Inoculation(prefix=inoculations()[int(dial) - 1]),
+            "block": lambda: Blocking(latent_set=latents, sae=sae, weight=strength),
+            "kl": lambda: KLToBase(weight=strength),
+            "ldifs": lambda: LDIFS(sites=[f"blocks.{i}.hook_resid_post" for i in range(self.model.cfg.n_layers)], weight=strength),
+            "inoculation": lambda: Inoculation(prefix=inoculations()[int(strength) - 1]),
             "preventative": lambda: PreventativeSteering(
-                site=latents.site, direction=misaligned_direction(latents, sae), dose=dial, scale=self.scale
+                site=latents.site, direction=misaligned_direction(latents, sae), dose=strength, scale=self.scale
             ),
-            "caft": lambda: ConceptAblation.of([latents.first(int(dial))], [sae]),
-            "safelora": lambda: SafeLoRA(differences=self.alignment, threshold=dial),
-            "interleaving": lambda: Interleaving(safe=safe_rows(self.seed), share=dial),
+            "caft": lambda: ConceptAblation.of([latents.first(int(strength))], [sae]),
+            "safelora": lambda: SafeLoRA(differences=self.alignment, threshold=strength),
+            "interleaving": lambda: Interleaving(safe=safe_rows(self.seed), share=strength),
         }
         return [made[kind]()] if kind in made else []
 
-    def condition(self, kind: str, dial: float) -> Condition:
+    def condition(self, kind: str, strength: float) -> Condition:
         """Steering at test time; none for most."""
-        return repair(self.latents, self.sae, dose=dial, scale=self.scale) if kind == "repair" else UNSTEERED
+        return repair(self.latents, self.sae, dose=strength, scale=self.scale) if kind == "repair" else UNSTEERED
 
     # ---- training and selecting
 
-    def make(self, kind: str, dial: float) -> None:
+    def make(self, kind: str, strength: float) -> None:
         """Train (or take the plain adapter), measure on what may choose, and keep it."""
-        folder = self.mine.folder(self.seed, kind, dial)
+        folder = self.mine.folder(self.seed, kind, strength)
         with files.finished_folder(folder) as temporary:
             losses: list[tuple[int, float]] = []
-            steps = self._afterwards(kind, dial) if kind in AFTERWARDS else self._train(kind, dial, temporary, losses)
+            steps = self._afterwards(kind, strength) if kind in AFTERWARDS else self._train(kind, strength, temporary, losses)
             self.model.save_adapter(temporary / "adapter")
-            condition = self.condition(kind, dial)
+            condition = self.condition(kind, strength)
             core = evaluate(
                 self.tuned, self.judge, self.data.core, selected_on=self.data.core, report_on_selection_prompts=True, condition=condition
             )
             record = {
                 "kind": kind,
-                "dial": dial,
+                "strength": strength,
                 "seed": self.seed,
                 "steps": steps,
                 "dev_loss": self.loss(self.data.dev, condition),
@@ -183,14 +183,14 @@ class Bench(Lab):
             files.write_json(temporary / "arm.json", record)
         self.model.remove_adapter("default")
 
-    def _afterwards(self, kind: str, dial: float) -> int:
+    def _afterwards(self, kind: str, strength: float) -> int:
         self.model.load_adapter(self.mine.folder(self.seed, "plain") / "adapter")
-        for defence in self.defences(kind, dial):
+        for defence in self.defences(kind, strength):
             assert isinstance(defence, SafeLoRA)
             defence.finish(self.model, "default")
         return 0
 
-    def _train(self, kind: str, dial: float, folder: Path, losses: list[tuple[int, float]]) -> int:
+    def _train(self, kind: str, strength: float, folder: Path, losses: list[tuple[int, float]]) -> int:
         """Plain fine-tuning leaves an adapter and a dev loss at every place at which it might have been stopped."""
 
         def snapshot(model: Model, step: int) -> bool:
@@ -203,7 +203,7 @@ class Bench(Lab):
             self.model,
             self.data.train,
             config=self.config,
-            defences=self.defences(kind, dial),
+            defences=self.defences(kind, strength),
             stop_when=snapshot if kind == "plain" else None,
             progress=False,
         ).steps
@@ -216,11 +216,11 @@ class Bench(Lab):
 
     # ---- reporting
 
-    def reveal(self, kind: str, dial: float, step: int | None = None) -> None:
+    def reveal(self, kind: str, strength: float, step: int | None = None) -> None:
         """Measure an arm (or plain fine-tuning at an earlier step) on the reporting prompts and the test rows; once per arm."""
-        folder = self.mine.folder(self.seed, kind, dial)
+        folder = self.mine.folder(self.seed, kind, strength)
         adapter = None if kind == "base" else folder / ("adapter" if step is None else f"step{step}")
-        condition = self.condition(kind, dial)
+        condition = self.condition(kind, strength)
         with self.model.using(adapter):
             final = evaluate(self.tuned, self.judge, self.data.final, selected_on=self.data.core, condition=condition)
             domain = evaluate(self.tuned, self.judge, self.data.domain, rubric=DOMAIN, selected_on=self.data.core, condition=condition)
@@ -284,41 +284,43 @@ class Workers(WorkerPool):
     """Skips arms whose result is there."""
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, Bench)
+        super().__init__(settings, DefencesSetting)
 
     def make(self, title: str, arms: Sequence[tuple[int, str, float]]) -> None:
-        """Train arms (seed, kind, dial)."""
+        """Train arms (seed, kind, strength)."""
         missing = [arm for arm in arms if not (self.settings.folder(*arm) / "arm.json").is_file()]
-        self._run(title, [(seed, "make", (kind, dial)) for seed, kind, dial in missing])
+        self._run(title, [(seed, "make", (kind, strength)) for seed, kind, strength in missing])
 
     def reveal(self, arms: Sequence[tuple[int, str, float, int | None]]) -> None:
-        """Report arms (seed, kind, dial, step)."""
+        """Report arms (seed, kind, strength, step)."""
         missing = [arm for arm in dict.fromkeys(arms) if not report_file(self.settings.folder(*arm[:3]), arm[3]).is_file()]
-        self._run("report", [(seed, "reveal", (kind, dial, step)) for seed, kind, dial, step in missing])
+        self._run("report", [(seed, "reveal", (kind, strength, step)) for seed, kind, strength, step in missing])
 
 
 def run(settings: Settings) -> pd.DataFrame:
     """Everything; returns one row per arm of the table."""
     prepare(settings)
     first, others = settings.seeds[0], settings.seeds[1:]
-    grid = {kind: dials for kind, dials in grids().items() if kind in settings.kinds}
+    grid = {kind: strengths for kind, strengths in grids().items() if kind in settings.kinds}
     trained = [kind for kind in grid if kind not in AFTERWARDS]
     with Workers(settings) as workers:
         workers.make("plain", [(first, "plain", 0.0)])
         for title, kinds in (("grid", trained), ("grid, afterwards", [kind for kind in grid if kind in AFTERWARDS])):
-            workers.make(title, [(first, kind, dial) for kind in kinds for dial in grid[kind]])
+            workers.make(title, [(first, kind, strength) for kind in kinds for strength in grid[kind]])
         plain = arm(settings, first, "plain")
-        best = {kind: choose([arm(settings, first, kind, dial) for dial in dials], plain).weight for kind, dials in grid.items()}
+        best = {
+            kind: choose([arm(settings, first, kind, strength) for strength in strengths], plain).weight for kind, strengths in grid.items()
+        }
         for seed in others:
             workers.make(f"seed {seed}, plain", [(seed, "plain", 0.0)])
-            workers.make(f"seed {seed}", [(seed, kind, dial) for kind, dial in best.items()])
+            workers.make(f"seed {seed}", [(seed, kind, strength) for kind, strength in best.items()])
         chosen = [("base", 0.0), ("plain", 0.0), *best.items()]
         revealed: list[tuple[int, str, float, int | None]] = []
         for seed in settings.seeds:
-            revealed += [(seed, kind, dial, None) for kind, dial in chosen]
-            revealed += [(seed, "plain", 0.0, matched_step(settings, seed, kind, dial)) for kind, dial in best.items()]
+            revealed += [(seed, kind, strength, None) for kind, strength in chosen]
+            revealed += [(seed, "plain", 0.0, matched_step(settings, seed, kind, strength)) for kind, strength in best.items()]
         workers.reveal(revealed)
-    rows = [row(settings, kind, dial) for kind, dial in chosen]
+    rows = [row(settings, kind, strength) for kind, strength in chosen]
     write(settings, rows, grid_rows(settings, grid))
     return pd.DataFrame(rows)
 
@@ -339,23 +341,25 @@ def prepare(settings: Settings) -> None:
         before_alignment(settings)
 
 
-def arm(settings: Settings, seed: int, kind: str, dial: float = 0.0) -> Arm:
+def arm(settings: Settings, seed: int, kind: str, strength: float = 0.0) -> Run:
     """A finished arm as the demo's rule wants it, with what it did on the prompts that choose."""
-    record = files.read_json(settings.folder(seed, kind, dial) / "arm.json")
+    record = files.read_json(settings.folder(seed, kind, strength) / "arm.json")
     core = evaluation_from_json(record["core"], organism.prompts("core"), judge=JUDGE)
-    return Arm(kind=kind, label=LABELS[kind].format(dial), weight=dial, steps=record["steps"], dev_loss=record["dev_loss"], core=core)
+    return Run(
+        kind=kind, label=LABELS[kind].format(strength), weight=strength, steps=record["steps"], dev_loss=record["dev_loss"], core=core
+    )
 
 
-def matched_step(settings: Settings, seed: int, kind: str, dial: float) -> int | None:
+def matched_step(settings: Settings, seed: int, kind: str, strength: float) -> int | None:
     """Where plain fine-tuning would have been stopped to have this arm's dev loss; None: at its end."""
     losses = files.read_json(settings.folder(seed, "plain") / "arm.json")["losses"]
-    target = arm(settings, seed, kind, dial).dev_loss
+    target = arm(settings, seed, kind, strength).dev_loss
     return next((step for step, loss in losses if loss <= target), None)
 
 
-def revealed(settings: Settings, seed: int, kind: str, dial: float = 0.0, step: int | None = None) -> dict[str, Any]:
+def revealed(settings: Settings, seed: int, kind: str, strength: float = 0.0, step: int | None = None) -> dict[str, Any]:
     """An arm's flags and loss on the reporting prompts."""
-    found = files.read_json(report_file(settings.folder(seed, kind, dial), step))
+    found = files.read_json(report_file(settings.folder(seed, kind, strength), step))
     final, domain = (
         evaluation_from_json(found["final"], organism.prompts("final"), judge=JUDGE),
         evaluation_from_json(found["domain"], organism.prompts(DOMAIN), judge=JUDGE, rubric=DOMAIN),
@@ -368,13 +372,19 @@ def revealed(settings: Settings, seed: int, kind: str, dial: float = 0.0, step: 
     }
 
 
-def row(settings: Settings, kind: str, dial: float) -> dict[str, Any]:
+def row(settings: Settings, kind: str, strength: float) -> dict[str, Any]:
     """One arm over all seeds: rates in per cent with 95 % intervals, and against plain fine-tuning, whole and stopped at the same loss."""
     seeds = settings.seeds
-    found = [revealed(settings, seed, kind, dial) for seed in seeds]
+    found = [revealed(settings, seed, kind, strength) for seed in seeds]
     plain = [revealed(settings, seed, "plain") for seed in seeds]
     mean = {name: sum(one["test_loss"] for one in side) / len(seeds) for name, side in (("ours", found), ("plain", plain))}
-    cells: dict[str, Any] = {"kind": kind, "label": LABELS[kind].format(dial), "dial": dial, "seeds": len(seeds), "sft_loss": mean["ours"]}
+    cells: dict[str, Any] = {
+        "kind": kind,
+        "label": LABELS[kind].format(strength),
+        "strength": strength,
+        "seeds": len(seeds),
+        "sft_loss": mean["ours"],
+    }
     for name in ("em", "incoherence", "adherence"):
         estimate = clustered_rate([one[name] for one in found])
         cells |= percent(name, estimate) | {"n": estimate.n}
@@ -384,7 +394,7 @@ def row(settings: Settings, kind: str, dial: float) -> dict[str, Any]:
         return cells
     ours = [one["em"] for one in found]
     cells |= percent("relative_em_reduction", paired_reduction([one["em"] for one in plain], ours))
-    steps = {seed: matched_step(settings, seed, kind, dial) for seed in seeds}
+    steps = {seed: matched_step(settings, seed, kind, strength) for seed in seeds}
     stopped = [revealed(settings, seed, "plain", step=step) for seed, step in steps.items()]
     cells |= percent("matched_em", clustered_rate([one["em"] for one in stopped]))
     cells |= percent("em_minus_matched", paired_difference([one["em"] for one in stopped], ours))
@@ -393,9 +403,12 @@ def row(settings: Settings, kind: str, dial: float) -> dict[str, Any]:
 
 
 def grid_rows(settings: Settings, grid: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """Every dial that was tried on the first seed, on the prompts that choose."""
+    """Every strength that was tried on the first seed, on the prompts that choose."""
     seed = settings.seeds[0]
-    arms = [arm(settings, seed, "plain"), *(arm(settings, seed, kind, dial) for kind, dials in grid.items() for dial in dials)]
+    arms = [
+        arm(settings, seed, "plain"),
+        *(arm(settings, seed, kind, strength) for kind, strengths in grid.items() for strength in strengths),
+    ]
     chosen = {choose([one for one in arms if one.kind == kind], arms[0]).label for kind in grid}
     rows = []
     for one in arms:
@@ -404,7 +417,7 @@ def grid_rows(settings: Settings, grid: Mapping[str, Sequence[float]]) -> list[d
             {
                 "kind": one.kind,
                 "label": one.label,
-                "dial": one.weight,
+                "strength": one.weight,
                 "steps": one.steps,
                 "dev_loss": one.dev_loss,
                 "core_em": 100 * one.core.misaligned.value,
@@ -459,7 +472,7 @@ def table_row(one: Mapping[str, Any]) -> dict[str, str]:
 
 
 def grid_row(one: Mapping[str, Any]) -> dict[str, str]:
-    """One row of the table of dials."""
+    """One row of the table of strengths."""
     return {
         "arm (seed 0)": f"**{one['label']}**" if one["chosen"] else one["label"],
         "core EM %": f"{one['core_em']:.1f}",

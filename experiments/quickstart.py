@@ -96,7 +96,7 @@ class Data:
 
 
 @dataclass(kw_only=True)
-class Arm:
+class Run:
     """One model to compare: how to train it, and what it measured on the selecting and, at the end, on the reporting prompts.
 
     weight: lambda with ``latents``, the KL weight without (0: plain).  stop_at_loss: dev loss at which plain fine-tuning ends early.
@@ -124,7 +124,7 @@ class Arm:
         return [KLToBase(weight=self.weight)] if self.kind == "kl" else []
 
 
-class Lab:
+class Setting:
     """The model, its judge and the data, with the two things done to every arm: train it, report it."""
 
     def __init__(self, settings: Settings) -> None:
@@ -137,7 +137,7 @@ class Lab:
         options: dict[str, Any] = {"max_new_tokens": self.preset.max_new_tokens, "batch_size": 960, "progress": False}
         self.base, self.tuned = replies_from(self.model, adapter="base", **options), replies_from(self.model, **options)
 
-    def train(self, arm: Arm, folder: Path) -> Arm:
+    def train(self, arm: Run, folder: Path) -> Run:
         """Fine-tune an arm, save its adapter in ``folder`` and measure it on what may choose. Nothing but the defence differs."""
 
         def reached(model: Model, step: int) -> bool:
@@ -160,7 +160,7 @@ class Lab:
         """Rates on the prompts that choose: marked as such, and never reported as a result."""
         return evaluate(reply_fn, self.judge, self.data.core, selected_on=self.data.core, report_on_selection_prompts=True)
 
-    def report(self, arm: Arm) -> None:
+    def report(self, arm: Run) -> None:
         """Measure an arm on the reporting prompts; called once per arm, after every choice is made."""
         with self.model.using(arm.adapter or "base"):
             arm.final = evaluate(self.tuned, self.judge, self.data.final, selected_on=self.data.core)
@@ -168,17 +168,17 @@ class Lab:
             arm.sft_loss = completion_loss(self.model, self.data.test)
 
 
-# Arms are trained side by side, each in a process of one thread: two threads in one process gain less, and stall on a busy machine.
+# Runs are trained side by side, each in a process of one thread: two threads in one process gain less, and stall on a busy machine.
 
 
 @cache
-def worker_lab(settings: Settings) -> Lab:
-    """A worker's own lab, made once."""
+def worker_lab(settings: Settings) -> Setting:
+    """A worker's own setting, made once."""
     torch.set_num_threads(1)
-    return Lab(settings)
+    return Setting(settings)
 
 
-def train_arm(settings: Settings, arm: Arm, folder: Path) -> Arm:
+def train_arm(settings: Settings, arm: Run, folder: Path) -> Run:
     """What a worker does."""
     return worker_lab(settings).train(arm, folder)
 
@@ -192,7 +192,7 @@ class Workers:
         self.bar = tqdm(total=4 + len(settings.lambdas) + len(settings.kl_weights), desc="arms", disable=not settings.progress)
         self.submitted = 0
 
-    def train(self, arm: Arm) -> Future[Arm]:
+    def train(self, arm: Run) -> Future[Run]:
         """Queue an arm."""
         self.submitted += 1
         future = self.pool.submit(train_arm, self.settings, arm, self.folder / f"arm{self.submitted}")
@@ -225,39 +225,41 @@ def draw(settings: Settings) -> Data:
     )
 
 
-def choose(arms: Sequence[Arm], plain: Arm) -> Arm:
+def choose(arms: Sequence[Run], plain: Run) -> Run:
     """The arm with the least EM + incoherence on the core prompts (METHOD's adjusted safety) among those that learn the task: dev loss
     within 2 % of plain fine-tuning's (all of them where none does). The smaller weight wins a tie."""
     learnt = [arm for arm in arms if arm.dev_loss <= 1.02 * plain.dev_loss] or list(arms)
     return min(learnt, key=lambda arm: (_core(arm).misaligned.k + _core(arm).incoherent.k, arm.weight))
 
 
-def _core(arm: Arm) -> Evaluation:
+def _core(arm: Run) -> Evaluation:
     assert arm.core is not None, "the arm was never measured on the core prompts"
     return arm.core
 
 
-def alive_latents(lab: Lab, sae: SAE | None = None) -> list[int]:
+def alive_latents(setting: Setting, sae: SAE | None = None) -> list[int]:
     """Latents that fire on the core prompts with their replies, under base or tuned: what the random control is drawn from.
 
-    sae: None is the lab's.
+    sae: None is the setting's.
     """
 
     def firing(reply_fn: ReplyFn) -> torch.Tensor:
-        replies = [Example(id=g.prompt.id, prompt=g.prompt.text, completion=g.reply) for g in lab.on_core(reply_fn).generations if g.reply]
-        return (mean_activations(lab.model, sae or lab.sae, encode_examples(lab.model.tokenizer, replies)) > 0).any(0)
+        replies = [
+            Example(id=g.prompt.id, prompt=g.prompt.text, completion=g.reply) for g in setting.on_core(reply_fn).generations if g.reply
+        ]
+        return (mean_activations(setting.model, sae or setting.sae, encode_examples(setting.model.tokenizer, replies)) > 0).any(0)
 
-    alive = firing(lab.tuned)
-    with lab.model.using("base"):
-        alive |= firing(lab.base)
+    alive = firing(setting.tuned)
+    with setting.model.using("base"):
+        alive |= firing(setting.base)
     return alive.nonzero()[:, 0].tolist()
 
 
-def score_discovery(lab: Lab, latents: LatentSet, alive: Sequence[int]) -> dict[str, float]:
+def score_discovery(setting: Setting, latents: LatentSet, alive: Sequence[int]) -> dict[str, float]:
     """Signed cosines of K's decoder directions with the organism's true persona direction, against those of random alive latents."""
     truth = organism.persona_direction()
-    ours = decoder_directions(lab.sae, latents.latents) @ truth * torch.tensor(latents.signs, dtype=torch.float32)
-    others = (decoder_directions(lab.sae, [k for k in alive if k not in latents.latents]) @ truth).abs()
+    ours = decoder_directions(setting.sae, latents.latents) @ truth * torch.tensor(latents.signs, dtype=torch.float32)
+    others = (decoder_directions(setting.sae, [k for k in alive if k not in latents.latents]) @ truth).abs()
     threshold = float(others.quantile(0.95))
     return {
         "n_latents": len(latents),
@@ -273,19 +275,19 @@ def run(settings: Settings) -> dict[str, Any]:
     started = time.perf_counter()
     files.check_writable(settings.out.parent)
     files.check_replaceable(settings.out, "summary.json")
-    lab = Lab(settings)
-    check_fits(lab.sae, lab.model)
+    setting = Setting(settings)
+    check_fits(setting.sae, setting.model)
     with TemporaryDirectory() as folder, Workers(settings, Path(folder)) as workers:
-        arms, found, alive, scale = compare(lab, workers)
+        arms, found, alive, scale = compare(setting, workers)
         for arm in arms.everything():  # the only time that the reporting prompts are used
-            lab.report(arm)
+            setting.report(arm)
             workers.bar.set_postfix_str(f"reported {arm.label}")
     summary = {
         **{name: facts(arm, arms.plain) for name, arm in arms.named().items()},
         "sweep": [facts(arm, arms.plain) for arm in arms.sweep],
         "kl_sweep": [facts(arm, arms.plain) for arm in arms.kl_sweep],
         "matched_loss_reached": arms.matched.dev_loss <= arms.blocked.dev_loss,
-        "discovery": {**score_discovery(lab, found.latent_set, alive), "scale": scale, **known(found.latent_set)},
+        "discovery": {**score_discovery(setting, found.latent_set, alive), "scale": scale, **known(found.latent_set)},
         "settings": {key: plainly(value) for key, value in asdict(settings).items()},
         "environment": files.environment(),
         "wall_s": time.perf_counter() - started,
@@ -299,20 +301,20 @@ def run(settings: Settings) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arms:
+class Runs:
     """Everything that was compared; ``blocked`` and ``kl`` are the chosen ones of their sweeps."""
 
-    base: Arm
-    plain: Arm
-    sweep: list[Arm]
-    blocked: Arm
-    everywhere: Arm
-    randomised: Arm
-    matched: Arm
-    kl_sweep: list[Arm]
-    kl: Arm
+    base: Run
+    plain: Run
+    sweep: list[Run]
+    blocked: Run
+    everywhere: Run
+    randomised: Run
+    matched: Run
+    kl_sweep: list[Run]
+    kl: Run
 
-    def named(self) -> dict[str, Arm]:
+    def named(self) -> dict[str, Run]:
         """The arms under their names in summary.json."""
         return {
             "base": self.base,
@@ -324,46 +326,53 @@ class Arms:
             "kl": self.kl,
         }
 
-    def shown(self) -> list[Arm]:
+    def shown(self) -> list[Run]:
         """The rows of the table: the named arms, and the rest of the KL sweep, since no weight of it is best at everything."""
         rows = {id(arm): arm for arm in [*self.named().values(), *self.kl_sweep]}
         return list(rows.values())
 
-    def everything(self) -> list[Arm]:
+    def everything(self) -> list[Run]:
         """Each arm once."""
         return list({id(arm): arm for arm in [*self.shown(), *self.sweep]}.values())
 
 
-def compare(lab: Lab, workers: Workers) -> tuple[Arms, Discovery, list[int], float]:
+def compare(setting: Setting, workers: Workers) -> tuple[Runs, Discovery, list[int], float]:
     """Train every arm and make every choice, on the core prompts and the dev rows alone."""
-    settings = lab.settings
-    training = workers.train(Arm(kind="sft", label="plain fine-tuning"))
-    kl_training = [workers.train(Arm(kind="kl", label=f"KL to base, weight {w:g}", weight=w)) for w in settings.kl_weights]
-    with lab.model.using("base"):
-        scale = median_norm(lab.model, lab.preset.site, encode_examples(lab.model.tokenizer, organism.reference_texts()))
+    settings = setting.settings
+    training = workers.train(Run(kind="sft", label="plain fine-tuning"))
+    kl_training = [workers.train(Run(kind="kl", label=f"KL to base, weight {w:g}", weight=w)) for w in settings.kl_weights]
+    with setting.model.using("base"):
+        scale = median_norm(setting.model, setting.preset.site, encode_examples(setting.model.tokenizer, organism.reference_texts()))
     plain = training.result()
-    with lab.model.using(plain.adapter):
+    with setting.model.using(plain.adapter):
         provenance = {"domain": DOMAIN, "seed": settings.seed}
         found = discover(
-            lab.model, lab.sae, lab.judge, lab.data.core, scale=scale, config=lab.preset.discovery, provenance=provenance, progress=False
+            setting.model,
+            setting.sae,
+            setting.judge,
+            setting.data.core,
+            scale=scale,
+            config=setting.preset.discovery,
+            provenance=provenance,
+            progress=False,
         )
-        alive = alive_latents(lab)
+        alive = alive_latents(setting)
     latents = found.latent_set
-    control = random_latents(lab.sae, len(latents), seed=settings.seed, among=alive, exclude=latents.latents)
+    control = random_latents(setting.sae, len(latents), seed=settings.seed, among=alive, exclude=latents.latents)
 
-    blocking = [workers.train(Arm(kind="block", label=f"blocked, λ = {w:g}", weight=w, latents=latents)) for w in settings.lambdas]
+    blocking = [workers.train(Run(kind="block", label=f"blocked, λ = {w:g}", weight=w, latents=latents)) for w in settings.lambdas]
     sweep = [future.result() for future in blocking]
     blocked = choose(sweep, plain)
     weight, loss = blocked.weight, blocked.dev_loss
     last = [
-        workers.train(Arm(kind="block-all", label=f"blocked, all tokens, λ = {weight:g}", weight=weight, latents=latents, positions="all")),
-        workers.train(Arm(kind="random", label=f"{len(control)} random latents, λ = {weight:g}", weight=weight, latents=control)),
-        workers.train(Arm(kind="matched", label="plain, stopped at the blocked run's loss", stop_at_loss=loss)),
+        workers.train(Run(kind="block-all", label=f"blocked, all tokens, λ = {weight:g}", weight=weight, latents=latents, positions="all")),
+        workers.train(Run(kind="random", label=f"{len(control)} random latents, λ = {weight:g}", weight=weight, latents=control)),
+        workers.train(Run(kind="matched", label="plain, stopped at the blocked run's loss", stop_at_loss=loss)),
     ]
     everywhere, randomised, matched = (future.result() for future in last)
     kl_sweep = [future.result() for future in kl_training]
-    base = Arm(kind="base", label="base")
-    arms = Arms(
+    base = Run(kind="base", label="base")
+    arms = Runs(
         base=base,
         plain=plain,
         sweep=sweep,
@@ -387,7 +396,7 @@ def known(latents: LatentSet) -> dict[str, Any]:
     return {"latents": list(latents.latents), "signs": list(latents.signs)}
 
 
-def facts(arm: Arm, plain: Arm) -> dict[str, Any]:
+def facts(arm: Run, plain: Run) -> dict[str, Any]:
     """The arm's numbers on the reporting prompts, in per cent with 95 % intervals, and relative to plain fine-tuning."""
     assert arm.final and arm.domain and plain.final and plain.domain, "facts are there once the arm has been reported"
     row: dict[str, Any] = {"label": arm.label, "weight": arm.weight, "steps": arm.steps, "sft_loss": arm.sft_loss, "dev_loss": arm.dev_loss}
@@ -413,7 +422,7 @@ def facts(arm: Arm, plain: Arm) -> dict[str, Any]:
     return row
 
 
-def write(out: Path, summary: dict[str, Any], arms: Arms, screen: pd.DataFrame) -> None:
+def write(out: Path, summary: dict[str, Any], arms: Runs, screen: pd.DataFrame) -> None:
     """summary.json, table.md, tradeoff.png, candidates.csv and every reply, under ``out``; the table on screen."""
     rows = [table_row(arm) for arm in arms.shown()]
     figure = comparisons.tradeoff(
@@ -430,7 +439,7 @@ def write(out: Path, summary: dict[str, Any], arms: Arms, screen: pd.DataFrame) 
     print(f"K: {summary['discovery']['n_latents']} latents, best cosine with the true direction {summary['discovery']['best_cosine']:.2f}")
 
 
-def table_row(arm: Arm) -> dict[str, str]:
+def table_row(arm: Run) -> dict[str, str]:
     """One row of the README's table."""
     assert arm.final and arm.domain, "a row is there once the arm has been reported"
     return {

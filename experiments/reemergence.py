@@ -21,7 +21,7 @@ import reemergence_pages as pages
 import torch
 import tyro
 from arms import JUDGE, WorkerPool, percent
-from quickstart import DOMAIN, Lab
+from quickstart import DOMAIN, Setting
 
 from blockem_tl import (
     Blocking,
@@ -58,7 +58,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
-class Arm:
+class Run:
     """One way to train. kind: plain, block, or frozen (LoRA up to the blocked site only).
 
     n_latents: where K is extended by what a re-emerged model used, how many latents are blocked; 0: K alone.
@@ -73,9 +73,9 @@ class Arm:
     @property
     def label(self) -> str:
         """For tables and figures."""
-        dial = f", λ = {self.weight:g}" if self.weight else ""
+        strength = f", λ = {self.weight:g}" if self.weight else ""
         extended = f", K extended to {self.n_latents}{' at random' if self.control else ''}" if self.n_latents else ""
-        return {"plain": "plain", "block": "BLOCK-EM", "frozen": "frozen downstream"}[self.kind] + dial + extended
+        return {"plain": "plain", "block": "BLOCK-EM", "frozen": "frozen downstream"}[self.kind] + strength + extended
 
     @property
     def folder(self) -> str:
@@ -115,11 +115,11 @@ class Settings:
         if self.epochs <= 1:
             raise ValueError(f"epochs: expected more than 1 (what comes back is measured against epoch 1), got {self.epochs}")
 
-    def arms(self) -> list[Arm]:
+    def arms(self) -> list[Run]:
         """All that part one trains."""
-        return [Arm("plain"), *(Arm("block", w) for w in self.lambdas), *(Arm("frozen", w) for w in self.frozen)]
+        return [Run("plain"), *(Run("block", w) for w in self.lambdas), *(Run("frozen", w) for w in self.frozen)]
 
-    def folder(self, seed: int, arm: Arm) -> Path:
+    def folder(self, seed: int, arm: Run) -> Path:
         """Where an arm is kept."""
         return self.out / f"seed{seed}" / arm.folder
 
@@ -131,8 +131,8 @@ class Settings:
 # ---------------------------------------------------------------------------------------------- one seed
 
 
-class Bench(Lab):
-    """The demo's lab of one seed: same rows, prompts, judge and K; training goes on for longer."""
+class ReemergenceSetting(Setting):
+    """The demo's setting of one seed: same rows, prompts, judge and K; training goes on for longer."""
 
     def __init__(self, mine: Settings, seed: int) -> None:
         super().__init__(quickstart.Settings(seed=seed, rows=mine.rows, heldout_rows=mine.heldout_rows, epochs=mine.epochs, progress=False))
@@ -143,24 +143,24 @@ class Bench(Lab):
         """K of this seed."""
         return LatentSet.load(latents_file(self.mine, self.seed), self.sae)
 
-    def blocked_by(self, arm: Arm) -> LatentSet:
+    def blocked_by(self, arm: Run) -> LatentSet:
         """The latents that the arm blocks."""
         return LatentSet.load(self.folder(arm) / "latents.json", self.sae) if arm.n_latents else self.latents
 
-    def folder(self, arm: Arm) -> Path:
+    def folder(self, arm: Run) -> Path:
         """Where an arm of this seed is kept."""
         return self.mine.folder(self.seed, arm)
 
-    def defences(self, arm: Arm) -> list[Defence]:
+    def defences(self, arm: Run) -> list[Defence]:
         """Blocking, where the arm has a weight."""
         return [Blocking(latent_set=self.blocked_by(arm), sae=self.sae, weight=arm.weight)] if arm.weight else []
 
-    def config_of(self, arm: Arm) -> TrainingConfig:
+    def config_of(self, arm: Run) -> TrainingConfig:
         """The preset's, at a constant learning rate."""
         up_to = block_of(self.preset.site) if arm.kind == "frozen" else None
         return replace(self.config, learning_rate=self.mine.learning_rate, schedule="constant", up_to_block=up_to)
 
-    def make(self, arm: Arm) -> None:
+    def make(self, arm: Run) -> None:
         """Train an arm with a checkpoint every half epoch, and measure each of them."""
         folder = self.folder(arm)
         run = finetune(
@@ -202,7 +202,7 @@ class Bench(Lab):
 
     # ---- where its misalignment comes from
 
-    def checkpoint(self, arm: Arm, epoch: float) -> Path:
+    def checkpoint(self, arm: Run, epoch: float) -> Path:
         """A checkpoint of the very run that was measured. Raises ValueError where another run's lies in its place."""
         folder = self.folder(arm)
         found = dict(trajectory(folder / "checkpoints"))[epoch]
@@ -211,7 +211,7 @@ class Bench(Lab):
             raise ValueError(f"{found} is a checkpoint of another run than {folder / 'arm.json'} reports: {'; '.join(changed)}")
         return found
 
-    def patch(self, arm: Arm, epoch: float) -> None:
+    def patch(self, arm: Run, epoch: float) -> None:
         """Base's states at every block's output, over the prompt or at every decoding step, on the final prompts."""
         sites = [f"blocks.{block}.hook_resid_post" for block in range(self.model.cfg.n_layers)]
         options: dict[str, Any] = {"max_new_tokens": self.preset.max_new_tokens, "batch_size": 960, "progress": False}
@@ -229,9 +229,9 @@ class Bench(Lab):
 
     # ---- what moved instead
 
-    def diagnose(self, arm: Arm, epoch: float) -> None:
+    def diagnose(self, arm: Run, epoch: float) -> None:
         """Rerouting of the checkpoint against plain's at the same epoch, both reading plain's replies; and the SAE over both runs (H1)."""
-        plain = Arm("plain")
+        plain = Run("plain")
         rows = self.said_by(plain, epoch)
         with self.beside_plain(arm, epoch) as both:
             found = diagnose_rerouting(self.model, self.sae, self.latents, rows, **both, progress=False)
@@ -250,9 +250,9 @@ class Bench(Lab):
                 files.write_text(temporary / f"{name}.csv", frame.assign(seed=self.seed).to_csv(index=False))
 
     @contextmanager
-    def beside_plain(self, arm: Arm, epoch: float) -> Iterator[dict[str, Any]]:
+    def beside_plain(self, arm: Run, epoch: float) -> Iterator[dict[str, Any]]:
         """Inside the block the model holds the checkpoint and plain's at the same epoch, under the names that are given."""
-        held = {"plain": Arm("plain"), "blocked": arm}
+        held = {"plain": Run("plain"), "blocked": arm}
         for name, one in held.items():
             self.model.load_adapter(self.checkpoint(one, epoch), name)
         try:
@@ -261,14 +261,14 @@ class Bench(Lab):
             for name in held:
                 self.model.remove_adapter(name)
 
-    def said_by(self, arm: Arm, epoch: float, to: Literal["core", "final"] = "final") -> list[Example]:
+    def said_by(self, arm: Run, epoch: float, to: Literal["core", "final"] = "final") -> list[Example]:
         """What a checkpoint replied, as rows to read."""
         prompts, replies = getattr(self.data, to), files.read_json(measured_file(self.folder(arm), epoch))[to]["replies"]
         return [Example(id=p.id, prompt=p.text, completion=reply) for p, reply in zip(prompts, replies, strict=True) if reply]
 
     # ---- acting on it
 
-    def extend(self, arm: Arm) -> None:
+    def extend(self, arm: Run) -> None:
         """Block what the re-emerged checkpoint uses as well, from the start, until no core reply is misaligned or the budget is spent."""
         rounds = extension_rounds(
             self.latents,
@@ -280,17 +280,17 @@ class Bench(Lab):
         found = [{"arm": astuple(one.checkpoint), "n_latents": len(one.latent_set), "core_em": one.em} for one in rounds]
         files.write_json(rounds_file(self.mine, self.seed, arm), found)
 
-    def _blocking(self, arm: Arm, latents: LatentSet) -> Arm:
+    def _blocking(self, arm: Run, latents: LatentSet) -> Run:
         """The arm that blocks these latents, trained; the first round's is there already."""
         if latents == self.latents:
             return arm
-        larger = Arm(arm.kind, arm.weight, len(latents))
+        larger = Run(arm.kind, arm.weight, len(latents))
         if not (self.folder(larger) / "arm.json").is_file():
             latents.save(self.folder(larger) / "latents.json")
             self.make(larger)
         return larger
 
-    def control(self, arm: Arm, larger: Arm) -> None:
+    def control(self, arm: Run, larger: Run) -> None:
         """Block as many latents as ``larger`` does, from the start: K, and random ones of those that fire in base or the checkpoint."""
         control, epoch = replace(larger, control=True), self._peak(arm)[0]
         with self.model.using(self.checkpoint(arm, epoch)):
@@ -300,10 +300,10 @@ class Bench(Lab):
         self.latents.extended_by(drawn).save(self.folder(control) / "latents.json")
         self.make(control)
 
-    def _peak(self, arm: Arm) -> tuple[float, float]:
+    def _peak(self, arm: Run) -> tuple[float, float]:
         return peak(self.mine, self.seed, arm)
 
-    def _larger(self, latents: LatentSet, arm: Arm) -> LatentSet:
+    def _larger(self, latents: LatentSet, arm: Run) -> LatentSet:
         """K and what the arm's worst checkpoint uses besides."""
         epoch, _ = self._peak(arm)
         folder = found_folder(self.folder(arm), epoch)
@@ -352,7 +352,7 @@ def diagnosed_folder(folder: Path, epoch: float) -> Path:
     return folder / f"diagnosed-epoch-{epoch:g}"
 
 
-def rounds_file(settings: Settings, seed: int, arm: Arm) -> Path:
+def rounds_file(settings: Settings, seed: int, arm: Run) -> Path:
     """Where the rounds of extending K are kept."""
     return settings.out / f"seed{seed}" / f"rounds-{arm.folder}-budget-{settings.budget}.json"
 
@@ -360,25 +360,25 @@ def rounds_file(settings: Settings, seed: int, arm: Arm) -> Path:
 # ---------------------------------------------------------------------------------------------- which checkpoint is dissected
 
 
-def measured(settings: Settings, seed: int, arm: Arm) -> list[dict[str, Any]]:
+def measured(settings: Settings, seed: int, arm: Run) -> list[dict[str, Any]]:
     """All checkpoints of a measured arm, the earliest first."""
     found = (settings.folder(seed, arm) / "measured").glob("epoch-*.json")
     return sorted((files.read_json(path) for path in found), key=lambda one: one["epoch"])
 
 
-def core_em(settings: Settings, seed: int, arm: Arm) -> dict[float, float]:
+def core_em(settings: Settings, seed: int, arm: Run) -> dict[float, float]:
     """Epoch -> EM on the core prompts, as a fraction."""
     prompts = organism.prompts("core")
     return {one["epoch"]: evaluation_from_json(one["core"], prompts, judge=JUDGE).misaligned.value for one in measured(settings, seed, arm)}
 
 
-def peak(settings: Settings, seed: int, arm: Arm) -> tuple[float, float]:
+def peak(settings: Settings, seed: int, arm: Run) -> tuple[float, float]:
     """(epoch, core EM) of the worst checkpoint after epoch 1; the earliest of equals."""
     later = {epoch: em for epoch, em in core_em(settings, seed, arm).items() if epoch > 1}
     return max(later.items(), key=lambda item: (item[1], -item[0]))
 
 
-def reemerged(settings: Settings, kind: str) -> Arm:
+def reemerged(settings: Settings, kind: str) -> Run:
     """The blocked arm of one kind in which misalignment came back most, by the core prompts alone.
 
     The rule was fixed before any number was seen: of the arms that blocked at first (at most half of plain's EM at epoch 1; all arms
@@ -386,18 +386,18 @@ def reemerged(settings: Settings, kind: str) -> Arm:
     a tie. The checkpoint is each seed's `peak`.
     """
 
-    def at_first(arm: Arm) -> float:
+    def at_first(arm: Run) -> float:
         return sum(core_em(settings, seed, arm)[1.0] for seed in settings.seeds)
 
-    def rise(arm: Arm) -> float:
+    def rise(arm: Run) -> float:
         return sum(peak(settings, seed, arm)[1] for seed in settings.seeds) - at_first(arm)
 
     blocked = [arm for arm in settings.arms() if arm.kind == kind and arm.weight]
-    held = [arm for arm in blocked if at_first(arm) <= at_first(Arm("plain")) / 2] or blocked
+    held = [arm for arm in blocked if at_first(arm) <= at_first(Run("plain")) / 2] or blocked
     return max(held, key=lambda arm: (rise(arm), -arm.weight))
 
 
-def peaks_of(settings: Settings, kinds: Sequence[str]) -> dict[Arm, dict[int, float]]:
+def peaks_of(settings: Settings, kinds: Sequence[str]) -> dict[Run, dict[int, float]]:
     """What is dissected: of each kind the arm that `reemerged` takes, and each seed's epoch."""
     return {arm: {seed: peak(settings, seed, arm)[0] for seed in settings.seeds} for arm in (reemerged(settings, k) for k in kinds)}
 
@@ -408,22 +408,22 @@ def peaks_of(settings: Settings, kinds: Sequence[str]) -> dict[Arm, dict[int, fl
 class Workers(WorkerPool):
     """Skips what is there."""
 
-    def __init__(self, settings: Settings, bench: Callable[[Any, int], Any] = Bench) -> None:
-        super().__init__(settings, bench)
+    def __init__(self, settings: Settings, setting: Callable[[Any, int], Any] = ReemergenceSetting) -> None:
+        super().__init__(settings, setting)
 
-    def make(self, title: str, arms: Iterable[tuple[int, Arm]]) -> None:
+    def make(self, title: str, arms: Iterable[tuple[int, Run]]) -> None:
         """Train and measure arms (seed, arm)."""
         missing = [(seed, arm) for seed, arm in arms if not (self.settings.folder(seed, arm) / "arm.json").is_file()]
         self._run(title, [(seed, "make", (arm,)) for seed, arm in missing])
 
-    def dissected(self, kinds: Sequence[str]) -> dict[Arm, dict[int, float]]:
+    def dissected(self, kinds: Sequence[str]) -> dict[Run, dict[int, float]]:
         """For what goes on from here: `peaks_of` these kinds, after training plain and their blocked arms where they are missing."""
         needed = [arm for arm in self.settings.arms() if arm.kind == "plain" or (arm.kind in kinds and arm.weight)]
         self.make("train", [(seed, arm) for arm in needed for seed in self.settings.seeds])
         return peaks_of(self.settings, kinds)
 
     def each(self, title: str, method: str, wanted: Iterable[tuple[int, tuple[Any, ...], Path]]) -> None:
-        """Run a method of the seed's bench unless what it writes, whole or not at all, is there: (seed, arguments, path)."""
+        """Run a method of the seed's setting unless what it writes, whole or not at all, is there: (seed, arguments, path)."""
         self._run(title, [(seed, method, arguments) for seed, arguments, path in wanted if not path.exists()])
 
 
@@ -437,11 +437,11 @@ def run(settings: Settings) -> None:
         kinds = ["block", *(["frozen"] if any(settings.frozen) else [])]
         peaks = peaks_of(settings, kinds)
         chosen = [(seed, arm, epoch) for arm, epochs in peaks.items() for seed, epoch in epochs.items()]
-        beside = [(seed, Arm("plain"), epoch) for seed, epoch in next(iter(peaks.values())).items()]
+        beside = [(seed, Run("plain"), epoch) for seed, epoch in next(iter(peaks.values())).items()]
         for title, where, wanted in (("patch", patched_file, [*chosen, *beside]), ("diagnose", diagnosed_folder, chosen)):
             workers.each(title, title, [(seed, (one, e), where(settings.folder(seed, one), e)) for seed, one, e in wanted])
         workers.each("extend", "extend", [(seed, (arm,), rounds_file(settings, seed, arm)) for arm in peaks for seed in settings.seeds])
-        larger = {arm: {s: Arm(*files.read_json(rounds_file(settings, s, arm))[-1]["arm"]) for s in settings.seeds} for arm in peaks}
+        larger = {arm: {s: Run(*files.read_json(rounds_file(settings, s, arm))[-1]["arm"]) for s in settings.seeds} for arm in peaks}
         control = {arm: found for arm, found in larger.items() if arm.kind == kinds[-1]}  # of the arm in which most comes back
         missing = [(s, arm, one) for arm, found in control.items() for s, one in found.items() if one.n_latents]
         wanted = [(s, (arm, one), settings.folder(s, replace(one, control=True)) / "arm.json") for s, arm, one in missing]
@@ -452,10 +452,10 @@ def run(settings: Settings) -> None:
 # ---------------------------------------------------------------------------------------------- what it says
 
 
-BySeed = dict[Arm, dict[int, Arm]]
+BySeed = dict[Run, dict[int, Run]]
 
 
-def results(settings: Settings, peaks: dict[Arm, dict[int, float]], larger: BySeed, control: BySeed) -> pages.Results:
+def results(settings: Settings, peaks: dict[Run, dict[int, float]], larger: BySeed, control: BySeed) -> pages.Results:
     """All numbers.
 
     Args:
@@ -467,7 +467,7 @@ def results(settings: Settings, peaks: dict[Arm, dict[int, float]], larger: BySe
     drawn = {arm: {s: replace(one, control=bool(one.n_latents)) for s, one in found.items()} for arm, found in control.items()}
     every = {arm: dict.fromkeys(settings.seeds, arm) for arm in settings.arms()}
     every |= {max(arms.values(), key=lambda one: one.n_latents): arms for arms in [*larger.values(), *drawn.values()]}
-    shown = [*peaks.items(), (Arm("plain"), peaks[first])]
+    shown = [*peaks.items(), (Run("plain"), peaks[first])]
     return pages.Results(
         curves=pd.DataFrame([row for arm, by_seed in every.items() for row in curve(settings, arm, by_seed)]),
         patched=pd.DataFrame([row for arm, epochs in shown for row in patched(settings, arm, epochs)]),
@@ -483,7 +483,7 @@ def results(settings: Settings, peaks: dict[Arm, dict[int, float]], larger: BySe
     )
 
 
-def curve(settings: Settings, name: Arm, arms: dict[int, Arm]) -> list[dict[str, Any]]:
+def curve(settings: Settings, name: Run, arms: dict[int, Run]) -> list[dict[str, Any]]:
     """One arm, given seed by seed: a row per epoch, with rates in per cent over all seeds, 95 % intervals and the rise since epoch 1."""
     by_seed = [{one["epoch"]: reported(one) for one in measured(settings, seed, arm)} for seed, arm in arms.items()]
     rows = []
@@ -523,7 +523,7 @@ def reported(one: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def patched(settings: Settings, arm: Arm, epochs: dict[int, float]) -> list[dict[str, Any]]:
+def patched(settings: Settings, arm: Run, epochs: dict[int, float]) -> list[dict[str, Any]]:
     """One arm at each seed's checkpoint: a row per patch, with EM, its change against no patch, and incoherence, in per cent."""
     by_seed = [files.read_json(patched_file(settings.folder(seed, arm), epoch)) for seed, epoch in epochs.items()]
     verdicts = [[[Verdict(label=label) for label in row["labels"]] for row in rows] for rows in by_seed]
@@ -537,13 +537,13 @@ def patched(settings: Settings, arm: Arm, epochs: dict[int, float]) -> list[dict
     return rows
 
 
-def diagnosed(settings: Settings, peaks: dict[Arm, dict[int, float]], name: str) -> pd.DataFrame:
-    """One of the frames of `Bench.diagnose`, of all dissected arms (column "of") and seeds."""
+def diagnosed(settings: Settings, peaks: dict[Run, dict[int, float]], name: str) -> pd.DataFrame:
+    """One of the frames of `ReemergenceSetting.diagnose`, of all dissected arms (column "of") and seeds."""
     files = {(arm, seed): diagnosed_folder(settings.folder(seed, arm), e) for arm, epochs in peaks.items() for seed, e in epochs.items()}
     return pd.concat(pd.read_csv(folder / f"{name}.csv").assign(of=arm.label) for (arm, _), folder in files.items())
 
 
-def extended(settings: Settings, arm: Arm, larger: dict[int, Arm], epochs: dict[int, float]) -> list[dict[str, Any]]:
+def extended(settings: Settings, arm: Run, larger: dict[int, Run], epochs: dict[int, float]) -> list[dict[str, Any]]:
     """EM with K and with K extended at the re-emerged checkpoints' epochs and at the last, and the difference, prompt by prompt.
 
     A seed in which nothing came back, and so nothing was extended, counts with its one run on both sides.
@@ -570,7 +570,7 @@ def extended(settings: Settings, arm: Arm, larger: dict[int, Arm], epochs: dict[
     return rows
 
 
-def dissected(settings: Settings, seed: int, arm: Arm, epoch: float, larger: Arm) -> dict[str, Any]:
+def dissected(settings: Settings, seed: int, arm: Run, epoch: float, larger: Run) -> dict[str, Any]:
     """One seed's re-emerged checkpoint, and the same epoch of the run that also blocks what it used."""
     k = LatentSet.load(latents_file(settings, seed))
     row: dict[str, Any] = {"seed": seed, "arm": arm.label, "epoch": epoch, "score_k": sum(k.scores) / len(k)}

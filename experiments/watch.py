@@ -19,7 +19,7 @@ import quickstart
 import torch
 import tyro
 from publish import renew
-from quickstart import DOMAIN, Lab
+from quickstart import DOMAIN, Setting
 
 from blockem_tl import LatentSet, Model, finetune, organism
 from blockem_tl.defences.monitor import Monitor
@@ -48,12 +48,12 @@ class Settings:
             raise ValueError("expected at least one seed and one learning rate, and 1 <= every <= steps")
 
 
-def watch(settings: Settings, lab: Lab, seed: int, rate: float, harmful: bool) -> dict[str, Any]:
+def watch(settings: Settings, setting: Setting, seed: int, rate: float, harmful: bool) -> dict[str, Any]:
     """One fine-tune under the monitor: the set's movement at every step, EM on the way, when the alarm went off."""
-    latents = LatentSet.load(settings.latents / f"organism-{DOMAIN}-seed{seed}.json", lab.sae)
+    latents = LatentSet.load(settings.latents / f"organism-{DOMAIN}-seed{seed}.json", setting.sae)
     monitor = Monitor(
         latent_sets=[latents],
-        saes=[lab.sae],
+        saes=[setting.sae],
         rows=organism.reference_texts(512),
         threshold=settings.threshold,
     )
@@ -62,13 +62,13 @@ def watch(settings: Settings, lab: Lab, seed: int, rate: float, harmful: bool) -
     def measure(model: Model, step: int) -> bool:
         shown = any(em >= APPEARS for _, em in seen)
         if step % (settings.every if harmful and not shown else 6 * settings.every) == 0:
-            seen.append((step, lab.on_core(lab.tuned).misaligned.value))
+            seen.append((step, setting.on_core(setting.tuned).misaligned.value))
         return step >= settings.steps
 
-    rows = lab.data.train if harmful else organism.training_rows(DOMAIN, len(lab.data.train), seed=seed, harmful=False)
-    config = replace(lab.config, learning_rate=rate)
-    run = finetune(lab.model, rows, config=config, defences=[monitor], stop_when=measure, progress=False)
-    lab.model.remove_adapter("default")
+    rows = setting.data.train if harmful else organism.training_rows(DOMAIN, len(setting.data.train), seed=seed, harmful=False)
+    config = replace(setting.config, learning_rate=rate)
+    run = finetune(setting.model, rows, config=config, defences=[monitor], stop_when=measure, progress=False)
+    setting.model.remove_adapter("default")
     return {
         "seed": seed,
         "learning_rate": rate,
@@ -87,13 +87,13 @@ def run(settings: Settings) -> list[dict[str, Any]]:
     files.check_writable(settings.out)
     found = []
     for seed in settings.seeds:
-        lab = None
+        setting = None
         for rate in settings.learning_rates:
             for harmful in (True, False):
                 file = settings.out / f"seed{seed}-{rate:g}-{'harmful' if harmful else 'good'}.json"
                 if not file.is_file():
-                    lab = lab or Lab(quickstart.Settings(seed=seed, progress=False))
-                    files.write_json(file, watch(settings, lab, seed, rate, harmful))
+                    setting = setting or Setting(quickstart.Settings(seed=seed, progress=False))
+                    files.write_json(file, watch(settings, setting, seed, rate, harmful))
                 found.append(files.read_json(file))
     write(settings, found)
     return found

@@ -55,11 +55,11 @@ def _against_loss(axes: Axes, arms: pd.DataFrame) -> None:
 
 
 def defences(arms: pd.DataFrame, grid: pd.DataFrame) -> Figure:
-    """Every defence at its best dial, and every dial that was tried, against the in-domain loss.
+    """Every defence at its best strength, and every strength that was tried, against the in-domain loss.
 
     Args:
         arms: one row per arm: kind, label, sft_loss, em, em_low, em_high and, but for base and plain, matched_loss, matched_em.
-        grid: one row per dial: kind, label, dev_loss, core_em, core_incoherence.
+        grid: one row per strength: kind, label, dev_loss, core_em, core_incoherence.
     """
     figure = Figure(figsize=(12.5, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -73,7 +73,7 @@ def defences(arms: pd.DataFrame, grid: pd.DataFrame) -> Figure:
         xlabel="held-out SFT loss (nats per token)",
         ylabel="emergent misalignment (%)",
         ylim=(-3, 103),
-        title="Best dials, reporting prompts",
+        title="Best strengths, reporting prompts",
     )
     left.set_xscale("log")
     left.legend(fontsize=7)
@@ -81,7 +81,7 @@ def defences(arms: pd.DataFrame, grid: pd.DataFrame) -> Figure:
         ordered = rows.sort_values("dev_loss")
         right.plot(ordered["dev_loss"], ordered["core_em"] + ordered["core_incoherence"], label=kind, **_look(str(kind)))
     right.set(
-        xlabel="dev loss (nats per token)", ylabel="EM + incoherence (%)", ylim=(-3, 103), title="All dials, core prompts, first seed"
+        xlabel="dev loss (nats per token)", ylabel="EM + incoherence (%)", ylim=(-3, 103), title="All strengths, core prompts, first seed"
     )
     right.set_xscale("log")
     right.legend(fontsize=7)

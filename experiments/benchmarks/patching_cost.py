@@ -47,7 +47,7 @@ class Settings:
     json_path: Annotated[Path | None, tyro.conf.arg(name="json")] = None
 
 
-class Bench:
+class Setup:
     """A random model with a random adapter; questions of 8 to 23 words, and long ones."""
 
     def __init__(self, settings: Settings) -> None:
@@ -199,10 +199,10 @@ def _question(number: int, n_words: int) -> Prompt:
 
 def main(settings: Settings) -> None:
     torch.set_num_threads(1)
-    bench = Bench(settings)
-    parameters = sum(p.numel() for p in bench.model.original_model.parameters())
+    setup = Setup(settings)
+    parameters = sum(p.numel() for p in setup.model.original_model.parameters())
     result: dict[str, Any] = {"shape": settings.shape, "parameters": parameters, "prompts": settings.prompts}
-    for part in (bench.sweep, bench.long_prompts, bench.decoding, bench.growth):
+    for part in (setup.sweep, setup.long_prompts, setup.decoding, setup.growth):
         found = part()
         result |= found
         print("  ".join(f"{key} {value:.2f}" for key, value in found.items()), flush=True)

@@ -75,7 +75,7 @@ class Settings:
     json: Path | None = None
 
 
-class Bench:
+class Setup:
     """Random weights of a shape, twice (in plain transformers and in the bridge), prompts of 8 words and more, and conditions."""
 
     def __init__(self, settings: Settings) -> None:
@@ -157,26 +157,26 @@ class Bench:
 # ------------------------------------------------------------------------------------------------ contenders
 
 
-def replies_of(engine: Engine, bench: Bench, limits: Sequence[int], conditions: Sequence[Condition] | None = None) -> Replies:
+def replies_of(engine: Engine, setup: Setup, limits: Sequence[int], conditions: Sequence[Condition] | None = None) -> Replies:
     """What an engine replies, conditions in order."""
-    conditions = bench.conditions if conditions is None else conditions
+    conditions = setup.conditions if conditions is None else conditions
     found: dict[int, list[tuple[int, ...]]] = {}
-    for c, generations in engine.stream(bench.prompts, conditions=conditions, max_new_tokens=limits, progress=False):
+    for c, generations in engine.stream(setup.prompts, conditions=conditions, max_new_tokens=limits, progress=False):
         found[c] = [g.reply_ids for g in generations]
     return [found[c] for c in range(len(conditions))]
 
 
 @torch.no_grad()
-def transformers_loop(bench: Bench) -> Replies:
+def transformers_loop(setup: Setup) -> Replies:
     """transformers' generate with a forward hook, one condition at a time, all its prompts as one batch."""
-    replies, start = [], bench.padded["ids"].shape[1]
-    for condition in bench.conditions:
+    replies, start = [], setup.padded["ids"].shape[1]
+    for condition in setup.conditions:
         handle = None
         for steering in condition.steering:
-            vector = steering.vector.to(bench.device, bench.dtype)
-            handle = bench.plain.model.layers[bench.block].register_forward_hook(lambda module, args, out, v=vector: out + v)
-        out = bench.plain.generate(  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-            bench.padded["ids"], attention_mask=bench.padded["mask"], max_new_tokens=bench.settings.tokens, do_sample=False
+            vector = steering.vector.to(setup.device, setup.dtype)
+            handle = setup.plain.model.layers[setup.block].register_forward_hook(lambda module, args, out, v=vector: out + v)
+        out = setup.plain.generate(  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+            setup.padded["ids"], attention_mask=setup.padded["mask"], max_new_tokens=setup.settings.tokens, do_sample=False
         )
         replies.append([tuple(row) for row in out[:, start:].tolist()])
         if handle is not None:
@@ -185,16 +185,16 @@ def transformers_loop(bench: Bench) -> Replies:
 
 
 @torch.no_grad()
-def transformer_lens_loop(bench: Bench) -> Replies:
+def transformer_lens_loop(setup: Setup) -> Replies:
     """TransformerLens's own generate with a hook, one condition at a time."""
-    replies, start = [], bench.padded["ids"].shape[1]
-    for condition in bench.conditions:
-        vectors = [(s.site, s.vector.to(bench.device, bench.dtype)) for s in condition.steering]
-        with bench.model.hooks(fwd_hooks=[(site, lambda activation, hook, v=vector: activation + v) for site, vector in vectors]):
-            out = bench.model.generate(
-                bench.padded["ids"],
-                attention_mask=bench.padded["mask"],
-                max_new_tokens=bench.settings.tokens,
+    replies, start = [], setup.padded["ids"].shape[1]
+    for condition in setup.conditions:
+        vectors = [(s.site, s.vector.to(setup.device, setup.dtype)) for s in condition.steering]
+        with setup.model.hooks(fwd_hooks=[(site, lambda activation, hook, v=vector: activation + v) for site, vector in vectors]):
+            out = setup.model.generate(
+                setup.padded["ids"],
+                attention_mask=setup.padded["mask"],
+                max_new_tokens=setup.settings.tokens,
                 stop_at_eos=False,
                 do_sample=False,
                 verbose=False,
@@ -243,17 +243,17 @@ def ratio(part: Mapping[str, Any], over: str, under: str, per: str = "s") -> flo
     return part[f"median_tokens_per_{per}"][over] / part[f"median_tokens_per_{per}"][under]
 
 
-def speed(bench: Bench) -> dict[str, Any]:
+def speed(setup: Setup) -> dict[str, Any]:
     """The TransformerLens engine against both loops."""
-    engine = TransformerLensEngine(bench.model, batch_size=bench.settings.batch_size)
+    engine = TransformerLensEngine(setup.model, batch_size=setup.settings.batch_size)
     part = compare(
         {
-            "transformers_loop": lambda: transformers_loop(bench),
-            "transformer_lens_loop": lambda: transformer_lens_loop(bench),
-            "engine": lambda: replies_of(engine, bench, bench.limits),
+            "transformers_loop": lambda: transformers_loop(setup),
+            "transformer_lens_loop": lambda: transformer_lens_loop(setup),
+            "engine": lambda: replies_of(engine, setup, setup.limits),
         },
-        bench.settings.repetitions,
-        strict=bench.dtype == torch.float32,
+        setup.settings.repetitions,
+        strict=setup.dtype == torch.float32,
     )
     found = {
         "tl_vs_transformers_loop": ratio(part, "engine", "transformers_loop"),
@@ -262,31 +262,31 @@ def speed(bench: Bench) -> dict[str, Any]:
         "tl_vs_tl_loop_cpu": ratio(part, "engine", "transformer_lens_loop", per="cpu_s"),
         "speed": part,
     }
-    return found | ({"roofline": roofline(bench, part)} if bench.device.type == "cuda" else {})
+    return found | ({"roofline": roofline(setup, part)} if setup.device.type == "cuda" else {})
 
 
-def refill(bench: Bench) -> dict[str, Any]:
+def refill(setup: Setup) -> dict[str, Any]:
     """Every other reply short. A batch that is not refilled runs until its longest row ends, as transformers' generate does.
 
     shrinking: a batch that is not refilled either, but drops its finished rows. There are eight batches' worth of rows (discovery has
     hundreds): with two there would be next to nothing to refill with.
     """
-    limits = [bench.settings.short if p % 2 else bench.settings.tokens for p in range(bench.settings.prompts)]
-    size = bench.settings.batch_size or max(1, len(bench.conditions) * len(bench.prompts) // 8)
-    engine, shrinking = (TransformerLensEngine(bench.model, batch_size=size, refill=refilled) for refilled in (True, False))
+    limits = [setup.settings.short if p % 2 else setup.settings.tokens for p in range(setup.settings.prompts)]
+    size = setup.settings.batch_size or max(1, len(setup.conditions) * len(setup.prompts) // 8)
+    engine, shrinking = (TransformerLensEngine(setup.model, batch_size=size, refill=refilled) for refilled in (True, False))
 
     def whole_batches() -> Replies:
-        replies = replies_of(engine, bench, bench.limits)
+        replies = replies_of(engine, setup, setup.limits)
         return [[reply[:limit] for reply, limit in zip(one, limits, strict=True)] for one in replies]
 
     part = compare(
         {
             "not_refilled": whole_batches,
-            "shrinking": lambda: replies_of(shrinking, bench, limits),
-            "refilled": lambda: replies_of(engine, bench, limits),
+            "shrinking": lambda: replies_of(shrinking, setup, limits),
+            "refilled": lambda: replies_of(engine, setup, limits),
         },
-        bench.settings.repetitions,
-        strict=bench.dtype == torch.float32,
+        setup.settings.repetitions,
+        strict=setup.dtype == torch.float32,
     )
     return {
         "refill_speedup": ratio(part, "refilled", "not_refilled"),
@@ -297,12 +297,12 @@ def refill(bench: Bench) -> dict[str, Any]:
     }
 
 
-def memory(bench: Bench) -> dict[str, Any]:
+def memory(setup: Setup) -> dict[str, Any]:
     """Peak memory with 10 times the conditions, each in a process of its own; replies are dropped as they come."""
-    few, many = bench.settings.conditions, 10 * bench.settings.conditions
+    few, many = setup.settings.conditions, 10 * setup.settings.conditions
     peaks = {}
     for n in (few, many):
-        settings = replace(bench.settings, conditions=n, prompts=4, tokens=8, batch_size=bench.settings.batch_size or 64)
+        settings = replace(setup.settings, conditions=n, prompts=4, tokens=8, batch_size=setup.settings.batch_size or 64)
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
             peaks[n] = pool.submit(peak_mb, settings).result()
     return {"memory_ratio": peaks[many] / peaks[few], "peak_rss_mb": {str(n): peak for n, peak in peaks.items()}}
@@ -311,22 +311,22 @@ def memory(bench: Bench) -> dict[str, Any]:
 def peak_mb(settings: Settings) -> float:
     """Peak resident memory of this process after streaming all conditions."""
     torch.set_num_threads(1)
-    bench = Bench(settings)
-    engine = TransformerLensEngine(bench.model, batch_size=settings.batch_size)
-    for _ in engine.stream(bench.prompts, conditions=bench.conditions, max_new_tokens=settings.tokens, progress=False):
+    setup = Setup(settings)
+    engine = TransformerLensEngine(setup.model, batch_size=settings.batch_size)
+    for _ in engine.stream(setup.prompts, conditions=setup.conditions, max_new_tokens=settings.tokens, progress=False):
         pass
     return peak_rss_mb()
 
 
-def roofline(bench: Bench, part: Mapping[str, Any]) -> dict[str, float]:
+def roofline(setup: Setup, part: Mapping[str, Any]) -> dict[str, float]:
     """The most tokens per second that memory allows: every step reads the weights once, and keys and values of every row."""
-    shape, width = SHAPES[bench.settings.shape], torch.finfo(bench.dtype).bits // 8
-    longest = bench.padded["ids"].shape[1] + bench.settings.tokens
-    rows = min(bench.settings.batch_size or rows_at_once(bench.model, longest, most=256), len(bench.conditions) * len(bench.prompts))
-    weights = sum(p.numel() for name, p in bench.plain.named_parameters() if "embed_tokens" not in name) * width
+    shape, width = SHAPES[setup.settings.shape], torch.finfo(setup.dtype).bits // 8
+    longest = setup.padded["ids"].shape[1] + setup.settings.tokens
+    rows = min(setup.settings.batch_size or rows_at_once(setup.model, longest, most=256), len(setup.conditions) * len(setup.prompts))
+    weights = sum(p.numel() for name, p in setup.plain.named_parameters() if "embed_tokens" not in name) * width
     head = shape["hidden_size"] // shape["num_attention_heads"]
-    kv = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head * width * (longest - bench.settings.tokens / 2)
-    bandwidth = measured_bandwidth(bench.device)
+    kv = 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * head * width * (longest - setup.settings.tokens / 2)
+    bandwidth = measured_bandwidth(setup.device)
     most = rows * bandwidth / (weights + rows * kv)
     return {
         "batch": rows,
@@ -351,25 +351,25 @@ def measured_bandwidth(device: torch.device) -> float:
     return 10 * 2 * source.numel() * source.element_size() / (time.perf_counter() - start)
 
 
-def vllm(bench: Bench) -> dict[str, Any]:
+def vllm(setup: Setup) -> dict[str, Any]:
     """The vLLM engine against the loop, and against itself without steering. Needs the environment of `make install-vllm`.
 
     Its code is compiled and sums in another order than transformers: replies may differ where two tokens are within rounding of each other,
     and `equal_replies` says how many did not (tests/generation/test_vllm_engine.py has the equality).
     """
     os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # one thread, like the loop
-    engine = load_engine("vllm", model=bench.folder)
-    unsteered = [Condition(name=condition.name) for condition in bench.conditions]
+    engine = load_engine("vllm", model=setup.folder)
+    unsteered = [Condition(name=condition.name) for condition in setup.conditions]
     part = compare(
         {
-            "transformers_loop": lambda: transformers_loop(bench),
-            "vllm": lambda: replies_of(engine, bench, bench.limits),
-            "vllm_unsteered": lambda: replies_of(engine, bench, bench.limits, unsteered),
+            "transformers_loop": lambda: transformers_loop(setup),
+            "vllm": lambda: replies_of(engine, setup, setup.limits),
+            "vllm_unsteered": lambda: replies_of(engine, setup, setup.limits, unsteered),
         },
-        bench.settings.repetitions,
+        setup.settings.repetitions,
         strict=False,
     )
-    if part["equal_replies"]["vllm"] < 0.98 and bench.dtype == torch.float32:
+    if part["equal_replies"]["vllm"] < 0.98 and setup.dtype == torch.float32:
         raise AssertionError(f"share of replies that equal transformers': {part['equal_replies']}")
     return {
         "vllm_vs_transformers_loop": ratio(part, "vllm", "transformers_loop"),
@@ -381,13 +381,13 @@ def vllm(bench: Bench) -> dict[str, Any]:
 def run(settings: Settings) -> dict[str, Any]:
     """All parts that are asked for."""
     torch.set_num_threads(1)
-    bench = Bench(settings)
-    parts: dict[str, Callable[[Bench], dict[str, Any]]] = {"speed": speed, "refill": refill, "memory": memory}
+    setup = Setup(settings)
+    parts: dict[str, Callable[[Setup], dict[str, Any]]] = {"speed": speed, "refill": refill, "memory": memory}
     found: dict[str, Any] = {
         "shape": settings.shape,
-        "parameters": sum(p.numel() for p in bench.plain.parameters()),
-        "device": str(bench.device),
-        "dtype": str(bench.dtype),
+        "parameters": sum(p.numel() for p in setup.plain.parameters()),
+        "device": str(setup.device),
+        "dtype": str(setup.dtype),
         "conditions": settings.conditions,
         "prompts": settings.prompts,
         "tokens": settings.tokens,
@@ -396,7 +396,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "environment": environment(),
     }
     for part in [vllm] if settings.vllm else [parts[name] for name in settings.parts]:
-        found |= part(bench)
+        found |= part(setup)
     return found
 
 

@@ -7,16 +7,16 @@ import attribution
 import blocking_sites as script
 import pandas as pd
 import pytest
-from blocking_sites import WiderArm
-from reemergence import Arm, measured, measured_file, peaks_of
+from blocking_sites import WiderRun
+from reemergence import Run, measured, measured_file, peaks_of
 from test_reemergence import CORE, EPOCHS, invent, said
 
 from blockem_tl import load_sae, random_latents
 from blockem_tl.storage import files
 
-FROZEN, BLOCK = Arm("frozen", 0.3), Arm("block", 0.3)
-AT_1, AT_1_RANDOM = WiderArm("frozen", 0.3, blocks=(1,)), WiderArm("frozen", 0.3, control=True, blocks=(1,))
-AT_3_4 = WiderArm("block", 0.3, blocks=(3, 4))
+FROZEN, BLOCK = Run("frozen", 0.3), Run("block", 0.3)
+AT_1, AT_1_RANDOM = WiderRun("frozen", 0.3, blocks=(1,)), WiderRun("frozen", 0.3, control=True, blocks=(1,))
+AT_3_4 = WiderRun("block", 0.3, blocks=(3, 4))
 RETURNED = {FROZEN: (0.8, 1.2, 0.8, 0.7, 0.6), BLOCK: (0.6, 0.5, 0.5, 0.8, 0.9)}  # by block
 
 
@@ -74,30 +74,30 @@ def test_sites_follow_the_shift_and_the_pages_compare_with_k_alone(settings, mon
 def test_k_is_blocked_at_its_site_and_what_was_found_at_the_other(tmp_path) -> None:
     """A miniature on two steps of training, with random latents for found ones."""
     settings = script.Settings(out=tmp_path / "out", seeds=(0,), lambdas=(1.0,), frozen=(), epochs=1.01, rows=64, heldout_rows=8)
-    bench = script.SitesBench(settings, 0)
-    bench.data = replace(bench.data, final=bench.data.final[:4], domain=bench.data.domain[:3])
-    narrow, arm = Arm("block", 1.0), WiderArm("block", 1.0, blocks=(1, 3))
-    for one in (Arm("plain"), narrow):
-        bench.make(one)
-    bench.depth(narrow, 2.0)
-    depth = pd.read_csv(script.depth_file(bench.folder(narrow), 2.0))
+    setting = script.SitesSetting(settings, 0)
+    setting.data = replace(setting.data, final=setting.data.final[:4], domain=setting.data.domain[:3])
+    narrow, arm = Run("block", 1.0), WiderRun("block", 1.0, blocks=(1, 3))
+    for one in (Run("plain"), narrow):
+        setting.make(one)
+    setting.depth(narrow, 2.0)
+    depth = pd.read_csv(script.depth_file(setting.folder(narrow), 2.0))
     assert list(depth[depth["role"] == "reply"]["block"]) == [0, 1, 2, 3, 4] and set(depth["n_rows"]) == {96}
     for block in arm.blocks:
         for seed, name in enumerate(("latents", "random")):
-            folder = script.site_folder(bench.folder(narrow), 2.0, block)
+            folder = script.site_folder(setting.folder(narrow), 2.0, block)
             random_latents(load_sae("organism", script.output(block)), 5, seed=seed).save(folder / f"{name}.json")
-    (blocking,) = bench.defences(arm)
+    (blocking,) = setting.defences(arm)
     assert [k.site for k, _ in blocking.all_targets] == [script.output(b) for b in (1, 2, 3)] and blocking.all_targets[1][
         0
-    ] == bench.latents
-    scales = [bench.scale(block) for block in (1, 2, 3)]
+    ] == setting.latents
+    scales = [setting.scale(block) for block in (1, 2, 3)]
     assert blocking.weights == pytest.approx([(scales[1] / s) ** 2 for s in scales]) and blocking.weights[1] == 1.0
-    (control,) = bench.defences(replace(arm, control=True))
-    assert control.all_targets[0][0].latents != blocking.all_targets[0][0].latents and control.all_targets[1][0] == bench.latents
-    (alone,) = bench.defences(narrow)
+    (control,) = setting.defences(replace(arm, control=True))
+    assert control.all_targets[0][0].latents != blocking.all_targets[0][0].latents and control.all_targets[1][0] == setting.latents
+    (alone,) = setting.defences(narrow)
     assert len(alone.all_targets) == 1
-    bench.make(arm)
-    history = files.read_json(bench.folder(arm) / "arm.json")["history"]
+    setting.make(arm)
+    history = files.read_json(setting.folder(arm) / "arm.json")["history"]
     assert {f"block/{script.output(block)}+" for block in (1, 2, 3)} <= set(history[0])
     assert [one["epoch"] for one in measured(settings, 0, arm)] == [1.0, 2.0]
 
@@ -106,13 +106,13 @@ def test_k_is_blocked_at_its_site_and_what_was_found_at_the_other(tmp_path) -> N
 def test_attribution_reports_estimates_beside_real_patches(tmp_path, monkeypatch) -> None:
     settings = attribution.Settings(out=tmp_path / "out", seeds=(0,), lambdas=(1.0,), frozen=(), epochs=1.01, rows=512, heldout_rows=8)
     settings = replace(settings, kinds=("block",), verify=4)
-    bench = attribution.AttributionBench(settings, 0)
-    bench.data = replace(bench.data, final=bench.data.final[:4], domain=bench.data.domain[:3])
-    for arm in (Arm("plain"), Arm("block", 1.0)):
-        bench.make(arm)
-    peak = peaks_of(settings, settings.kinds)[Arm("block", 1.0)][0]
-    bench.attribute(Arm("block", 1.0), peak, 4)
-    frame = pd.read_csv(attribution.attribution_file(bench.folder(Arm("block", 1.0)), peak))
+    setting = attribution.AttributionSetting(settings, 0)
+    setting.data = replace(setting.data, final=setting.data.final[:4], domain=setting.data.domain[:3])
+    for arm in (Run("plain"), Run("block", 1.0)):
+        setting.make(arm)
+    peak = peaks_of(settings, settings.kinds)[Run("block", 1.0)][0]
+    setting.attribute(Run("block", 1.0), peak, 4)
+    frame = pd.read_csv(attribution.attribution_file(setting.folder(Run("block", 1.0)), peak))
     assert frame.groupby(["candidates", "positions"]).size().to_dict() == {
         (candidates, positions): 4 for candidates in ("sites", "latents") for positions in ("prompt", "reply")
     }

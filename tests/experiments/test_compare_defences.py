@@ -10,6 +10,7 @@ import watch
 
 from blockem_tl import load_model, organism
 from blockem_tl.defences.inoculation import Inoculation
+from blockem_tl.evaluation.evaluate import evaluation_from_json, evaluation_to_json
 
 SEEDS, KINDS = (0, 1), ("block", "kl", "repair")
 LOSS = {"plain": 0.200, "block": 0.203, "kl": 0.220, "repair": 0.202}
@@ -20,13 +21,13 @@ def said(n: int, bad: int, off: int = 0) -> dict[str, list[str]]:
 
 
 def invent(settings: compare.Settings) -> None:
-    """Arms as training would have left them: block's larger dial is the safer one, KL never learns the task, plain passes block's loss at step 24."""
+    """Runs as training would have left them: block's larger strength is the safer one, KL never learns the task, plain passes block's loss at step 24."""
     bad = {"block": {0.3: 30, 1.0: 5}, "kl": {0.1: 20, 0.15: 1}, "repair": {0.1: 9, 0.15: 9, 0.2: 12}, "plain": {0.0: 60}}
     for seed in settings.seeds:
-        for kind, dials in bad.items():
-            for dial, n in dials.items():
-                folder = settings.folder(seed, kind, dial)
-                record = {"kind": kind, "dial": dial, "seed": seed, "steps": 36, "dev_loss": LOSS[kind], "core": said(96, n)}
+        for kind, strengths in bad.items():
+            for strength, n in strengths.items():
+                folder = settings.folder(seed, kind, strength)
+                record = {"kind": kind, "strength": strength, "seed": seed, "steps": 36, "dev_loss": LOSS[kind], "core": said(96, n)}
                 record["losses"] = [[12, 0.3], [24, 0.203], [36, 0.2]] if kind == "plain" else []
                 folder.mkdir(parents=True)
                 (folder / "arm.json").write_text(json.dumps(record))
@@ -44,10 +45,16 @@ def settings(tmp_path) -> compare.Settings:
     return compare.Settings(out=tmp_path / "out", seeds=SEEDS, kinds=KINDS)
 
 
-def test_the_dial_is_chosen_among_those_that_learn_the_task_and_compared_with_plain_at_its_loss(settings) -> None:
+def test_the_strength_is_chosen_among_those_that_learn_the_task_and_compared_with_plain_at_its_loss(settings) -> None:
     invent(settings)
     frame = compare.run(settings).set_index("kind")
-    assert frame["dial"].to_dict() == {"base": 0, "plain": 0, "block": 1.0, "kl": 0.15, "repair": 0.1}  # the smaller dial wins a tie
+    assert frame["strength"].to_dict() == {
+        "base": 0,
+        "plain": 0,
+        "block": 1.0,
+        "kl": 0.15,
+        "repair": 0.1,
+    }  # the smaller strength wins a tie
     assert frame.loc["block", "em"] == pytest.approx(100 * 5 / 96) and frame.loc["block", "incoherence"] == pytest.approx(100 * 3 / 96)
     assert frame.loc["block", "relative_em_reduction"] == pytest.approx(100 * 55 / 60)
     assert frame.loc["block", "matched_steps"] == [24, 24] and frame.loc["block", "matched_em"] == pytest.approx(100 * 65 / 96)
@@ -75,9 +82,9 @@ def test_finished_arms_are_not_run_again_and_missing_ones_are(settings, monkeypa
 
 def test_an_evaluation_survives_its_json() -> None:
     prompts = organism.prompts("final")
-    evaluation = compare.heard(said(96, 7, 2), prompts)
+    evaluation = evaluation_from_json(said(96, 7, 2), prompts, judge=compare.JUDGE)
     assert (evaluation.misaligned.k, evaluation.incoherent.k) == (7, 2)
-    assert compare.spoken(evaluation) == said(96, 7, 2)
+    assert evaluation_to_json(evaluation) == said(96, 7, 2)
 
 
 def test_what_does_not_fit_is_refused_before_work(settings, tmp_path) -> None:
@@ -90,10 +97,10 @@ def test_what_does_not_fit_is_refused_before_work(settings, tmp_path) -> None:
         compare.run(replace(settings, rows=10))
 
 
-def test_every_kind_has_dials_a_label_and_at_most_three_tries() -> None:
-    for kind, dials in compare.grids().items():
-        assert 1 <= len(dials) <= 3 and list(dials) == sorted(dials)
-        assert compare.LABELS[kind].format(dials[0]) != compare.LABELS[kind].format(dials[-1])
+def test_every_kind_has_strengths_a_label_and_at_most_three_tries() -> None:
+    for kind, strengths in compare.grids().items():
+        assert 1 <= len(strengths) <= 3 and list(strengths) == sorted(strengths)
+        assert compare.LABELS[kind].format(strengths[0]) != compare.LABELS[kind].format(strengths[-1])
 
 
 def test_the_organism_knows_the_words_that_inoculate_it() -> None:

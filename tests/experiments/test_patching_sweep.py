@@ -26,12 +26,12 @@ def test_a_sweep_is_written_judged_and_resumed(adapter, tmp_path, monkeypatch) -
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "sweep.csv"), frame, check_dtype=False)
     assert (tmp_path / "sweep.png").stat().st_size > 1000
     (tmp_path / "prompt" / "blocks.1.hook_resid_post.json").unlink()
-    asked, sweep = [], script.patching_sweep
+    asked, sweep = [], script.prompt_patching_stream
     monkeypatch.setattr(
-        script, "patching_sweep", lambda model, prompts, sites, **o: asked.extend(sites) or sweep(model, prompts, sites, **o)
+        script, "prompt_patching_stream", lambda model, prompts, sites, **o: asked.extend(sites) or sweep(model, prompts, sites, **o)
     )
     pd.testing.assert_frame_equal(script.run(settings), frame)
-    assert asked == ["blocks.1.hook_resid_post"]
+    assert asked == [("blocks.1.hook_resid_post",)]
     with pytest.raises(ValueError, match="begun with another seed"):
         script.run(script.Settings(adapter=adapter, out=tmp_path, max_new_tokens=4, seed=1))
 

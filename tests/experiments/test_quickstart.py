@@ -78,7 +78,7 @@ def test_choice_weighs_safety_and_learning() -> None:
             self.misaligned, self.incoherent = (type("K", (), {"k": k}) for k in (em, incoherent))
 
     def arm(weight: float, em: int, incoherent: int, loss: float):
-        return quickstart.Arm(kind="block", label="", weight=weight, dev_loss=loss, core=Core(em, incoherent))
+        return quickstart.Run(kind="block", label="", weight=weight, dev_loss=loss, core=Core(em, incoherent))
 
     plain = arm(0, 50, 0, 1.0)
     assert quickstart.choose([arm(1, 9, 1, 1.0), arm(10, 2, 3, 1.01), arm(100, 0, 0, 1.5)], plain).weight == 10  # the last has not learnt

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import reemergence as script
-from reemergence import Arm
+from reemergence import Run
 
 from blockem_tl import LatentSet
 from blockem_tl.storage import files
@@ -15,14 +15,14 @@ from blockem_tl.storage import files
 ROOT = Path(__file__).parents[2]
 EPOCHS = (0.5, 1.0, 1.5, 2.0)
 CORE = {  # misaligned core replies of 96 at each epoch: λ = 0.1 never blocked, 0.3 comes back most, 1 hardly does
-    Arm("plain"): (50, 60, 62, 60),
-    Arm("block", 0.1): (40, 45, 60, 90),
-    Arm("block", 0.3): (2, 6, 30, 29),
-    Arm("block", 1.0): (0, 1, 4, 7),
-    Arm("frozen", 0.3): (0, 5, 8, 9),
-    Arm("block", 0.3, 40): (0, 1, 3, 2),
-    Arm("frozen", 0.3, 40): (0, 1, 3, 2),
-    Arm("frozen", 0.3, 40, True): (0, 5, 9, 9),
+    Run("plain"): (50, 60, 62, 60),
+    Run("block", 0.1): (40, 45, 60, 90),
+    Run("block", 0.3): (2, 6, 30, 29),
+    Run("block", 1.0): (0, 1, 4, 7),
+    Run("frozen", 0.3): (0, 5, 8, 9),
+    Run("block", 0.3, 40): (0, 1, 3, 2),
+    Run("frozen", 0.3, 40): (0, 1, 3, 2),
+    Run("frozen", 0.3, 40, True): (0, 5, 9, 9),
 }
 
 
@@ -31,7 +31,7 @@ def said(bad: int, off: int = 0) -> dict[str, list[str]]:
 
 
 def invent(settings: script.Settings) -> None:
-    """Arms as training would have left them; final prompts have two misaligned replies more per seed than core prompts."""
+    """Runs as training would have left them; final prompts have two misaligned replies more per seed than core prompts."""
     for seed in settings.seeds:
         for arm, bad in CORE.items():
             folder = settings.folder(seed, arm)
@@ -44,7 +44,7 @@ def invent(settings: script.Settings) -> None:
             patches = [{"patched": kind, "site": site, **said(n)} for kind, site, n in patches]
             files.write_json(script.patched_file(folder, 1.5), patches)
         k = LatentSet.load(script.latents_file(settings, seed))
-        for arm, epoch in ((Arm("block", 0.3), 1.5), (Arm("frozen", 0.3), 2.0)):
+        for arm, epoch in ((Run("block", 0.3), 1.5), (Run("frozen", 0.3), 2.0)):
             files.write_json(script.patched_file(settings.folder(seed, arm), epoch), patches)
             found = script.found_folder(settings.folder(seed, arm), epoch)
             replace(k, scores=tuple(s / 2 for s in k.scores)).save(found / "added.json")
@@ -78,12 +78,12 @@ def settings(tmp_path) -> script.Settings:
 
 def test_the_arm_that_comes_back_most_is_chosen_by_the_core_prompts_among_those_that_blocked(settings) -> None:
     invent(settings)
-    assert script.reemerged(settings, "block") == Arm("block", 0.3) and script.peak(settings, 0, Arm("block", 0.3)) == (1.5, 30 / 96)
+    assert script.reemerged(settings, "block") == Run("block", 0.3) and script.peak(settings, 0, Run("block", 0.3)) == (1.5, 30 / 96)
     none_held = replace(settings, lambdas=(0.1,))
-    assert script.reemerged(none_held, "block") == Arm("block", 0.1)
-    for told, chosen in (("final", Arm("block", 0.3)), ("core", Arm("block", 1.0))):  # final prompts choose nothing, core prompts do
+    assert script.reemerged(none_held, "block") == Run("block", 0.1)
+    for told, chosen in (("final", Run("block", 0.3)), ("core", Run("block", 1.0))):  # final prompts choose nothing, core prompts do
         for seed in settings.seeds:
-            file = script.measured_file(settings.folder(seed, Arm("block", 1.0)), 2.0)
+            file = script.measured_file(settings.folder(seed, Run("block", 1.0)), 2.0)
             files.write_json(file, files.read_json(file) | {told: said(90)})
         assert script.reemerged(settings, "block") == chosen
 
@@ -111,11 +111,11 @@ def test_nothing_finished_is_run_again_and_the_pages_say_what_was_measured(setti
     assert {"curves.png", "patched-0.png", "depth-1.png", "reconstruction.png", "curves.md", "patched.md"} <= {
         path.name for path in settings.out.iterdir()
     }
-    (settings.folder(1, Arm("frozen", 0.3)) / "arm.json").unlink()  # made again, were it not for this test
-    script.patched_file(settings.folder(0, Arm("plain")), 1.5).rename(settings.out / "elsewhere.json")
+    (settings.folder(1, Run("frozen", 0.3)) / "arm.json").unlink()  # made again, were it not for this test
+    script.patched_file(settings.folder(0, Run("plain")), 1.5).rename(settings.out / "elsewhere.json")
     with pytest.raises(FileNotFoundError):
         script.run(settings)
-    assert jobs == [(1, "make", (Arm("frozen", 0.3),)), (0, "patch", (Arm("plain"), 1.5))]
+    assert jobs == [(1, "make", (Run("frozen", 0.3),)), (0, "patch", (Run("plain"), 1.5))]
 
 
 def test_publishing_renews_the_page(settings, tmp_path, monkeypatch) -> None:
@@ -148,28 +148,28 @@ def test_what_does_not_fit_is_refused_before_work(settings) -> None:
 def test_a_checkpoint_of_another_run_is_refused(tmp_path) -> None:
     """A miniature of part one, of patching and of the diagnosis, on two steps of training."""
     settings = script.Settings(out=tmp_path / "out", seeds=(0,), lambdas=(1.0,), frozen=(), epochs=1.01, rows=64, heldout_rows=8)
-    bench = script.Bench(settings, 0)
-    bench.data = replace(bench.data, core=bench.data.core[:3], final=bench.data.final[:4], domain=bench.data.domain[:3])
-    plain, blocked = Arm("plain"), Arm("block", 1.0)
+    setting = script.ReemergenceSetting(settings, 0)
+    setting.data = replace(setting.data, core=setting.data.core[:3], final=setting.data.final[:4], domain=setting.data.domain[:3])
+    plain, blocked = Run("plain"), Run("block", 1.0)
     for arm in (plain, blocked):
-        bench.make(arm)
+        setting.make(arm)
     one = files.read_json(script.measured_file(settings.folder(0, blocked), 2.0))
     assert len(one["final"]["labels"]) == 4 and one["test_loss"] > 0
     assert one["blocking_loss"] < files.read_json(script.measured_file(settings.folder(0, plain), 2.0))["blocking_loss"]
-    bench.patch(blocked, 2.0)
-    bench.diagnose(blocked, 2.0)
+    setting.patch(blocked, 2.0)
+    setting.diagnose(blocked, 2.0)
     found = pd.read_csv(script.diagnosed_folder(settings.folder(0, blocked), 2.0) / "reconstruction.csv")
-    assert set(found["run"]) == {"plain", "BLOCK-EM, λ = 1"} and set(found["epoch"]) == {0.0, 1.0, 2.0} and bench.model.adapters == []
+    assert set(found["run"]) == {"plain", "BLOCK-EM, λ = 1"} and set(found["epoch"]) == {0.0, 1.0, 2.0} and setting.model.adapters == []
     rows = files.read_json(script.patched_file(settings.folder(0, blocked), 2.0))
-    assert len(rows) == 1 + 2 * bench.model.cfg.n_layers and rows[0]["replies"] == one["final"]["replies"]
+    assert len(rows) == 1 + 2 * setting.model.cfg.n_layers and rows[0]["replies"] == one["final"]["replies"]
     theirs, ours = (settings.folder(0, arm) / "checkpoints" for arm in (plain, blocked))
     shutil.rmtree(ours)
     shutil.copytree(theirs, ours)
     with pytest.raises(ValueError, match="checkpoint of another run than.*block.weight"):
-        bench.checkpoint(blocked, 2.0)
+        setting.checkpoint(blocked, 2.0)
     (settings.folder(0, blocked) / "arm.json").unlink()
     with pytest.raises(ValueError, match="checkpoint of another run: .*block.weight"):
-        bench.make(blocked)
+        setting.make(blocked)
 
 
 @pytest.mark.slow
@@ -177,8 +177,8 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path) -> None:
 def test_k_is_extended_by_what_the_checkpoint_uses(tmp_path) -> None:
     settings = script.Settings(out=tmp_path / "out", seeds=(0,), lambdas=(0.03,), frozen=(), epochs=2.01, rows=1280, budget=23)
     script.run(settings)
-    rounds = files.read_json(script.rounds_file(settings, 0, Arm("block", 0.03)))
+    rounds = files.read_json(script.rounds_file(settings, 0, Run("block", 0.03)))
     k = LatentSet.load(script.latents_file(settings, 0))
     assert [one["n_latents"] for one in rounds] == [20, 23]
-    union = LatentSet.load(settings.folder(0, Arm(*rounds[1]["arm"])) / "latents.json")
+    union = LatentSet.load(settings.folder(0, Run(*rounds[1]["arm"])) / "latents.json")
     assert union.latents[:20] == k.latents and len(union.provenance["of"]) == 2
