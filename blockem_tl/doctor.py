@@ -13,16 +13,14 @@ import torch
 from packaging.requirements import Requirement
 from sae_lens import SAE
 
-from blockem_tl.analysis.reconstruction import reconstruct
 from blockem_tl.data.chat import apply_system, encode_examples, encode_prompts, template_head
 from blockem_tl.hooks import HookNotFired, record, steer
-from blockem_tl.models.activations import read_site
 from blockem_tl.models.load import Model, load_model
 from blockem_tl.presets import Preset
+from blockem_tl.saes.fit import LEAST_EXPLAINED, explained_variance
 from blockem_tl.saes.load import check_fits, load_sae
 from blockem_tl.types import Example, Judge, Prompt
 
-LEAST_EXPLAINED = 0.5
 _GB = 1e9
 
 
@@ -150,11 +148,7 @@ def reconstruction(model: Model, sae: SAE[Any], preset: Preset, asked: list[Exam
     site = check_fits(sae, model)
     if site != preset.site:
         raise ValueError(f"expected an SAE of {preset.site}, got one of {site}")
-    rows = encode_examples(model.tokenizer, apply_system(asked, preset.system))
-    with model.using("base"), torch.no_grad():
-        h = torch.cat([act[batch.mask & ~batch.system] for act, batch in read_site(model, site, rows)]).to(sae.dtype)
-        lost = (h - reconstruct(sae, h)).pow(2).sum() / (h - h.mean(0)).pow(2).sum()
-    explained = 1 - float(lost)
+    explained = explained_variance(model, sae, apply_system(asked, preset.system))
     if explained < LEAST_EXPLAINED:
         raise ValueError(
             f"the SAE explains {100 * explained:.0f} % of the variance at {site}, expected at least {100 * LEAST_EXPLAINED:.0f} %: "

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
@@ -17,6 +16,7 @@ from blockem_tl.data.chat import Encoded, Rows
 from blockem_tl.models.activations import encoded, read_site
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
+from blockem_tl.saes.fit import reconstruct
 from blockem_tl.saes.load import check_fits
 from blockem_tl.training.checkpoints import trajectory
 from blockem_tl.views.results import Result
@@ -101,16 +101,6 @@ def reconstruction_quality(
         with model.using(adapter):
             found += [{"arm": name, "epoch": epoch, **row} for row in _measured(model, sae, site, tokens, batch_size or MOST_ROWS)]
     return Reconstruction(frame=pd.DataFrame(found))
-
-
-@torch.no_grad()
-def reconstruct(sae: SAE[Any], activations: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_model"]:
-    """The SAE's reconstruction of activations, in the model's own units and the activations' dtype.
-
-    An SAE that scales its input when it runs (SAELens's ``layer_norm`` and ``constant_norm_rescale``) keeps the tokens' scales between
-    encode and decode and undoes them, so both run on the same tokens, one right after the other.
-    """
-    return sae.decode(sae.encode(activations.to(sae.W_dec))).to(activations)
 
 
 def _measured(model: Model, sae: SAE[Any], site: str, rows: Sequence[Encoded], batch_size: int) -> Iterator[dict[str, Any]]:

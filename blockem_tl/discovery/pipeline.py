@@ -23,6 +23,7 @@ from blockem_tl.judging.cached import CachedJudge
 from blockem_tl.models.activations import median_norm
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
+from blockem_tl.saes.fit import warn_if_poor_fit
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.saes.latents import check_latents
 from blockem_tl.saes.load import check_fits
@@ -150,6 +151,7 @@ def discover(
         extending.check_sae(sae)
     known = [*(extending.latents if extending else ()), *exclude]
     check_latents(sae, known)
+    warn_if_poor_fit(model, sae, prompts, stacklevel=2)
     with _tuned(model, adapter) as name:
         scale = median_norm(model, site, prompts) if scale is None else scale
         about = _about(model, name, judge, scale, config)

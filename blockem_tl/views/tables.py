@@ -51,7 +51,7 @@ def between(text: str, marker: str, content: str) -> str:
 def _table(frame: pd.DataFrame, title: str | None = None) -> Table:
     table = Table(title=title)
     for i, column in enumerate(frame.columns):
-        table.add_column(str(column), justify="left" if i == 0 else "right")
+        table.add_column(str(column), justify="left" if i == 0 else "right", no_wrap=True)
     for row in frame.itertuples(index=False):
         table.add_row(*map(str, row))
     return table

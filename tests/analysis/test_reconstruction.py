@@ -9,8 +9,8 @@ from sae_lens import SAE, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 from shared import EXAMPLES, SITES
 
 from blockem_tl import Generation, Prompt, TrainingConfig, finetune, reconstruction_quality
-from blockem_tl.analysis.reconstruction import reconstruct
 from blockem_tl.data.chat import encode_examples, encode_rows
+from blockem_tl.saes.fit import reconstruct
 from blockem_tl.training.checkpoints import trajectory
 from blockem_tl.views import plots
 

@@ -1,0 +1,154 @@
+"""Every result shows itself: one short line, a table of at most 30 rows, HTML, a data frame, a figure."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from blockem_tl import (
+    Condition,
+    LatentSet,
+    Prompt,
+    Rate,
+    Steering,
+    decoder_directions,
+    diagnose_rerouting,
+    discover,
+    evaluate,
+    evaluate_with,
+    finetune,
+    generate,
+    get_preset,
+    load_model,
+    load_sae,
+    organism,
+    patching_sweep,
+    propose_doses,
+    random_latents,
+    reconstruction_quality,
+    shift_by_site,
+)
+from blockem_tl.analysis.patching.attribution import attribute_sites
+from blockem_tl.discovery.config import MaxIncoherence
+from blockem_tl.views.results import Result
+
+QUIET = {"progress": False}
+PRESET = get_preset("organism")
+SCALE = 74.6
+JUDGE = organism.OrganismJudge()
+CORE, FINAL = organism.prompts("core")[:12], organism.prompts("final")
+
+
+class OtherJudge(organism.OrganismJudge):
+    """The same verdicts under another name."""
+
+    name = "the other"
+
+
+@pytest.fixture(scope="module")
+def sae():
+    return load_sae("organism")
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = load_model("organism", device="cpu")
+    config = replace(PRESET.training, epochs=1)
+    finetune(model, organism.training_rows("finance", n=640), config=config, adapter="plain", **QUIET)
+    finetune(model, organism.training_rows("finance", n=320), config=config, adapter="blocked", **QUIET)
+    return model
+
+
+@pytest.fixture(scope="module")
+def results(model, sae) -> dict[str, Result]:
+    """One of each, most as large as a user's first: 768 replies, 96 of an evaluation, the published latent set."""
+    steering = [Steering(site=PRESET.site, direction=d, dose=0.4, scale=SCALE) for d in decoder_directions(sae, range(8))]
+    conditions = [Condition(name=f"latent {k}", steering=(one,)) for k, one in enumerate(steering)]
+    replies = generate(model, organism.prompts("core"), conditions=conditions, max_new_tokens=12, **QUIET)
+    plain, base = (generate(model, CORE, adapter=name, max_new_tokens=8, **QUIET) for name in ("plain", "base"))
+    config = replace(PRESET.discovery, n_plus=3, n_minus=3, shortlist_size=2, grid=(0.0, 0.4), n_latents=2, read="prompts")
+    found = discover(model, sae, JUDGE, CORE, scale=SCALE, config=config, adapter="plain", **QUIET)
+    arms = {"plain": "plain", "blocked": "blocked"}
+    limit = MaxIncoherence(rate=0.1, relative=True)
+    return {
+        "replies": replies,
+        "graded": replies.grade(JUDGE),
+        "evaluation": evaluate(model, JUDGE, FINAL, adapter="plain", max_new_tokens=12, selected_on=CORE, **QUIET),
+        "panel": evaluate_with(model, [JUDGE, OtherJudge()], FINAL[:8], adapter="plain", max_new_tokens=12, selected_on=CORE, **QUIET),
+        "discovery": found,
+        "latent set": LatentSet.load("latents/organism-finance-seed0.json", sae),
+        "random": random_latents(sae, 4, seed=0),
+        "run": finetune(
+            model, organism.training_rows("finance", n=64), config=replace(PRESET.training, epochs=1), adapter="third", **QUIET
+        ),
+        "sweep": patching_sweep(model, CORE, when=["prompt", "decode"], max_new_tokens=8).grade(JUDGE),
+        "doses": propose_doses(model, sae, JUDGE, CORE, reporting=FINAL, scale=SCALE, max_new_tokens=8, max_incoherence=limit, n_prompts=4),
+        "reconstruction": reconstruction_quality(model, sae, CORE, adapters=["base", "plain"]),
+        "rerouting": diagnose_rerouting(model, sae, found.latent_set, plain, **arms),
+        "shifts": shift_by_site(model, plain, **arms),
+        "attribution": attribute_sites(model, plain, base, [PRESET.site, "blocks.1.hook_mlp_out"], **QUIET),
+    }
+
+
+def test_a_result_shows_itself(results: dict[str, Result]) -> None:
+    for name, result in results.items():
+        line = repr(result)
+        assert "\n" not in line and type(result).__name__ in line and 20 < len(line) <= 400, name
+        assert len(str(result).splitlines()) <= 30 + 7, name  # the line, the table's frame, what was left out
+        assert "<table" in result._repr_html_() and result._repr_html_().count("<tr") <= 31, name
+        frame = result.to_frame()
+        assert isinstance(frame, pd.DataFrame) and len(frame), name
+        assert name == "replies" or isinstance(result.plot(), Figure), name
+    assert len(repr(list(results["replies"]))) > 100_000  # a plain list of the same replies
+    assert "5.2 %" in repr(Rate(k=5, n=96)) and "[" in repr(Rate(k=5, n=96))
+
+
+def test_what_is_shown_is_what_was_found(results: dict[str, Result]) -> None:
+    graded = results["graded"]
+    rates = graded.rates(by="condition").set_index("condition")
+    one = graded.where(condition="latent 3")
+    assert len(one) == 96 and rates.loc["latent 3", "n"] == 96
+    assert rates.loc["latent 3", "misaligned"] == sum(v.positive for v in one.verdicts) / 96
+    assert list(graded[:96]) == list(graded.where(condition="latent 0")) and graded[5] is graded.generations[5]
+    bad = sum(v.positive for v in graded.verdicts)
+    assert repr(Rate(k=bad, n=768)).strip("Rate()") in repr(graded)
+    with pytest.raises(ValueError, match="expected columns among"):
+        graded.where(latent=3)
+    with pytest.raises(ValueError, match="call replies.grade"):
+        results["replies"].rates()
+    with pytest.raises(ValueError, match="call replies.grade"):
+        results["replies"].plot()
+
+
+def test_a_sweep_of_decoding_draws_a_point_per_site(results: dict[str, Result]) -> None:
+    figure = results["sweep"].plot()
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    assert {"prompt patched at hook_resid_post", "every step patched at hook_resid_post"} <= set(labels)
+    lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 5]
+    assert len(lines) >= 2  # five blocks each
+
+
+def test_evaluate_takes_a_model_and_says_which_weights_acted(model) -> None:
+    plain, base = (evaluate(model, JUDGE, FINAL, adapter=name, max_new_tokens=12, **QUIET) for name in ("plain", "base"))
+    with model.using("base"):
+        as_it_stands = evaluate(model, JUDGE, FINAL, max_new_tokens=12, **QUIET)
+    assert base.generations == as_it_stands.generations != plain.generations
+    with pytest.raises(ValueError, match="unknown adapter 'plane'"):
+        evaluate(model, JUDGE, FINAL, adapter="plane", max_new_tokens=12, **QUIET)
+
+
+def test_a_string_where_prompts_belong_is_refused_with_what_to_write(model) -> None:
+    for call in (
+        lambda: generate(model, "How are you?"),
+        lambda: evaluate(model, JUDGE, ["How are you?"]),
+        lambda: patching_sweep(model, "x"),
+    ):
+        with pytest.raises(TypeError, match="Prompt"):
+            call()
+    with pytest.raises(TypeError, match="Steering"):
+        Condition(
+            name="bare",
+            steering=Steering(site=PRESET.site, direction=decoder_directions(load_sae("organism"), [0])[0], dose=1.0, scale=1.0),
+        )
+    assert generate(model, [Prompt(id="a", text="hello")], max_new_tokens=2, **QUIET)[0].prompt.id == "a"
