@@ -66,7 +66,7 @@ def test_a_page_runs(page: Path, mark: str, tmp_path: Path, monkeypatch: pytest.
     shutil.copytree(ROOT / "latents", tmp_path / "latents")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BLOCKEM_DATA", str(tmp_path / "cache"))
-    run_page(page, {"setup", mark} if mark == "vllm" else {"setup", "", mark})
+    run_page(page, {"setup", "", mark})
     plt.close("all")
 
 
