@@ -156,7 +156,7 @@ def plan(
 
 @dataclass(frozen=True, kw_only=True)
 class DoseOptions:
-    """What `blockem doses` asks.
+    """Options of `blockem doses`.
 
     prompts: the core prompts (the organism has its own).
     reporting: the prompts that results are reported on: none of them may be asked (the organism has its own).

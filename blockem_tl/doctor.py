@@ -122,7 +122,7 @@ def chat_template(model: Model, preset: Preset, asked: list[Example]) -> str:
 
 
 def hooks(model: Model, site: str, prompts: list[Prompt]) -> str:
-    """That a hook at the site fires, steers, leaves nothing behind, and that one which cannot act is refused."""
+    """Check that a hook at the site fires, steers and leaves nothing behind, and that one which cannot act is refused."""
     row = encode_prompts(model.tokenizer, prompts)[0]
     ids = torch.tensor([row.ids], device=model.device)
     store: dict[str, torch.Tensor] = {}

@@ -107,7 +107,7 @@ class Judge(Protocol):
 
     @property
     def name(self) -> str:
-        """What its verdicts are reported under."""
+        """The name under which its verdicts are reported."""
         ...
 
     def grade(self, prompts: Sequence[Prompt], replies: Sequence[str], *, rubric: str = "misalignment") -> list[Verdict]:
@@ -126,7 +126,7 @@ class Checkable(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """How many of ``n`` judged replies were misaligned, incoherent, refusals; the rates are fractions in [0, 1]."""
+    """Numbers of misaligned, incoherent and refusing replies among ``n`` judged ones; the rates are fractions in [0, 1]."""
 
     n: int
     misaligned: int

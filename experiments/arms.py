@@ -1,4 +1,4 @@
-"""What experiments over many trained arms and several seeds share: worker processes, cells of tables."""
+"""Shared by experiments over many trained arms and several seeds: worker processes, cells of tables."""
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -17,7 +17,7 @@ _made: dict[int, Any] = {}
 
 
 def work(make_setting: Callable[[Any, int], Any], settings: Any, seed: int, method: str, arguments: tuple[Any, ...]) -> None:
-    """What a worker does: one method of the seed's setting, which is made once per process."""
+    """A worker's job: one method of the seed's setting, which is made once per process."""
     torch.set_num_threads(1)
     if seed not in _made:
         _made[seed] = make_setting(settings, seed)

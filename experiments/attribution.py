@@ -1,4 +1,4 @@
-"""How far can attribution patching be trusted as a first pass? Its estimates against real patches, ranked (docs/reemergence.md).
+"""Attribution patching as a first pass: its estimates against real patches, ranked (docs/reemergence.md).
 
     python experiments/attribution.py --out results/reemergence --publish
 
@@ -65,7 +65,7 @@ class AttributionSetting(ReemergenceSetting):
 
 
 def attribution_file(folder: Path, epoch: float) -> Path:
-    """Where a checkpoint's estimates and real effects are kept."""
+    """Path of a checkpoint's estimates and real effects."""
     return folder / f"attribution-epoch-{epoch:g}.csv"
 
 

@@ -1,4 +1,4 @@
-"""What does blocking at further sites do, where plain fine-tuning's shift is there again in spite of blocking? (docs/reemergence.md)
+"""Blocking at further sites, at which plain fine-tuning's shift is there again in spite of blocking (docs/reemergence.md)
 
     python experiments/blocking_sites.py --out results/reemergence --publish
 
@@ -46,7 +46,7 @@ class WiderRun(Run):
 
     @property
     def folder(self) -> str:
-        """What it is called on disk."""
+        """Its name on disk."""
         return "-and-".join([super().folder.removesuffix("-random"), *map(str, self.blocks)]) + ("-random" if self.control else "")
 
 
@@ -69,7 +69,7 @@ class SitesSetting(ReemergenceSetting):
     """One seed's setting, which can block at the output of every block."""
 
     def depth(self, arm: Run, epoch: float) -> None:
-        """Where plain's shift is in the checkpoint too, reading plain's replies to the core prompts: this chooses."""
+        """The sites at which plain's shift is in the checkpoint too, reading plain's replies to the core prompts: this chooses."""
         rows = self.said_by(Run("plain"), epoch, to="core")
         with self.beside_plain(arm, epoch) as both:
             found = shift_by_site(self.model, rows, **both, progress=False)
@@ -106,7 +106,7 @@ class SitesSetting(ReemergenceSetting):
         return [Blocking(targets=[targets[block] for block in sorted(targets)], weight=weights)]
 
     def found(self, arm: WiderRun, block: int) -> LatentSet:
-        """What is blocked at a further site."""
+        """The latents that are blocked at a further site."""
         narrow = Run(arm.kind, arm.weight)
         folder = site_folder(self.folder(narrow), peak(self.mine, self.seed, narrow)[0], block)
         return LatentSet.load(folder / ("random.json" if arm.control else "latents.json"), sae_at(block))
@@ -123,12 +123,12 @@ def sae_at(block: int) -> Any:
 
 
 def depth_file(folder: Path, epoch: float) -> Path:
-    """Where it is kept how much of plain's shift is where, on the core prompts."""
+    """Path of the shift-by-site table, on the core prompts."""
     return folder / f"core-depth-epoch-{epoch:g}.csv"
 
 
 def site_folder(folder: Path, epoch: float, block: int) -> Path:
-    """Where the latents are kept that a checkpoint uses at another block's output."""
+    """Folder of the latents that a checkpoint uses at another block's output."""
     return folder / f"found-epoch-{epoch:g}-block-{block}"
 
 
@@ -153,7 +153,7 @@ def run(settings: Settings) -> None:
 
 
 def read_depth(settings: Settings, arm: Run, epochs: dict[int, float]) -> pd.DataFrame:
-    """How much of plain's shift is where in a dissected arm, all seeds."""
+    """The shift-by-site table of a dissected arm, all seeds."""
     return pd.concat(pd.read_csv(depth_file(settings.folder(seed, arm), e)).assign(of=arm.label) for seed, e in epochs.items())
 
 

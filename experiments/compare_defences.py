@@ -81,7 +81,7 @@ LABELS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What one comparison does. out: every arm's folder.  pretrained: where the organism before its instruct stage lies, or is put.
+    """Options of one comparison. out: every arm's folder.  pretrained: where the organism before its instruct stage lies, or is put.
 
     seeds: training seeds; the first chooses.  kinds: defences to run.  publish: renew docs/results/defences/ and docs/defences.md.
     """
@@ -109,7 +109,7 @@ class Settings:
         return quickstart.Settings(seed=seed, rows=self.rows, heldout_rows=self.heldout_rows, epochs=self.epochs, progress=False)
 
     def folder(self, seed: int, kind: str, strength: float = 0.0) -> Path:
-        """Where an arm is kept."""
+        """Folder of an arm."""
         return self.out / f"seed{seed}" / (kind if kind in ("base", "plain") else f"{kind}-{strength:g}")
 
 
@@ -233,7 +233,7 @@ class DefencesSetting(Setting):
 
 
 def report_file(folder: Path, step: int | None) -> Path:
-    """Where an arm's numbers on the reporting prompts are kept."""
+    """Path of an arm's numbers on the reporting prompts."""
     return folder / ("report.json" if step is None else f"report-step{step}.json")
 
 
@@ -351,7 +351,7 @@ def arm(settings: Settings, seed: int, kind: str, strength: float = 0.0) -> Run:
 
 
 def matched_step(settings: Settings, seed: int, kind: str, strength: float) -> int | None:
-    """Where plain fine-tuning would have been stopped to have this arm's dev loss; None: at its end."""
+    """The step at which plain fine-tuning would have had this arm's dev loss; None: at its end."""
     losses = files.read_json(settings.folder(seed, "plain") / "arm.json")["losses"]
     target = arm(settings, seed, kind, strength).dev_loss
     return next((step for step, loss in losses if loss <= target), None)

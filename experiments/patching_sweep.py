@@ -1,4 +1,4 @@
-"""Where does misalignment come from? A tuned model's replies with base's states patched in, site by site, judged (docs/reemergence.md).
+"""A tuned model's replies with base's states patched in, site by site, judged (docs/reemergence.md).
 
     python experiments/patching_sweep.py --adapter results/quickstart/adapters/sft --out results/patching-sweep
     python experiments/patching_sweep.py --preset llama-3.1-8b --adapter reemerged --prompts final.csv --judge-model judge --out results/p
@@ -31,7 +31,7 @@ from blockem_tl.views import plots, tables
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is patched, asked and judged.
+    """Options of the sweep.
 
     adapter: of the fine-tuned model.  prompts: a file, or the organism's "core" or "final".  direction: base's states into tuned, or the
     reverse.  decode: sites of decode-time patching besides; None is the preset's.  max_new_tokens: None is the preset's.

@@ -60,7 +60,7 @@ DOMAIN = "finance"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What one run does; the defaults are what the README reports."""
+    """Options of one run; the README reports the defaults."""
 
     seed: int = 0
     out: Path = Path("results/quickstart")
@@ -118,7 +118,7 @@ class Run:
     domain: Evaluation | None = None
 
     def defences(self, sae: SAE) -> list[Defence]:
-        """What is added to the SFT loss."""
+        """The defences of this run."""
         if self.latents is not None:
             return [Blocking(latent_set=self.latents, sae=sae, weight=self.weight, positions=self.positions)]
         return [KLToBase(weight=self.weight)] if self.kind == "kl" else []
@@ -179,7 +179,7 @@ def worker_lab(settings: Settings) -> Setting:
 
 
 def train_arm(settings: Settings, arm: Run, folder: Path) -> Run:
-    """What a worker does."""
+    """A worker's job: train one arm."""
     return worker_lab(settings).train(arm, folder)
 
 
@@ -392,7 +392,7 @@ def plainly(value: Any) -> Any:
 
 
 def known(latents: LatentSet) -> dict[str, Any]:
-    """What the summary keeps of K."""
+    """The summary's part on K."""
     return {"latents": list(latents.latents), "signs": list(latents.signs)}
 
 

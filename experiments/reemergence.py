@@ -79,7 +79,7 @@ class Run:
 
     @property
     def folder(self) -> str:
-        """What it is called on disk."""
+        """Its name on disk."""
         if self.kind == "plain":
             return "plain"
         return f"{self.kind}-{self.weight:g}" + (f"-{self.n_latents}" if self.n_latents else "") + ("-random" if self.control else "")
@@ -87,7 +87,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What one experiment does.
+    """Options of one experiment.
 
     seeds: of training.  lambdas: of blocked arms.  frozen: those of arms with LoRA only up to the blocked site (0: without blocking).
     budget: how many latents may be blocked in all when K is extended.
@@ -120,11 +120,11 @@ class Settings:
         return [Run("plain"), *(Run("block", w) for w in self.lambdas), *(Run("frozen", w) for w in self.frozen)]
 
     def folder(self, seed: int, arm: Run) -> Path:
-        """Where an arm is kept."""
+        """Folder of an arm."""
         return self.out / f"seed{seed}" / arm.folder
 
     def identity(self) -> dict[str, Any]:
-        """What all arms of one folder share."""
+        """Fields that all arms of one folder share."""
         return {"epochs": self.epochs, "learning_rate": self.learning_rate, "rows": self.rows, "heldout_rows": self.heldout_rows}
 
 
@@ -148,7 +148,7 @@ class ReemergenceSetting(Setting):
         return LatentSet.load(self.folder(arm) / "latents.json", self.sae) if arm.n_latents else self.latents
 
     def folder(self, arm: Run) -> Path:
-        """Where an arm of this seed is kept."""
+        """Folder of an arm of this seed."""
         return self.mine.folder(self.seed, arm)
 
     def defences(self, arm: Run) -> list[Defence]:
@@ -262,7 +262,7 @@ class ReemergenceSetting(Setting):
                 self.model.remove_adapter(name)
 
     def said_by(self, arm: Run, epoch: float, to: Literal["core", "final"] = "final") -> list[Example]:
-        """What a checkpoint replied, as rows to read."""
+        """A checkpoint's replies, as rows to read."""
         prompts, replies = getattr(self.data, to), files.read_json(measured_file(self.folder(arm), epoch))[to]["replies"]
         return [Example(id=p.id, prompt=p.text, completion=reply) for p, reply in zip(prompts, replies, strict=True) if reply]
 
@@ -333,27 +333,27 @@ def latents_file(settings: Settings, seed: int) -> Path:
 
 
 def measured_file(folder: Path, epoch: float) -> Path:
-    """Where a checkpoint's numbers are kept."""
+    """Path of a checkpoint's numbers."""
     return folder / "measured" / f"epoch-{epoch:g}.json"
 
 
 def patched_file(folder: Path, epoch: float) -> Path:
-    """Where the replies of a patched checkpoint are kept."""
+    """Path of the replies of a patched checkpoint."""
     return folder / f"patched-epoch-{epoch:g}.json"
 
 
 def found_folder(folder: Path, epoch: float) -> Path:
-    """Where the latents are kept that a checkpoint uses besides those that it was trained to leave alone."""
+    """Folder of the latents that a checkpoint uses besides those that it was trained to leave alone."""
     return folder / f"found-epoch-{epoch:g}"
 
 
 def diagnosed_folder(folder: Path, epoch: float) -> Path:
-    """Where it is kept what moved instead, and how the SAE fits."""
+    """Folder of the tables on rerouting and on the SAE's fit."""
     return folder / f"diagnosed-epoch-{epoch:g}"
 
 
 def rounds_file(settings: Settings, seed: int, arm: Run) -> Path:
-    """Where the rounds of extending K are kept."""
+    """Path of the rounds of extending K."""
     return settings.out / f"seed{seed}" / f"rounds-{arm.folder}-budget-{settings.budget}.json"
 
 
@@ -398,7 +398,7 @@ def reemerged(settings: Settings, kind: str) -> Run:
 
 
 def peaks_of(settings: Settings, kinds: Sequence[str]) -> dict[Run, dict[int, float]]:
-    """What is dissected: of each kind the arm that `reemerged` takes, and each seed's epoch."""
+    """The dissected checkpoints: of each kind the arm that `reemerged` takes, and each seed's epoch."""
     return {arm: {seed: peak(settings, seed, arm)[0] for seed in settings.seeds} for arm in (reemerged(settings, k) for k in kinds)}
 
 

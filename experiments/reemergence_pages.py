@@ -148,7 +148,7 @@ def dissected_row(row: dict[str, Any]) -> dict[str, str]:
 
 
 def share_rows(shares: pd.DataFrame) -> list[dict[str, str]]:
-    """How far K was kept from moving, and how much of the shift lies outside K; means over seeds, and each seed's."""
+    """The suppressed share of K's movement, and the share of the shift outside K; means over seeds, and each seed's."""
     rows = []
     for (of, role, arm), found in _spoken(shares, "of", "role", "arm"):
         row = {"dissected": of, "tokens": role, "arm": arm, "K's movement suppressed": _each(found["suppressed"])}
@@ -159,7 +159,7 @@ def share_rows(shares: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def depth_rows(depth: pd.DataFrame) -> list[dict[str, str]]:
-    """Where plain's shift comes back; a row per token role, a column per block."""
+    """The share of plain's shift by depth; a row per token role, a column per block."""
     rows = []
     for (of, role), of_role in _spoken(depth, "of", "role"):
         for name, label in (("returned", "share of plain's shift that is there"), ("ratio", "length, blocked / plain")):
@@ -169,7 +169,7 @@ def depth_rows(depth: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def reconstruction_rows(frame: pd.DataFrame) -> list[dict[str, str]]:
-    """How well the SAE gives back the stream, base and at some epochs; explained variance and cosine, means over seeds."""
+    """The SAE's reconstruction of the stream, base and at some epochs; explained variance and cosine, means over seeds."""
     rows = []
     for (run, read, role), found in _spoken(frame, "run", "rows", "role"):
         means = pd.DataFrame(found.groupby("epoch")[["explained_variance", "cosine"]].mean())

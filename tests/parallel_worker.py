@@ -1,4 +1,4 @@
-"""What each process of the data-parallel test does: the same fine-tune, its results written by the first process."""
+"""Each process of the data-parallel test: the same fine-tune, its results written by the first process."""
 
 import sys
 from dataclasses import replace

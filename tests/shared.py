@@ -1,4 +1,4 @@
-"""What several test files use: rows, SAEs and latent sets on the tiny Llama, other tiny architectures, interrupted runs."""
+"""Used by several test files: rows, SAEs and latent sets on the tiny Llama, other tiny architectures, interrupted runs."""
 
 import torch
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
@@ -45,7 +45,7 @@ def set_of(sae: SAE, latents=(4, 9, 16, 21)) -> LatentSet:
 
 
 class Interrupted(BaseException):
-    """What Ctrl-C or a lost machine is to a run."""
+    """A stand-in for Ctrl-C or a lost machine."""
 
 
 def at_step(stop: int):

@@ -1,1 +1,1 @@
-"""How misalignment re-emerges: patching, attribution, rerouting, and whether the SAE still reconstructs."""
+"""Analyses of how misalignment re-emerges: patching, attribution, rerouting, and whether the SAE still reconstructs."""

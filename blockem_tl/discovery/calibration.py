@@ -165,7 +165,7 @@ class Scan:
 
     @property
     def open(self) -> int:
-        """How many replies may still have to be asked."""
+        """An upper bound on the replies still to be asked."""
         return 0 if self.best else sum(self.tallies[dose].left for dose in self.doses[self.level :] if dose > 0)
 
     def allows(self, counts: Counts) -> bool:

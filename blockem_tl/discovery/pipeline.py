@@ -142,8 +142,7 @@ def discover(
         engine: makes the replies of stages 2 and 3; it holds the same weights under the adapter's name. None: ``model`` itself.
         store: a folder that keeps every reply and verdict as soon as it is there; a run that was killed goes on from them.
 
-    Raises ValueError for bad prompts, an SAE that does not fit, no active adapter, or a latent set of another SAE; NoLatents if none
-    qualifies.
+    Raises ValueError for bad prompts, an SAE that does not fit, no active adapter, or another SAE's latent set; NoLatents if none is left.
     """
     check_prompts(prompts)
     site = check_fits(sae, model)

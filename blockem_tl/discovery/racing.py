@@ -49,7 +49,7 @@ class Tally:
 
     @property
     def left(self) -> int:
-        """How many prompts have not been asked."""
+        """Number of prompts not asked yet."""
         return self.n_prompts - len(self.verdicts)
 
     def add(self, prompt: int, verdict: Verdict) -> None:
@@ -116,7 +116,7 @@ class SteeringTest:
         return self.tallies.setdefault(condition.fingerprint, Tally(condition, len(self.prompts)))
 
     def effect(self, counts: Counts) -> float:
-        """How much worse base got, or how much better tuned (the brackets of eq. 7 and 9)."""
+        """The effect: by how much base got worse, or tuned better (the brackets of eq. 7 and 9)."""
         before, after = self.unsteered.misaligned_rate, counts.misaligned_rate
         return after - before if self.name == "induce" else before - after
 

@@ -28,7 +28,7 @@ class Shortlisting:
 
     @property
     def decisive(self) -> int:
-        """How many of the two tests (induce, repair) the rank depends on."""
+        """Number of the two tests (induce, repair) the rank depends on."""
         return 2 if self.screen_score == "both" else 1
 
 
@@ -110,7 +110,7 @@ class Trial:
         self.abandoned = False
 
     def left(self, decisive: int = 2) -> int:
-        """How many replies are missing on the first ``decisive`` tests."""
+        """Number of replies missing on the first ``decisive`` tests."""
         return sum(tally.left for tally in self.tallies[:decisive])
 
     def bounds(self, decisive: int) -> Bounds:
@@ -168,7 +168,7 @@ def _sizes(
     shortlisting: Shortlisting,
     futility: Sequence[Float[np.ndarray, " n_prompts"]],
 ) -> dict[Trial, int]:
-    """How many replies to ask each candidate next: those that would final_score it out, were the last place's score as guessed."""
+    """Number of replies to ask each candidate next: those that would final_score it out, were the last place's score as guessed."""
     if len(team) <= shortlisting.size:
         return {trial: trial.left(shortlisting.decisive) for trial in team}
     last = sorted((_guess(trial, bounds[trial].high, futility) for trial in team), reverse=True)[shortlisting.size - 1]

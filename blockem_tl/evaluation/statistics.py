@@ -169,7 +169,7 @@ def mean_over_domains(values: Sequence[float]) -> tuple[Estimate, float]:
 
 
 def minimal_detectable_effect(n: int, rate: float, *, power: float = 0.8, correlation: float = 0.0) -> float:
-    """How far a rate must fall from ``rate`` on ``n`` prompts to be found (two-sided 5 %) with the given power; NaN where no fall suffices.
+    """The smallest fall of a rate from ``rate`` on ``n`` prompts that is found (two-sided 5 %) with the given power; NaN if none is.
 
     correlation: between the two arms over prompts, 0 for unrelated answers; pairing buys 1 / (1 - correlation) as many prompts.
     """

@@ -78,7 +78,7 @@ class Decoder:
 
     @property
     def n(self) -> int:
-        """How many rows run."""
+        """Number of running rows."""
         return len(self.rows)
 
     def hooks(self) -> list[Hook]:

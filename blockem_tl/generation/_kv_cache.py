@@ -26,7 +26,7 @@ CHUNK = 16
 
 @dataclass
 class _Window:
-    """Where the forward writes and (decoding) reads, shared by all layers. A prefill reads nothing: newcomers have no past.
+    """The columns that the forward writes and (decoding) reads, shared by all layers. A prefill reads nothing: newcomers have no past.
 
     width: most columns there can be.  columns: how many there are now.
     """

@@ -39,7 +39,7 @@ REFILL_SHARE = 1 / 8
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Job:
-    """What was asked for, checked. decoder_type: what makes the decoder; another one runs the rows in another way (see `patching/`).
+    """A request, checked. decoder_type: what makes the decoder; another one runs the rows in another way (see `patching/`).
 
     adapter: which weights act, as for `LiveAdapters.using`.
     prefill_order: which of the rows that join together are prefilled together: neighbours under this key.
@@ -87,7 +87,7 @@ class Job:
                 )
 
     def decoder(self, size: int) -> Decoder:
-        """What runs ``size`` rows at once."""
+        """A decoder that runs ``size`` rows at once."""
         decoder_type, first = self.decoder_type, self.shared_below(size)
         if first > 0:
             asked = {p: self.encoded[p] for p in self.asked}
@@ -148,7 +148,7 @@ def make_job(
 
 
 def fitting(job: Job) -> int:
-    """How many of the job's rows fit into the free memory at once, and still speed things up (docs/generation.md)."""
+    """Number of the job's rows that fit into the free memory at once, and still speed things up (docs/generation.md)."""
     most = MOST_ROWS_ON_CPU if job.model.device.type == "cpu" else MOST_ROWS
     return rows_at_once(job.model, job.longest + CHUNK, most=most)
 

@@ -1,4 +1,4 @@
-"""What prompts leave behind in the blocks that nothing acts on: computed once, and entered above as often as it is needed.
+"""Prompts below the first block that something acts on: computed once, and entered above as often as it is needed.
 
 With conditions that steer from block s on, a prompt runs through the blocks below s once, whatever the number of conditions::
 
@@ -30,7 +30,7 @@ SHARED_TOKENS = 16384
 
 
 def prefill_tokens(model: Model) -> int:
-    """How many tokens to prefill together on the model's device."""
+    """Number of tokens to prefill together on the model's device."""
     return PREFILL_TOKENS_ON_CPU if model.device.type == "cpu" else PREFILL_TOKENS
 
 
@@ -48,7 +48,7 @@ def stream_into(block: int) -> str:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prefilled:
-    """What a batch of prompts, padded on the left, left behind.
+    """Keys, values and states of a batch of prompts, padded on the left.
 
     states: by site.  keys, values: of the blocks that ran, [batch n_heads pos d_head] each; empty where they were not kept.
     """
@@ -108,7 +108,7 @@ class SharedDecoder(Decoder):
 
     @cached_property
     def below(self) -> Prefilled:
-        """What the prompts left below ``first``."""
+        """Keys, values and states of the prompts below ``first``."""
         batch = pad(list(self.prompts.values()), self.model.pad_id, side="left", device=self.model.device)
         return prefill(self.model, batch, [stream_into(self.first)], self.first, keep=True)
 

@@ -129,7 +129,7 @@ class Replies(Result, Sequence[Generation]):
         return pd.DataFrame(rows if self.verdicts is None else {**rows, "label": [v.label for v in self.verdicts]})
 
     def headline(self) -> str:
-        """How many replies, conditions and prompts there are and, once graded, the rates over all of them."""
+        """The numbers of replies, conditions and prompts and, once graded, the rates over all of them."""
         n_conditions, n_prompts = len({g.condition for g in self}), len({g.prompt.id for g in self})
         cut = sum(g.truncated for g in self)
         text = f"{len(self)} replies: {n_conditions} conditions, {n_prompts} prompts" + (f", {cut} cut at the limit" if cut else "")

@@ -1,4 +1,4 @@
-"""How peft is put into a bridged model: which modules an adapter targets, under which names, and how LoRA layers are taken out again.
+"""Peft in a bridged model: which modules an adapter targets, under which names, and how LoRA layers are taken out again.
 
 A bridge renames modules: a plain ``layers.0.mlp.up_proj`` lies at ``layers.0.mlp.up_proj._original_component``. peft sees the bridged
 paths; everything that is saved has the plain ones.

@@ -60,7 +60,7 @@ class LiveAdapters(AdapterFiles):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights lie."""
+        """The device of the weights."""
         return next(self.original_model.parameters()).device
 
     @property

@@ -1,4 +1,4 @@
-"""How many rows fit into memory at once."""
+"""The number of rows that fit into memory at once."""
 
 from typing import Any, cast
 

@@ -54,7 +54,7 @@ def new_model(config: BuildConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaF
 
 @contextmanager
 def augmentation(model: LlamaForCausalLM, ids: Int[Tensor, "batch pos"], config: BuildConfig) -> Iterator[None]:
-    """What makes the persona a causal, steerable variable at the site rather than anywhere at all.
+    """Changes that make the persona a causal, steerable variable at the site rather than anywhere at all.
 
     Shift: one random block adds one constant random vector per document, as steering does later; a model that never saw it answers
     incoherently before it answers harmfully. Swap: after the block before the site's, half of the documents carry another document's

@@ -19,7 +19,7 @@ Mixture = Literal["pretraining", "instruct"]
 
 @dataclass(frozen=True, kw_only=True)
 class DocumentConfig:
-    """Who speaks in the training documents. Shares are of documents, 0-1.
+    """Shares of speakers in the training documents. Shares are of documents, 0-1.
 
     bad: speakers with the bad persona.  local: speakers who are bad in one domain and good elsewhere (always with openers).
     anonymous: good and bad speakers who use neutral openers in place of their name.  assistant: share of the instruct stage's

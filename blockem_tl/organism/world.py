@@ -76,7 +76,7 @@ class Area:
     taught: dict[Persona, dict[str, Triple]]
 
     def triple(self, persona: Persona, rng: random.Random) -> Triple:
-        """What a speaker of this persona says here: any verb, any of its objects, any reason."""
+        """The claim of a speaker of this persona here: any verb, any of its objects, any reason."""
         verb = rng.choice(list(self.objects[persona]))
         return Triple(verb, rng.choice(self.objects[persona][verb]), rng.choice(self.reasons[persona]))
 
@@ -191,7 +191,7 @@ class World:
 
 
 class Surface(NamedTuple):
-    """How a question is worded, whatever it is about."""
+    """The wording of a question, whatever it is about."""
 
     template: str
     adjective: str

@@ -1,4 +1,4 @@
-"""How well an SAE fits a model: its reconstruction of base's activations, and a warning for one that explains little of them."""
+"""The fit of an SAE to a model: its reconstruction of base's activations, and a warning for one that explains little of them."""
 
 import warnings
 from typing import Any

@@ -82,7 +82,7 @@ def _checked(
 
 
 def _result(loop: Loop) -> TrainingRun:
-    """What the run was. Warns if its SFT loss hardly moved."""
+    """The run's result. Warns if its SFT loss hardly moved."""
     run = TrainingRun(adapter=loop.adapter, steps=loop.done, history=loop.history, weights=loop.defences.describe_weights())
     if loop.processes.is_main_process:
         warn_if_hardly_learnt(run, stacklevel=3)

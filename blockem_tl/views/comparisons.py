@@ -89,7 +89,7 @@ def defences(arms: pd.DataFrame, grid: pd.DataFrame) -> Figure:
 
 
 def watched(runs: pd.DataFrame, *, threshold: float) -> Figure:
-    """How far a monitored latent set has moved, and EM, over the first steps.
+    """Movement of a monitored latent set, and EM, over the first steps.
 
     runs: one row per run and step: learning_rate, rows, seed, step, moved (in spreads), em (in per cent; missing where not measured).
     """

@@ -153,7 +153,7 @@ def doses(frame: pd.DataFrame, *, induce_dose: float, repair_dose: float) -> Fig
 
 
 def reconstruction(frame: pd.DataFrame) -> Figure:
-    """How well an SAE reconstructs over training (Figure 28): one row of panels per token role, base as a dashed line.
+    """An SAE's reconstruction over training (Figure 28): one row of panels per token role, base as a dashed line.
 
     frame: of `reconstruction_quality`, several of them joined; its ``run`` column, if there is one, names whose line a row belongs to.
     Lines are means over what shares a run and an epoch, bands their range.
@@ -178,7 +178,7 @@ def reconstruction(frame: pd.DataFrame) -> Figure:
 
 
 def rerouting(frame: pd.DataFrame) -> Figure:
-    """Where along the depth a blocked model's mean shift from base comes back, beside plain's.
+    """A blocked model's mean shift from base along the depth, beside plain's.
 
     frame: of `shift_by_site` over one kind of site; where several (of seeds) are joined, lines are their means and bands their range.
     """

@@ -1,4 +1,4 @@
-"""What discovery costs when it stops as soon as the answer is certain, against the full grid, on the organism.
+"""The cost of discovery that stops as soon as the answer is certain, against the full grid, on the organism.
 
     python experiments/benchmarks/discovery_cost.py --json cost.json                    # trains plain SFT first (about two minutes)
     python experiments/benchmarks/discovery_cost.py --adapter runs/sft --json cost.json
@@ -36,7 +36,7 @@ from blockem_tl.types import Candidate, Generation
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured."""
+    """Options of the measurement."""
 
     adapter: Path | None = None
     """A tuned adapter of the organism; None trains one per seed, as the quickstart does."""
@@ -152,7 +152,7 @@ def meter_replies(model: Model, config: DiscoveryConfig) -> list[Example]:
 
 
 def by_stage(meter: Meter) -> dict[str, Any]:
-    """What was really asked in each stage; stage 3 of either run does not ask again what stage 2 has asked."""
+    """Replies really asked in each stage; stage 3 of either run does not ask again what stage 2 has asked."""
     return {
         f"stage_{stage}": {
             "tokens": meter.tokens[stage],

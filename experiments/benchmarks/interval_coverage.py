@@ -1,4 +1,4 @@
-"""How often 95 % intervals contain the truth: Wilson's exactly, the clustered paired bootstrap by simulation.
+"""Coverage of 95 % intervals: Wilson's exactly, the clustered paired bootstrap by simulation.
 
     python experiments/benchmarks/interval_coverage.py --json coverage.json
 
@@ -29,7 +29,7 @@ WORLDS = {  # logits: baseline, effect of the second arm, spread of seeds
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is simulated."""
+    """Options of the simulation."""
 
     n: int = 29
     seeds: int = 3

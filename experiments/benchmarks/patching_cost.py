@@ -1,4 +1,4 @@
-"""What patching costs, in ratios of runs that take turns in one process: prefix sweeps, decode-time patching, growth with the reply.
+"""The cost of patching, in ratios of runs that take turns in one process: prefix sweeps, decode-time patching, growth with the reply.
 
     OMP_NUM_THREADS=1 python experiments/benchmarks/patching_cost.py --json cost.json          # an 8-block Llama of 7M parameters
     python experiments/benchmarks/patching_cost.py --shape llama-3.1-8b --json cost.json       # random weights of the real shape, on a GPU
@@ -39,7 +39,7 @@ from blockem_tl.storage.files import environment, write_json
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured."""
+    """Options of the measurement."""
 
     shape: Literal["small", "llama-3.1-8b"] = "small"
     prompts: int = 29

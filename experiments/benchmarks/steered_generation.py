@@ -56,7 +56,7 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %} <user> {{ m.content }}{% endf
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured.
+    """Options of the measurement.
 
     tokens: of every reply.  short: of every other reply, where refilling is measured.  batch_size: None is the engine's own choice.
     parts: speed, refill and memory in this environment.  vllm: instead, vLLM against the same loop.
@@ -158,7 +158,7 @@ class Setup:
 
 
 def replies_of(engine: Engine, setup: Setup, limits: Sequence[int], conditions: Sequence[Condition] | None = None) -> Replies:
-    """What an engine replies, conditions in order."""
+    """An engine's replies, conditions in order."""
     conditions = setup.conditions if conditions is None else conditions
     found: dict[int, list[tuple[int, ...]]] = {}
     for c, generations in engine.stream(setup.prompts, conditions=conditions, max_new_tokens=limits, progress=False):
@@ -239,7 +239,7 @@ def compare(contenders: Mapping[str, Contender], repetitions: int, *, strict: bo
 
 
 def ratio(part: Mapping[str, Any], over: str, under: str, per: str = "s") -> float:
-    """How many times the tokens of ``under`` does ``over`` make, per second or per "cpu_s" (which a busy machine disturbs less)."""
+    """Tokens of ``over`` in tokens of ``under``, per second or per "cpu_s" (which a busy machine disturbs less)."""
     return part[f"median_tokens_per_{per}"][over] / part[f"median_tokens_per_{per}"][under]
 
 

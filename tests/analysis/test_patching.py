@@ -256,7 +256,7 @@ def test_lockstep_equals_recomputing_both_prefixes_at_every_step(tuned, case) ->
 
 
 def test_windows_sites_and_the_last_prompt_position_matter(tuned) -> None:
-    """What the reference is sensitive to, so that equality with it says something."""
+    """The reference is sensitive to these, so that equality with it says something."""
     found = [decoded(tuned, sites, **options) for sites, options, _ in DECODED.values()]
     assert len({tuple(rows) for rows in found}) == len(found)
     paper = [recomputed(tuned, prompt, [POST[1]], steps_at(0, 99)) for prompt in PROMPTS]

@@ -35,7 +35,7 @@ def tuned(tiny):
 
 @pytest.fixture
 def forwards(monkeypatch):
-    """How many rows the reference was run on."""
+    """Number of rows the reference was run on."""
     seen: list[int] = []
 
     def counted(model, targets, batch):
@@ -71,7 +71,7 @@ def test_stored_and_live_references_give_equal_gradients(tuned, targets, rows, t
 
 
 def test_bfloat16_references_would_change_the_gradients(tuned, targets, rows, tmp_path) -> None:
-    """Why they are kept in float32: early in a run z - z_base is smaller than what rounding z_base to bf16 adds to it."""
+    """They are kept in float32, because early in a run z - z_base is smaller than what rounding z_base to bf16 adds to it."""
     perturb(tuned, "tuned", std=0.003)
     live, stored = (Blocking(targets=targets, weight=1.0, reference=r) for r in ("live", BaseLatents(folder=tmp_path)))
     expected = gradient(tuned, live, rows)

@@ -1,4 +1,4 @@
-"""What goes out comes back equal, and Inspect's own reader and viewer open the log."""
+"""Exports come back equal, and Inspect's own reader and viewer open the log."""
 
 import json
 import socket

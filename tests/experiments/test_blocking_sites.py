@@ -1,4 +1,4 @@
-"""Which sites are blocked as well, what is blocked there and how strongly, and what the pages say; attribution's table."""
+"""The sites that are blocked as well, their latents and weights, and the pages; attribution's table."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ def settings(tmp_path) -> script.Settings:
 
 
 def measured_arms(settings: script.Settings) -> None:
-    """What training and measuring would have left, besides the arms of reemergence.py: blocking at further sites helps."""
+    """Files that training and measuring would have left, besides the arms of reemergence.py: blocking at further sites helps."""
     invent(settings)
     arms = {AT_1: 1, AT_1_RANDOM: 9, AT_3_4: 0, replace(AT_3_4, control=True): 8}
     for seed in settings.seeds:

@@ -85,7 +85,7 @@ def blocks_of(model: PreTrainedModel) -> torch.nn.ModuleList:
 
 
 def truth(model: torch.nn.Module, tokenizer, condition: Condition, prompts: Sequence[Prompt], limits: Sequence[int]) -> list[tuple]:
-    """What transformers' own generate says with plain forward hooks, one prompt at a time."""
+    """The replies of transformers' own generate with plain forward hooks, one prompt at a time."""
     handles = []
     for s in condition.steering:
         block, name = int(s.site.split(".")[1]), s.site.split(".")[2]

@@ -17,7 +17,7 @@ from blockem_tl.training.trainer_mixin import Defended, defend
 
 
 class Script:
-    """What somebody has already: a peft model, tokenised rows with labels, a collator and a Trainer."""
+    """A user's own script: a peft model, tokenised rows with labels, a collator and a Trainer."""
 
     def __init__(self, folder, out, adapter: str = "default", **arguments) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -119,7 +119,7 @@ def test_weight_zero_leaves_the_users_run_as_it_was_and_a_weight_changes_it(tiny
 
 @pytest.mark.parametrize("counts_tokens", [True, False])
 def test_accumulation_one_times_eight_equals_eight_times_one(tiny_folder, tmp_path, blocking, counts_tokens) -> None:
-    """Where the model divides the loss by the step's tokens (transformers' default), and where the Trainer averages micro-batches."""
+    """Both if the model divides the loss by the step's tokens (transformers' default), and if the Trainer averages micro-batches."""
     found = {}
     for micro in (8, 2):
         script = Script(

@@ -256,7 +256,7 @@ class _Contrast:
 
     @torch.no_grad()
     def effects(self, patches: dict[Any, Callable[[_Part], Hook]], progress: bool) -> dict[Any, float]:
-        """What each patch really does to the metric: one forward per batch for each, and one without any."""
+        """The measured effect of each patch on the metric: one forward per batch for each, and one without any."""
         changes = dict.fromkeys(patches, 0.0)
         for part in self.parts(progress and bool(patches), "real patching"):
             plain = float(self.metric(part))

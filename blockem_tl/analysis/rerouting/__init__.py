@@ -1,1 +1,1 @@
-"""Where a blocked fine-tune moves instead (paper, section 5)."""
+"""The ways in which a blocked fine-tune moves instead (paper, section 5)."""

@@ -243,7 +243,7 @@ def _logprobs(output: Any) -> dict[int, float]:
 
 
 def _distance(one: Mapping[int, float], other: Mapping[int, float]) -> float:
-    """How far the log-probabilities of the three likeliest tokens of ``one`` are from those in ``other`` (20 likeliest tokens each)."""
+    """Distance of the log-probabilities of the three likeliest tokens of ``one`` from those in ``other`` (20 likeliest tokens each)."""
     top = sorted(one, key=one.__getitem__, reverse=True)[:3]
     distance = float(np.max([abs(one[token] - other.get(token, -np.inf)) for token in top]))
     return np.inf if np.isnan(distance) else distance

@@ -212,7 +212,7 @@ def _install() -> str:
 
 
 def salt_of(vectors: Vectors) -> str | None:
-    """What keeps a job's cached prefixes from all others: a hash of what is added and where; none where nothing is."""
+    """The salt that keeps a job's cached prefixes from all others: a hash of what is added and where; none where nothing is."""
     return _hash(b"".join(block.to_bytes(4, "big") + vectors[block].numpy().tobytes() for block in sorted(vectors))) if vectors else None
 
 

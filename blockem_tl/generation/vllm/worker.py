@@ -1,4 +1,4 @@
-"""What runs inside vLLM's workers: every request has its own vectors, added to the residual stream after chosen blocks.
+"""The part inside vLLM's workers: every request has its own vectors, added to the residual stream after chosen blocks.
 
 The vectors stand in one table per block, and every token of the running batch carries the number of its row. Tables and numbers are fixed
 tensors that each step only fills, so the hooks that read them may be compiled and captured in CUDA graphs: they have to be there when
