@@ -29,6 +29,7 @@ from random_llama import random_llama
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from torch import Tensor
 from tqdm.auto import tqdm
+from turns import Seconds, medians, timed
 
 from blockem_tl import Blocking, LatentSet, Model, random_latents, record
 from blockem_tl.data.chat import Batch, Encoded, pad
@@ -41,8 +42,6 @@ from blockem_tl.training.loss import summed_cross_entropy
 TASK = "BLOCKED_STEP_TASK"  # set for the processes that are measured
 Arm = Literal["plain", "stored", "live", "obvious", "many"]
 DuringStep = Callable[[Batch], AbstractContextManager[PenaltyFn | None]]
-Seconds = tuple[float, float]
-"""Wall clock, and processor time of this process (one thread): what the machine's other work hardly changes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +130,7 @@ class Steps:
     def step(self, during_step: DuringStep, hf: Any = None) -> Seconds:
         """Seconds of one whole training step."""
         batch = self._batch()
-        with timed(self.model) as seconds:
+        with timed(self.model.device) as seconds:
             with during_step(batch) as penalty:
                 logits = (hf or cast(Any, self.model.hf))(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
                 loss = summed_cross_entropy(logits, batch) / batch.reply.sum()
@@ -145,7 +144,7 @@ class Steps:
     def forward_to_site(self) -> Seconds:
         """Seconds of the reference's own forward, which ends above the site."""
         batch = self._batch()
-        with torch.no_grad(), self.model.using("base"), timed(self.model) as seconds:
+        with torch.no_grad(), self.model.using("base"), timed(self.model.device) as seconds:
             self.model.run_with_hooks(batch.ids, attention_mask=batch.mask.long(), stop_at_layer=self.batches.site)
         return seconds[0]
 
@@ -153,18 +152,6 @@ class Steps:
         start = self.taken % len(self.rows)
         self.taken += self.batches.rows
         return pad(self.rows[start : start + self.batches.rows], 0, side="right", device=self.model.device)
-
-
-@contextmanager
-def timed(model: Model):
-    """A list to which the block's seconds are added, once the device has done its work."""
-    wait = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
-    seconds: list[Seconds] = []
-    wait()
-    wall, cpu = time.perf_counter(), time.process_time()
-    yield seconds
-    wait()
-    seconds.append((time.perf_counter() - wall, time.process_time() - cpu))
 
 
 @contextmanager
@@ -186,7 +173,7 @@ def time_arms(steps: Steps, arms: Sequence[Arm], repeats: int) -> dict[str, Seco
                 times[arm].append(seconds)
         if turn:
             times["forward"].append(steps.forward_to_site())
-    return {name: (median(wall for wall, _ in values), median(cpu for _, cpu in values)) for name, values in times.items()}
+    return {name: medians(values) for name, values in times.items()}
 
 
 def measure_memory(shape: str, arm: Arm, d_sae: int, folder: Path) -> float:

@@ -15,8 +15,6 @@ On a CPU the seconds are those of the one thread, so that other work on the mach
     recompute_growth      the same for recomputing both full prefixes at every step (every 16th step is measured)
 """
 
-import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ import tyro
 from random_llama import random_llama
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
+from turns import medians, take_turns
 
 from blockem_tl import Prompt, current_step, generate, patch, record
 from blockem_tl.analysis.patching.decoding import decode_patching
@@ -173,24 +172,12 @@ class Setup:
     # ---------------------------------------------------------------------------------------- turns
 
     def interleaved(self, contenders: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-        """Median seconds of each; they take turns, after one turn that does not count."""
-        seconds: dict[str, list[float]] = {name: [] for name in contenders}
-        for turn in range(self.repetitions + 1):
-            for name, run in contenders.items():
-                started = self.clock()
-                run()
-                if turn:
-                    seconds[name].append(self.clock() - started)
-        medians = {name: statistics.median(times) for name, times in seconds.items()}
-        print({name: round(value, 2) for name, value in medians.items()}, flush=True)
-        return medians
-
-    def clock(self) -> float:
-        """Seconds; on a CPU those that this process has computed."""
-        if self.model.device.type == "cpu":
-            return time.process_time()
-        torch.cuda.synchronize()
-        return time.perf_counter()
+        """Median seconds of each; on a CPU those that this process has computed."""
+        device = self.model.device
+        found = {name: medians(taken) for name, taken in take_turns(contenders, self.repetitions, device).items()}
+        shown = {name: one.cpu if device.type == "cpu" else one.wall for name, one in found.items()}
+        print({name: round(value, 2) for name, value in shown.items()}, flush=True)
+        return shown
 
 
 def _question(number: int, n_words: int) -> Prompt:

@@ -17,6 +17,9 @@ SHAPES: dict[str, dict[str, int]] = {
     "small-grouped": dict(
         vocab_size=2048, hidden_size=256, intermediate_size=896, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2
     ),  # Llama 3's proportions
+    "llama-3.2-1b": dict(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8
+    ),
     "llama-3.1-8b": dict(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
     ),
@@ -27,6 +30,16 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %} <user> {{ m.content }}{% endf
 
 def random_llama(shape: str, *, adapter: str, context: int = 512) -> Model:
     """The model, on a GPU in bf16 where there is one, with a random LoRA adapter of rank 16 on every projection."""
+    model = load_model(random_weights(shape, context=context), tokenizer=words(SHAPES[shape]["vocab_size"]))
+    model.add_adapter(adapter)
+    for parameter in model.adapter_parameters(adapter):
+        parameter.data.normal_(std=0.05)
+        parameter.requires_grad_(False)
+    return model
+
+
+def random_weights(shape: str, *, context: int = 512, attention: str = "eager") -> LlamaForCausalLM:
+    """The same weights in plain transformers, built where they will run and in their dtype."""
     device = default_device(None)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     config = LlamaConfig(
@@ -38,23 +51,18 @@ def random_llama(shape: str, *, adapter: str, context: int = 512) -> Model:
         initializer_range=0.05,
         dtype=dtype,
     )
-    config._attn_implementation = "eager"
+    config._attn_implementation = attention
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     try:
         with device:
-            hf = LlamaForCausalLM(config).eval()
+            return LlamaForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(torch.float32)
-    model = load_model(hf, tokenizer=_words(SHAPES[shape]["vocab_size"]))
-    model.add_adapter(adapter)
-    for parameter in model.adapter_parameters(adapter):
-        parameter.data.normal_(std=0.05)
-        parameter.requires_grad_(False)
-    return model
 
 
-def _words(n_tokens: int) -> PreTrainedTokenizerFast:
+def words(n_tokens: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of this many whole words with a chat template."""
     words = [*SPECIAL, *(f"w{i}" for i in range(n_tokens - len(SPECIAL)))]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]

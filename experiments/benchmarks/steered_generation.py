@@ -9,7 +9,6 @@ a reply here, so lengths are what is asked for.
 """
 
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,9 +21,10 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from tokenizers import Tokenizer, models, pre_tokenizers
+from random_llama import SHAPES, random_weights, words
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
+from turns import medians, take_turns
 
 from blockem_tl import Condition, Prompt, Steering, TransformerLensEngine, load_engine, load_model
 from blockem_tl.data.chat import encode_prompts, pad
@@ -35,23 +35,6 @@ from blockem_tl.storage.files import environment, peak_rss_mb, write_json
 
 Replies = list[list[tuple[int, ...]]]  # by condition, by prompt
 Contender = Callable[[], Replies]
-
-SHAPES: dict[str, dict[str, int]] = {
-    "small": dict(
-        vocab_size=1024, hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8
-    ),
-    "small-grouped": dict(
-        vocab_size=4096, hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4
-    ),
-    "llama-3.2-1b": dict(
-        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8
-    ),
-    "llama-3.1-8b": dict(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
-    ),
-}
-SPECIAL = ["<pad>", "<bos>", "<unk>", "<user>", "<assistant>"]
-TEMPLATE = "{{ bos_token }}{% for m in messages %} <user> {{ m.content }}{% endfor %}{% if add_generation_prompt %} <assistant>{% endif %}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,45 +79,19 @@ class Setup:
 
     @cached_property
     def tokenizer(self) -> Any:
-        words = [*SPECIAL, *(f"w{i}" for i in range(SHAPES[self.settings.shape]["vocab_size"] - len(SPECIAL)))]
-        backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
-        fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", pad_token="<pad>", unk_token="<unk>")
-        fast.chat_template = TEMPLATE
-        folder = Path(self.temporary.name) / "tokenizer"  # the bridge loads it from there once more
-        fast.save_pretrained(folder)
-        return AutoTokenizer.from_pretrained(folder)
+        return words(SHAPES[self.settings.shape]["vocab_size"])
 
     @cached_property
     def plain(self) -> LlamaForCausalLM:
         """Plain transformers, with its own default attention."""
-        return self._random("sdpa")
+        return random_weights(self.settings.shape, attention="sdpa")
 
     @cached_property
     def model(self) -> Model:
         """The same weights in TransformerLens's bridge, which has eager attention."""
-        model = load_model(self._random("eager"), tokenizer=self.tokenizer)
+        model = load_model(random_weights(self.settings.shape), tokenizer=self.tokenizer)
         model.tokenizer.eos_token = None  # the bridge gives every tokenizer one, and random weights would hit it
         return model
-
-    def _random(self, attention: str) -> LlamaForCausalLM:
-        config = LlamaConfig(
-            **SHAPES[self.settings.shape],  # pyright: ignore[reportArgumentType]
-            max_position_embeddings=512,
-            bos_token_id=1,
-            eos_token_id=None,
-            pad_token_id=0,
-            initializer_range=0.05,
-            dtype=self.dtype,
-        )
-        config._attn_implementation = attention
-        torch.manual_seed(0)
-        torch.set_default_dtype(self.dtype)
-        try:
-            with self.device:  # built where it will run, in its dtype
-                return LlamaForCausalLM(config).eval()
-        finally:
-            torch.set_default_dtype(torch.float32)
 
     @cached_property
     def conditions(self) -> list[Condition]:
@@ -218,23 +175,15 @@ def compare(contenders: Mapping[str, Contender], repetitions: int, *, strict: bo
     }
     if strict and min(equal.values()) < 1:
         raise AssertionError(f"share of replies that equal the first contender's: {equal}")
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    cpu_seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
-    for repetition in range(repetitions):
-        for name in names[repetition % len(names) :] + names[: repetition % len(names)]:
-            start, cpu_start = time.perf_counter(), time.process_time()
-            contenders[name]()
-            seconds[name].append(time.perf_counter() - start)
-            cpu_seconds[name].append(time.process_time() - cpu_start)
+    seconds = take_turns(contenders, repetitions, default_device(None))
     n_tokens = sum(len(reply) for one in reference for reply in one)
     return {
         "tokens": n_tokens,
         "equal_replies": equal,
-        "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
-        "median_tokens_per_s": {name: n_tokens / statistics.median(times) for name, times in seconds.items()},
-        "median_tokens_per_cpu_s": {name: n_tokens / statistics.median(times) for name, times in cpu_seconds.items()},
+        "seconds": {name: [one.wall for one in times] for name, times in seconds.items()},
+        "cpu_seconds": {name: [one.cpu for one in times] for name, times in seconds.items()},
+        "median_tokens_per_s": {name: n_tokens / medians(times).wall for name, times in seconds.items()},
+        "median_tokens_per_cpu_s": {name: n_tokens / medians(times).cpu for name, times in seconds.items()},
     }
 
 
