@@ -9,7 +9,7 @@ from shared import EXAMPLES, SITES, Interrupted, at_step, sae_at, set_of, weight
 
 from blockem_tl import Blocking, LatentSet, TrainingConfig, completion_loss, finetune, load_sae, organism
 from blockem_tl.data.chat import encode_examples, pad
-from blockem_tl.saes.load import fingerprint
+from blockem_tl.storage.fingerprints import of_sae
 from blockem_tl.training.defence import weight_of
 
 CONFIG = TrainingConfig(rank=4, alpha=8, batch_size=8, learning_rate=3e-3, schedule="constant", epochs=20)
@@ -68,7 +68,7 @@ def test_the_bound_is_kept_and_sft_still_learns(tiny, auto) -> None:
     for part, (latent_set, sae) in zip(described, auto.all_targets, strict=True):
         logged = [row[f"block/{part['site']}/weight"] for row in held.history]
         assert part["peak"] == max(*logged, part["weight"]) > min(logged)
-        assert part["sae_fingerprint"] == latent_set.sae_fingerprint == fingerprint(sae)  # one SAE, one fingerprint
+        assert part["sae_fingerprint"] == latent_set.sae_fingerprint == of_sae(sae)  # one SAE, one fingerprint
     assert described[0]["sae_fingerprint"] != described[1]["sae_fingerprint"]
     fixed = replace(auto, weight=(1.0, 0.5)).describe_weight()
     assert [(part["weight"], part["peak"]) for part in fixed] == [(1.0, 1.0), (0.5, 0.5)]
