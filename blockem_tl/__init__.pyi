@@ -26,6 +26,7 @@ from .data.chat import encode_examples as encode_examples
 from .data.chat import encode_prompts as encode_prompts
 from .data.chat import encode_replies as encode_replies
 from .data.chat import encode_rows as encode_rows
+from .data.chat import pad as pad
 from .data.prompt_files import load_prompts as load_prompts
 from .data.row_files import load_rows as load_rows
 from .data.splits import leak_report as leak_report

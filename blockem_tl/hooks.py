@@ -15,9 +15,9 @@ Factories know nothing of the model class, so they run on `Model`, on a bridge a
     with attached(model, [record("blocks.2.hook_resid_post", store)]):
         model(tokens)
 
-A hook returns a new tensor and never mutates its input; a recorder returns None. Dose 0 runs the same code as any dose.
-`attached` makes interventions certain: an unknown site raises with the close matches, and a hook that was asked for but never fired
-raises `HookNotFired`. TransformerLens itself ignores both in silence. `Model.hooks` and `Model.run_with_hooks` are as strict.
+A hook returns a new tensor and never mutates its input, or returns None. Its ``hook.name`` is the model's spelling of the site.
+`attached`, `Model.hooks` and `Model.run_with_hooks` are strict: an unknown site raises with the close matches, and a hook that never
+fired raises `HookNotFired`. TransformerLens itself ignores both in silence.
 """
 
 import difflib

@@ -24,6 +24,7 @@ from blockem_tl import (
     load_sae,
     organism,
     patching_sweep,
+    plots,
     propose_doses,
     random_latents,
     reconstruction_quality,
@@ -111,8 +112,7 @@ def test_what_is_shown_is_what_was_found(results: dict[str, Result]) -> None:
     assert len(one) == 96 and rates.loc["latent 3", "n"] == 96
     assert rates.loc["latent 3", "misaligned"] == sum(v.positive for v in one.verdicts) / 96
     assert list(graded[:96]) == list(graded.where(condition="latent 0")) and graded[5] is graded.generations[5]
-    bad = sum(v.positive for v in graded.verdicts)
-    assert repr(Rate(k=bad, n=768)).strip("Rate()") in repr(graded)
+    assert "see rates()" in repr(graded) and str(Rate(k=sum(v.positive for v in one.verdicts), n=96)) in repr(one)
     with pytest.raises(ValueError, match="expected columns among"):
         graded.where(latent=3)
     with pytest.raises(ValueError, match="call replies.grade"):
@@ -152,3 +152,14 @@ def test_a_string_where_prompts_belong_is_refused_with_what_to_write(model) -> N
             steering=Steering(site=PRESET.site, direction=decoder_directions(load_sae("organism"), [0])[0], dose=1.0, scale=1.0),
         )
     assert generate(model, [Prompt(id="a", text="hello")], max_new_tokens=2, **QUIET)[0].prompt.id == "a"
+
+
+def test_a_sweep_of_decoding_alone_stands_beside_the_unpatched_replies(model) -> None:
+    found = patching_sweep(model, CORE, [PRESET.site], when="decode", max_new_tokens=4, **QUIET)
+    assert found.to_frame().groupby("patched").size().to_dict() == {"decode": 12, "nothing": 12}
+
+
+def test_a_figure_is_written_in_the_format_of_its_name(results, tmp_path) -> None:
+    figure = results["sweep"].plot()
+    assert plots.save(figure, tmp_path / "x.pdf").read_bytes()[:4] == b"%PDF"
+    assert plots.save(figure, tmp_path / "x.png").read_bytes()[1:4] == b"PNG"

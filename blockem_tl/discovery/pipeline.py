@@ -49,6 +49,7 @@ class Discovery(Result):
     def to_frame(self) -> pd.DataFrame:
         """One row per calibrated latent: shift, sign, screen score, largest feasible doses, effects, whether it is in K.
 
+        Doses here are each latent's own largest feasible ones, signed, not those of the configuration.
         ``abandoned`` latents could not reach K any more when measuring stopped: what was not certain by then is missing, and ``at_most``
         is the most that their score could have been.
         """

@@ -97,8 +97,11 @@ class Evaluation(Result):
     def headline(self) -> str:
         """The rates in one line."""
         mark = "; SELECTION prompts, optimistic" if self.on_selection_prompts else ""
-        rates = f"{positive_name(self.rubric)} {self.positive}, incoherent {100 * self.incoherent.value:.1f} %, "
-        return f"{rates}refusal {100 * self.refusal.value:.1f} %; {self.judge}{mark}"
+        return f"{positive_name(self.rubric)} {self.positive}, incoherent {self.incoherent}, refusal {self.refusal}; {self.judge}{mark}"
+
+    def _shown(self) -> pd.DataFrame:
+        """The columns that vary, the verdicts first."""
+        return pd.DataFrame(self.to_frame()[["prompt_id", "label", "category", "prompt", "reply"]])
 
     def plot(self, by: str | None = None) -> Any:
         """A bar per group of replies; see `Replies.plot`."""

@@ -129,12 +129,14 @@ class Replies(Result, Sequence[Generation]):
         return pd.DataFrame(rows if self.verdicts is None else {**rows, "label": [v.label for v in self.verdicts]})
 
     def headline(self) -> str:
-        """The numbers of replies, conditions and prompts and, once graded, the rates over all of them."""
+        """The numbers of replies, conditions and prompts and, once graded and of one condition, the rate."""
         n_conditions, n_prompts = len({g.condition for g in self}), len({g.prompt.id for g in self})
         cut = sum(g.truncated for g in self)
         text = f"{len(self)} replies: {n_conditions} conditions, {n_prompts} prompts" + (f", {cut} cut at the limit" if cut else "")
         if self.verdicts is None:
             return text
+        if n_conditions > 1:  # one rate over all of them would mean nothing
+            return f"{text}; graded by {self.judge}: see rates()"
         readable = [v for v in self.verdicts if v.parsed]
         rate = Rate(k=sum(v.positive for v in readable), n=len(readable)) if readable else "nothing readable"
         return f"{text}; {self.judge}, {positive_name(self.rubric)}: {rate}"

@@ -78,7 +78,7 @@ class LiveAdapters(AdapterFiles):
 
     @contextmanager
     def using(self, adapter: str | Path | None) -> Iterator["LiveAdapters"]:
-        """Inside the block "base", an adapter held under that name, or one saved in a folder acts; None: the model as it stands.
+        """Inside the block "base", else an adapter held under that name, else one saved in that folder acts; None: the model as it stands.
 
         Blocks nest. Afterwards what acted before acts again; what is trainable does not change, and a folder's adapter is gone.
 

@@ -7,6 +7,7 @@ from typing import cast
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from blockem_tl.storage import files
 
@@ -54,6 +55,7 @@ def patching(frame: pd.DataFrame) -> Figure:
         axes.axhline(row["em"], color=colour, linestyle=("--", ":", "-.")[i // len(_LINES) % 3], label=label)
         axes.axhspan(row["em_low"], row["em_high"], color=colour, alpha=0.12)
     axes.set(xlabel="block", ylabel="emergent misalignment (%)", ylim=(-3, 103), title="Patching between base and the fine-tuned model")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8)
     return figure
 
@@ -203,7 +205,7 @@ def _means(axes: Axes, rows: pd.DataFrame, along: str, value: str, label: str) -
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write the figure as PNG; whole or not at all."""
+    """Write the figure in the format of the path's suffix (PNG if it has none); whole or not at all."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=150, format="png")
+    figure.savefig(buffer, dpi=150, format=Path(path).suffix[1:] or "png")
     return files.write_bytes(path, buffer.getvalue())

@@ -131,9 +131,11 @@ def share(rows: Sequence[Encoded], plans: Sequence[Plan | None], source: PatchEn
     begun = list(dict.fromkeys(stream_into(plan.first) for plan in asked if plan.enter is None and plan.first > 0))
     top = max((plan.first for plan in asked), default=0)
     batch = pad(rows, target.model.pad_id, side="left", device=target.model.device)
-    stop = stop_layer(source.model, patched) or source.model.cfg.n_layers
     with source.acting():
-        theirs = prefill(source.model, batch, patched, stop, keep=False) if patched else Prefilled(states={})
+        theirs = Prefilled(states={})
+        if patched:
+            stop = stop_layer(source.model, patched) or source.model.cfg.n_layers
+            theirs = prefill(source.model, batch, patched, stop, keep=False)
     with target.acting():
         own = prefill(target.model, batch, begun, top, keep=True) if top else Prefilled(states={})
     return Shared(source=theirs, target=own)

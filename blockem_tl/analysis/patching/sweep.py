@@ -79,6 +79,8 @@ def _checked(
     chosen = [*((site,) for site in sites or ()), *(tuple(group) for group in groups)]
     if not chosen:
         raise ValueError("patching: expected at least one site to patch, got none")
+    if wrong := [site for group in chosen for site in group if not isinstance(site, str)]:
+        raise TypeError(f"patching: expected hook names such as 'blocks.2.hook_resid_post' as sites, got {wrong}")
     return chosen, kinds
 
 
