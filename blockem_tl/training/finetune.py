@@ -68,9 +68,7 @@ def finetune(
     return _result(loop)
 
 
-def _checked(
-    model: Model, examples: Sequence[Example], config: TrainingConfig, defences: Sequence[Defence]
-) -> tuple[ActiveDefences, Sequence[Example], list[Encoded]]:
+def _checked(model: Any, examples: Any, config: TrainingConfig, defences: Any) -> tuple[ActiveDefences, Sequence[Example], list[Encoded]]:
     """The defences, the rows as they rewrite them, and their tokens; raises before any work if something does not fit."""
     check_examples(model, examples)
     check_defences(defences)
