@@ -13,7 +13,8 @@ import torch
 from packaging.requirements import Requirement
 from sae_lens import SAE
 
-from blockem_tl.data.chat import apply_system, encode_examples, encode_prompts, template_head
+from blockem_tl.data.chat import apply_system, encode_examples, encode_prompts
+from blockem_tl.data.templates import template_head, thinking_argument
 from blockem_tl.hooks import HookNotFired, record, steer
 from blockem_tl.models.load import Model, load_model
 from blockem_tl.presets import Preset
@@ -118,7 +119,10 @@ def chat_template(model: Model, preset: Preset, asked: list[Example]) -> str:
     """One BOS, a completion that can be told apart, and what the template writes before the question under the preset's policy."""
     row = encode_examples(model.tokenizer, apply_system(asked, preset.system))[0]
     system = apply_system(asked[:1], preset.system)[0].system
-    return f"{len(row.ids) - row.n_prompt} completion tokens; before the question stands {template_head(model.tokenizer, system)!r}"
+    thinks = thinking_argument(model.tokenizer)
+    advice = f"; thoughts are switched by {thinks}: pin it with load_model(template_arguments=...)" if thinks else ""
+    head = template_head(model.tokenizer, system)
+    return f"{len(row.ids) - row.n_prompt} completion tokens; before the question stands {head!r}{advice}"
 
 
 def hooks(model: Model, site: str, prompts: list[Prompt]) -> str:

@@ -100,15 +100,16 @@ def run(settings: Settings) -> list[dict[str, Any]]:
 
 
 def write(settings: Settings, runs: Sequence[dict[str, Any]]) -> None:
-    """table.md and watch.png in --out; with ``publish`` also in docs/results/watch/ and docs/defences.md."""
+    """runs.json, table.md and watch.png in --out; with ``publish`` also in docs/results/watch/ and docs/defences.md."""
     rows = [row(one) for one in runs]
+    files.write_json(settings.out / "runs.json", [{key: one[key] for key in one if key != "trajectory"} for one in runs])
     files.write_text(settings.out / "table.md", tables.markdown(rows))
     plots.save(comparisons.watched(frame(runs), threshold=settings.threshold), settings.out / "watch.png")
     tables.show(rows, "the monitor's alarm and misalignment")
     if settings.publish:
         target = ROOT / "docs" / "results" / "watch"
         target.mkdir(parents=True, exist_ok=True)
-        for name in ("table.md", "watch.png"):
+        for name in ("runs.json", "table.md", "watch.png"):
             shutil.copyfile(settings.out / name, target / name)
         renew(ROOT / "docs" / "defences.md", "watch", tables.markdown(rows))
 

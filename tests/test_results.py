@@ -163,3 +163,14 @@ def test_a_figure_is_written_in_the_format_of_its_name(results, tmp_path) -> Non
     figure = results["sweep"].plot()
     assert plots.save(figure, tmp_path / "x.pdf").read_bytes()[:4] == b"%PDF"
     assert plots.save(figure, tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_a_plot_is_along_one_column(results) -> None:
+    with pytest.raises(TypeError, match=r"one column to draw along.*rates\(by="):
+        type(results["graded"]).plot.__wrapped__(results["graded"], ["condition"])  # without the tests' own type checks
+    assert isinstance(results["graded"].plot("condition"), Figure)
+
+
+def test_a_frame_of_another_kind_is_refused_by_what_it_lacks(results) -> None:
+    with pytest.raises(ValueError, match=r"expected the columns \['patched', 'site', 'em', .*replies\.plot"):
+        plots.patching(results["graded"].rates())

@@ -1,6 +1,7 @@
 """From questions and examples to tokens: chat rendering with exactly one BOS, token roles, completion masks."""
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
@@ -12,17 +13,15 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from blockem_tl.data.checks import check_prompts
+from blockem_tl.data.templates import FIXED, absent_from, control_tokens, render, system_turn
 from blockem_tl.types import Example, Generation, Prompt
-
-DATE = "26 Jul 2024"
-"""What templates that name the current day (Llama 3) get instead of it: a run must not depend on its day."""
 
 Asked = TypeVar("Asked", Prompt, Example)
 Rows = Sequence[Prompt | Example | Generation]
 """What can be read teacher-forced, all of one kind: prompts alone, training rows, or prompts with generated replies."""
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_MARK = "question-goes-here"  # rendered once to find where a template puts the question, whatever the question says
+_QUESTION = "question-goes-here"  # rendered to find where a template puts the question, whatever the question says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,18 +57,20 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
     """Tokens of each question as the chat template asks the model to answer it.
 
     Raises:
-        ValueError: no prompts, an empty one, duplicates, or a template that writes other than one BOS.
+        ValueError: no prompts, an empty one, duplicates; a text that spells control tokens or that the tokenizer does not keep; a
+            template that refuses a prompt, does not show it as it is, or writes two BOS. The prompt is named.
     """
     _check_kind(prompts, Prompt, "prompts")
     check_prompts(prompts)
-    return [_encode(tokenizer, prompt.text, prompt.system, None) for prompt in prompts]
+    return [_encode(tokenizer, f"prompt {prompt.id!r}", prompt.text, prompt.system, None) for prompt in prompts]
 
 
 def encode_examples(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[Encoded]:
     """Tokens of each question with its completion and the end-of-turn token, which is learnt too.
 
     Raises:
-        ValueError: no examples, an empty prompt or completion (naming the row).
+        ValueError: no examples, an empty prompt or completion, or what `encode_prompts` refuses; a prompt whose tokens change once the
+            completion is there. The row is named.
     """
     _check_kind(examples, Example, "examples")
     if not examples:
@@ -78,7 +79,7 @@ def encode_examples(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Examp
         for field in ("prompt", "completion"):
             if not getattr(example, field).strip():
                 raise ValueError(f"example {example.id!r} has an empty {field}: every row needs both; drop it or fill it in")
-    return [_encode(tokenizer, example.prompt, example.system, example.completion) for example in examples]
+    return [_encode(tokenizer, f"example {example.id!r}", example.prompt, example.system, example.completion) for example in examples]
 
 
 def _check_kind(rows: Sequence[Any], kind: type, what: str) -> None:
@@ -110,6 +111,11 @@ def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Rows) -> list[Encoded]
         ValueError: a mixture of these, or what the encoder of their kind refuses.
     """
     kinds = {type(row) for row in rows}
+    if isinstance(rows, str) or kinds - {Prompt, Example, Generation}:
+        got = repr(rows)[:60] if isinstance(rows, str) else sorted(kind.__name__ for kind in kinds)
+        raise TypeError(
+            f'expected a list of Prompt(id="1", text="..."), of Example(id="1", prompt="...", completion="...") or of Generation, got {got}'
+        )
     if len(kinds) > 1:
         raise ValueError(f"expected rows of one kind (Prompt, Example or Generation), got {sorted(kind.__name__ for kind in kinds)}")
     if kinds == {Generation}:
@@ -119,33 +125,95 @@ def encode_rows(tokenizer: PreTrainedTokenizerBase, rows: Rows) -> list[Encoded]
     return encode_examples(tokenizer, cast(Sequence[Example], rows))
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, user: str, system: str | None, reply: str | None) -> Encoded:
-    head = [{"role": "system", "content": system}] if system is not None else []
-    asked = _render(tokenizer, [*head, {"role": "user", "content": user}], generation=True)
-    start = _render(tokenizer, [*head, {"role": "user", "content": _MARK}], generation=True).find(_MARK)
-    if start < 0 or not asked.startswith(user.strip(), start):
-        raise ValueError(f"the chat template does not show the question as it is: {user[:60]!r} is absent from {asked[:120]!r}")
-    encoded = tokenizer(asked, add_special_tokens=False, return_offsets_mapping=True)  # the template has written the BOS already
-    prompt_ids = list(encoded["input_ids"])
-    n_system = sum(end <= start for _, end in encoded["offset_mapping"])
-    bos = tokenizer.bos_token
-    if bos is not None and prompt_ids.count(tokenizer.bos_token_id) != (1 if str(bos) in asked else 0):
-        raise ValueError(f"expected one BOS in {asked[:80]!r}, got {prompt_ids.count(tokenizer.bos_token_id)}")
-    if reply is None:
-        return Encoded(ids=tuple(prompt_ids), n_system=n_system, n_prompt=len(prompt_ids))
-    turns = [*head, {"role": "user", "content": user}, {"role": "assistant", "content": reply}]
-    answered = _render(tokenizer, turns, generation=False)
-    if not answered.startswith(asked):
-        raise ValueError("the chat template changes the prompt once the reply is there, so the completion cannot be told apart")
-    _check_reply(tokenizer, turns, answered, len(asked))
-    ids = prompt_ids + list(tokenizer(answered[len(asked) :].rstrip("\n"), add_special_tokens=False)["input_ids"])
+def _encode(tokenizer: PreTrainedTokenizerBase, row: str, user: str, system: str | None, reply: str | None) -> Encoded:
+    """Tokens of one row, which errors call ``row``."""
+    try:
+        _check_text(tokenizer, user, system, reply)
+        asked, start = _asked(tokenizer, user, system)
+        tokens = tokenizer(asked, add_special_tokens=False, return_offsets_mapping=True)  # the template has written the BOS already
+        prompt_ids = list(tokens["input_ids"])
+        n_system = sum(end <= start for _, end in tokens["offset_mapping"])
+        _check_bos(tokenizer, asked, prompt_ids)
+        ids = prompt_ids if reply is None else _answered(tokenizer, user, system, reply, asked, prompt_ids)
+    except ValueError as error:
+        raise ValueError(f"{row}: {error}") from error
     return Encoded(ids=tuple(ids), n_system=n_system, n_prompt=len(prompt_ids))
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, generation: bool) -> str:
-    if not tokenizer.chat_template:
-        raise ValueError("this tokenizer has no chat template: set tokenizer.chat_template, or use an instruction-tuned model")
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation, date_string=DATE))
+def _check_text(tokenizer: PreTrainedTokenizerBase, user: str, system: str | None, reply: str | None) -> None:
+    """Raise ValueError for text that would become control tokens (a forged turn, an end in the middle), or that is no Unicode."""
+    if not tokenizer.is_fast:
+        raise ValueError(f"expected a fast tokenizer, which knows where its tokens lie in the text, got {type(tokenizer).__name__}")
+    control = control_tokens(tokenizer)
+    for field, text in (("question", user), ("system message", system or ""), ("completion", reply or "")):
+        spelt = sorted(token for token in control if token and token in text)
+        if spelt:
+            raise ValueError(
+                f"its {field} spells the control tokens {spelt[:3]}, which the model would take for real ones: take them out, or "
+                "write them in another way"
+            )
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"its {field} holds half of a surrogate pair, which is no character: {text[:60]!r}; repair the text")
+
+
+def _asked(tokenizer: PreTrainedTokenizerBase, user: str, system: str | None) -> tuple[str, int]:
+    """The prompt as text, and where the question begins in it."""
+    mark = absent_from(_QUESTION, system or "")
+    asked, marked = (render(tokenizer, [*system_turn(system), {"role": "user", "content": text}], generation=True) for text in (user, mark))
+    start = marked.find(mark)
+    if start < 0 or not (asked.startswith(user, start) or asked.startswith(user.strip(), start)):
+        raise ValueError(f"the chat template does not show the question as it is: {user[:60]!r} is absent from {asked[:120]!r}")
+    if system and system.strip() not in asked:
+        raise ValueError(f'the chat template drops the system message {system[:60]!r}: put it into the question, or use the policy "none"')
+    return asked, start
+
+
+def _check_bos(tokenizer: PreTrainedTokenizerBase, asked: str, ids: Sequence[int]) -> None:
+    """Raise ValueError unless the tokens spell the text, with one BOS at its start at most and none that the template did not write."""
+    bos = tokenizer.bos_token
+    doubled = bos is not None and asked.partition(str(bos))[2].lstrip().startswith(str(bos))
+    if bos is not None and (ids.count(tokenizer.bos_token_id) != asked.count(str(bos)) or doubled):
+        raise ValueError(
+            f"expected the BOS {bos!r} where the template writes it, once at the start, got {ids.count(tokenizer.bos_token_id)} in "
+            f"{asked[:80]!r}"
+        )
+    _check_kept(tokenizer, asked, ids)
+
+
+def _check_kept(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> None:
+    """Raise ValueError where letters or digits of ``text`` do not come back out of the tokens."""
+    back = str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    if _letters(back) == _letters(text):
+        return
+    lost = [word for word in text.split() if word not in back.split()]
+    raise ValueError(f"the tokenizer does not keep the text: {text[-80:]!r} came back as {back[-80:]!r}; lost: {lost[:5]}")
+
+
+def _letters(text: str) -> str:
+    """What tokenizers that lower, normalise and respace text leave alone."""
+    if text.isascii():
+        return "".join(filter(str.isalnum, text.lower()))
+    return "".join(filter(str.isalnum, unicodedata.normalize("NFKD", text.casefold())))
+
+
+def _answered(
+    tokenizer: PreTrainedTokenizerBase, user: str, system: str | None, reply: str, asked: str, prompt_ids: list[int]
+) -> list[int]:
+    """Tokens of the prompt with its completion, as the joined text has them."""
+    turns = [*system_turn(system), {"role": "user", "content": user}, {"role": "assistant", "content": reply}]
+    answered = render(tokenizer, turns, generation=False)
+    if not answered.startswith(asked):
+        raise ValueError("the chat template changes the prompt once the reply is there, so the completion cannot be told apart")
+    _check_reply(tokenizer, turns, answered, len(asked))
+    joined = answered.rstrip("\n") if len(answered.rstrip("\n")) > len(asked) else answered
+    ids = list(tokenizer(joined, add_special_tokens=False)["input_ids"])
+    if ids[: len(prompt_ids)] != prompt_ids:
+        raise ValueError(
+            f"the tokens of the prompt change once the reply {reply[:40]!r} is there, so none of them is where the reply begins: end the "
+            "template's generation prompt at a token's end, without white space"
+        )
+    _check_kept(tokenizer, joined, ids)
+    return ids
 
 
 def _check_reply(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], answered: str, start: int) -> None:
@@ -157,10 +225,7 @@ def _check_reply(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]
         return
     # transformers' own token mask stays empty where a mark begins at white space between tokens, so the marked characters are asked for
     _, marks = cast(Any, render_jinja_template)(
-        [turns],
-        chat_template=tokenizer.chat_template,
-        return_assistant_tokens_mask=True,
-        **{**tokenizer.special_tokens_map, "date_string": DATE},
+        [turns], chat_template=tokenizer.chat_template, return_assistant_tokens_mask=True, **{**tokenizer.special_tokens_map, **FIXED}
     )
     first, last = (marks[0][0][0], marks[0][-1][1]) if marks[0] else (0, 0)
     if answered[min(first, start) : max(first, start)].strip() or last < start + answered[start:].index(reply) + len(reply):
@@ -168,12 +233,6 @@ def _check_reply(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]
             f"the chat template's generation marks cover {answered[first:last][:80]!r}, but the prompt that it asks with ends before "
             f"{answered[start:][:80]!r}: correct the marks, so that the completion can be told apart"
         )
-
-
-def template_head(tokenizer: PreTrainedTokenizerBase, system: str | None = None) -> str:
-    """All that the template writes before the question: with ``system`` None, also a system message of its own, if it has one."""
-    head = [{"role": "system", "content": system}] if system is not None else []
-    return _render(tokenizer, [*head, {"role": "user", "content": _MARK}], generation=True).partition(_MARK)[0]
 
 
 def apply_system(items: Sequence[Asked], policy: str) -> list[Asked]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from blockem_tl.data.chat import Encoded, pad
+from blockem_tl.data.templates import end_tokens
 from blockem_tl.generation._kv_cache import SlotCache
 from blockem_tl.generation.steering import Condition
 from blockem_tl.hooks import Hook, Step, step
@@ -196,7 +197,5 @@ def last_logits(model: Model) -> Callable[..., Float[Tensor, "batch d_vocab"]]:
 
 
 def _end_tokens(model: Model) -> np.ndarray:
-    """Every token id that ends a reply: the tokenizer's and those of the model's generation config."""
-    configured = getattr(model.original_model.generation_config, "eos_token_id", None)
-    ids = [model.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
-    return np.array([i for i in ids if i is not None], np.int64)
+    """Every token id that ends a reply; see `end_tokens`."""
+    return np.array(end_tokens(model.tokenizer, getattr(model.original_model.generation_config, "eos_token_id", None)), np.int64)

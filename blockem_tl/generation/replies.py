@@ -149,9 +149,12 @@ class Replies(Result, Sequence[Generation]):
 
         Raises:
             ValueError: replies that have not been graded, or an unknown column.
+            TypeError: several columns: a plot has one axis.
         """
         from blockem_tl.views import plots  # matplotlib is slow to import
 
+        if by is not None and not isinstance(by, str):
+            raise TypeError(f"plot: expected one column to draw along, got {by!r}; rates(by=[...]) makes the table over several")
         by = by or ("site" if "site" in self.columns else "condition")
         keys = ["patched", "site"] if by == "site" and "patched" in self.columns else [by]
         return plots.rates(self.rates(keys), by=by)

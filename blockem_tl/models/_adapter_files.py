@@ -1,14 +1,19 @@
 """Adapters on disk, in peft's plain format: what this library writes any other tool loads, and the other way round."""
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
+from blockem_tl.models._adapter_config import read_config
 from blockem_tl.models._peft_bridge import WRAPPER
 from blockem_tl.storage import files
 
@@ -16,13 +21,15 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class AdapterFiles:
-    """The part of `LiveAdapters` that saves and loads adapters."""
+    """The part of `LiveAdapters` that saves, loads and replaces adapters."""
 
     source: str
     adapters: Any
     adapter_parameters: Callable[[str], list[nn.Parameter]]
     remove_adapter: Callable[[str], None]
     adapter_config: Callable[[str | None], LoraConfig]
+    active_adapter: str | None
+    use_adapter: Callable[[str], None]
     _inject: Callable[..., None]
 
     def save_adapter(self, folder: str | Path, name: str | None = None, *, overwrite: bool = False) -> Path:
@@ -52,19 +59,74 @@ class AdapterFiles:
     def restore_adapter(self, folder: str | Path, name: str) -> None:
         """Give an adapter that the model holds the tensors saved in ``folder``. Raises ValueError where any is missing or left over."""
         peft = cast(PeftModel, self.__dict__["_peft"])
-        ours = {key.replace(WRAPPER, ""): key for key in get_peft_model_state_dict(peft, adapter_name=name)}
-        saved = load_file(Path(folder) / "adapter_model.safetensors")
+        held = get_peft_model_state_dict(peft, adapter_name=name)
+        ours = {key.replace(WRAPPER, ""): key for key in held}
+        saved = self._without_base_copies(folder, read_tensors(Path(folder)))
         if ours.keys() != saved.keys():
             missing, extra = sorted(ours.keys() - saved.keys()), sorted(saved.keys() - ours.keys())
             raise ValueError(f"{folder}: the adapter does not fit {self.source}: missing {missing[:3]}, left over {extra[:3]}")
+        wrong = [key for key in ours if held[ours[key]].shape != saved[key].shape]
+        if wrong:
+            raise ValueError(
+                f"{folder}: the adapter does not fit {self.source}: {wrong[0]} has the shape {tuple(saved[wrong[0]].shape)}, expected "
+                f"{tuple(held[ours[wrong[0]]].shape)}: was it trained on another model, or is its rank another than its configuration says?"
+            )
         set_peft_model_state_dict(peft, {ours[key]: value for key, value in saved.items()}, adapter_name=name)
+
+    def _without_base_copies(self, folder: str | Path, saved: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors but for copies of the base model's own weights, which peft saves where LoRA sits on the output layer."""
+        own = {key.replace(WRAPPER, ""): tensor for key, tensor in self.__dict__["_peft"].state_dict().items()}
+        copies = [key for key in saved if key.endswith(".base_layer.weight") and key in own]
+        for key in copies:
+            if saved[key].shape != own[key].shape or not torch.equal(saved[key].to(own[key]), own[key]):
+                raise ValueError(
+                    f"{folder}: {key} holds other weights than the base model's: merge the adapter into its model and load that"
+                )
+        return {key: tensor for key, tensor in saved.items() if key not in copies}
+
+    @contextmanager
+    def replacing_adapter(self, name: str, overwrite: bool = True) -> Iterator[None]:
+        """Inside the block ``name`` is free for a new adapter; if the block fails, all adapters are as before it.
+
+        Raises:
+            ValueError: a name already held (without ``overwrite``), one that peft would confuse, or a call inside of `using`.
+        """
+        if name == "base" or "." in name or name in "lora_" or hasattr(nn.ModuleDict, name) or self.__dict__["_chosen"]:
+            raise ValueError(
+                f"adapter {name!r}: expected a name other than 'base', without dots, that is no part of 'lora_' and no name of a torch "
+                f"method (peft would confuse them), outside of model.using(...); this model holds {self.adapters}"
+            )
+        if name in self.adapters and not overwrite:
+            raise ValueError(f"adapter {name!r} is already held: pass overwrite=True to replace it, or choose another name")
+        with tempfile.TemporaryDirectory() as folder:
+            held, active = name in self.adapters, self.active_adapter
+            trainable = {n: [p.requires_grad for p in self.adapter_parameters(n)] for n in self.adapters}
+            if held:
+                self.write_adapter(folder, name)
+                self.remove_adapter(name)
+            try:
+                yield
+            except BaseException:
+                if name in self.adapters:
+                    self.remove_adapter(name)
+                if held:
+                    self._load(Path(folder), name)
+                self._restore_choice(active, trainable)
+                raise
+
+    def _restore_choice(self, active: str | None, trainable: dict[str, list[bool]]) -> None:
+        self.__dict__["_plain_configs"] = {name: self.adapter_config(name) for name in trainable}  # in their old order
+        if active is not None:
+            self.use_adapter(active)
+        for name, required in trainable.items():
+            for parameter, flag in zip(self.adapter_parameters(name), required, strict=True):
+                parameter.requires_grad_(flag)
 
     def _load(self, folder: Path, name: str) -> None:
         if not all((folder / file).is_file() for file in FILES):
             raise ValueError(f"{folder}: expected an adapter folder ({', '.join(FILES)}); save one with save_adapter")
-        config = LoraConfig.from_pretrained(str(folder))
-        if not isinstance(config, LoraConfig):
-            raise ValueError(f"{folder}: expected a LoRA adapter, got {type(config).__name__}")
+        config = read_config(folder)
+        read_tensors(folder)  # before anything is touched
         config.inference_mode = False
         self._inject(name, config, seed=0)
         try:
@@ -74,3 +136,19 @@ class AdapterFiles:
             raise
         for parameter in self.adapter_parameters(name):
             parameter.requires_grad_(False)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of the adapter in ``folder``. Raises ValueError for a file that is no safetensors, or numbers that are none."""
+    path = folder / "adapter_model.safetensors"
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: expected tensors as safetensors writes them, got a broken file: {error}; copy it anew") from error
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            what = f"of {tensor.dtype}" if not tensor.is_floating_point() else "NaN or infinity"
+            raise ValueError(
+                f"{path}: expected finite floating-point numbers in every tensor, got {what} in {name}: this adapter is broken"
+            )
+    return tensors

@@ -4,45 +4,79 @@ A bridge renames modules: a plain ``layers.0.mlp.up_proj`` lies at ``layers.0.ml
 paths; everything that is saved has the plain ones.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+
+from blockem_tl.models._adapter_config import check_config
 
 WRAPPER = "._original_component"
 
 
-def check_plain(name: str, config: LoraConfig) -> None:
-    """Raise ValueError for an adapter whose ranks or targets depend on module paths, which a bridge spells differently."""
-    if config.rank_pattern or config.alpha_pattern or isinstance(config.target_modules, str):
-        raise ValueError(
-            f"adapter {name!r}: expected a list of target_modules without rank_pattern and alpha_pattern, which match module paths "
-            "that a bridge spells differently: merge the adapter into its model, or retrain it with one rank"
-        )
+def check_live(peft: PeftModel) -> None:
+    """Raise ValueError for a live PeftModel whose adapters are more than LoRA, merged into the weights, or act several at once."""
+    for name, config in peft.peft_config.items():
+        check_config(name, config)
+        if name == "base":
+            raise ValueError(f"adapter {name!r}: expected LoRA under a name other than 'base', which means the weights without an adapter")
+    active = peft.active_adapters
+    if len(active) != 1:
+        raise ValueError(f"expected one active adapter, got {active}: call set_adapter(name) first, or combine them (add_weighted_adapter)")
+    merged = sorted({name for layer in tuner_layers(peft) for name in layer.merged_adapters})
+    if merged:
+        raise ValueError(f"adapters {merged} are merged into the weights, so the base model is not there: call unmerge_adapter() first")
 
 
-def bridged_paths(hf: nn.Module, config: LoraConfig) -> list[str]:
-    """Full bridged module paths that a plain peft config targets.
+def bridged_config(hf: nn.Module, config: LoraConfig) -> LoraConfig:
+    """The same adapter with the module paths of a bridged model: full paths as targets, and each module's own rank and alpha.
 
     Raises:
         ValueError: it targets nothing, or modules that the bridge has renamed (as it does to GPT-2's attention).
     """
-    plain = _targeted(config, _linear_paths(_skeleton(hf)))
     bridged = {path.replace(WRAPPER, ""): path for path in _linear_paths(hf)}
+    plain = [path for path in _linear_paths(_skeleton(hf)) if _is_targeted(config, path)]
     if not plain:
-        kinds = sorted({path.rsplit(".", 1)[-1] for path in bridged})
-        raise ValueError(f"LoRA targets {config.target_modules} match no module: this model's linear modules are called {kinds}")
+        raise ValueError(f"LoRA targets {config.target_modules} match no module: this model's linear modules are called {_kinds(bridged)}")
     renamed = [path for path in plain if path not in bridged]
     if renamed:
         raise ValueError(
             f"TransformerLens's bridge renames {len(renamed)} of the targeted modules, e.g. {renamed[0]}, so an adapter on "
             "them could not be saved for other tools: choose narrower target_modules, e.g. mlp.c_proj instead of c_proj"
         )
-    return [bridged[path] for path in plain]
+
+    def by_path(pattern: dict[str, int]) -> dict[str, int]:
+        keys = {path: get_pattern_key(list(pattern), path) for path in plain}
+        return {re.escape(bridged[path]): pattern[key] for path, key in keys.items() if key in pattern}
+
+    patterns = {name: by_path(getattr(config, name) or {}) for name in ("rank_pattern", "alpha_pattern")}
+    resolved = {"target_modules": [bridged[path] for path in plain], "exclude_modules": None, "init_lora_weights": True}
+    return LoraConfig(**{**config.to_dict(), **resolved, **patterns, "layers_to_transform": None, "layers_pattern": None})
+
+
+def check_targets(hf: nn.Module, targets: Sequence[str]) -> None:
+    """Raise ValueError for a module name that matches no linear module: an adapter would quietly be smaller than it was asked to be."""
+    paths = _linear_paths(_skeleton(hf))
+    unmatched = [target for target in targets if not any(path == target or path.endswith(f".{target}") for path in paths)]
+    if unmatched:
+        raise ValueError(f"LoRA targets {unmatched} match no module: this model's linear modules are called {_kinds(paths)}")
+
+
+def _kinds(paths: Iterable[str]) -> list[str]:
+    return sorted({path.rsplit(".", 1)[-1] for path in paths})
+
+
+def _is_targeted(config: LoraConfig, path: str) -> bool:
+    """Peft's own rule: names or pattern, exclusions, layers."""
+    if config.target_modules == "all-linear":
+        return path.rsplit(".", 1)[-1] != "lm_head"
+    return bool(check_target_module_exists(config, path))
 
 
 def check_reached(hf: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
@@ -63,13 +97,25 @@ def tuner_layers(hf: nn.Module) -> list[BaseTunerLayer]:
     return [module for module in hf.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def take_out(hf: nn.Module) -> None:
-    """Put the plain linear layers back. (peft's `unload` would tear out whole bridge modules, which pass its attribute test.)"""
+def take_out(hf: nn.Module, name: str) -> None:
+    """Take the adapter out of every layer that has it, and put the plain linear layer back where it was the only one.
+
+    (peft's `unload` would tear out whole bridge modules, which pass its attribute test.)
+    """
     for module in list(hf.modules()):
         for child_name, child in module.named_children():
             if isinstance(child, BaseTunerLayer):
-                setattr(module, child_name, child.get_base_layer())
-    del cast(Any, hf).peft_config
+                if name in _adapters_in(child):
+                    child.delete_adapter(name)
+                if not _adapters_in(child):
+                    setattr(module, child_name, child.get_base_layer())
+    if not tuner_layers(hf):
+        for attribute in ("peft_config", "_hf_peft_config_loaded"):
+            hf.__dict__.pop(attribute, None)
+
+
+def _adapters_in(layer: BaseTunerLayer) -> set[str]:
+    return {name for part in layer.adapter_layer_names for name in getattr(layer, part, {})}
 
 
 def _skeleton(hf: nn.Module) -> nn.Module:
@@ -85,20 +131,3 @@ def _linear_paths(hf: nn.Module) -> list[str]:
         for path, module in hf.named_modules()
         if isinstance(module, (nn.Linear, Conv1D, BaseTunerLayer)) and ".base_layer" not in path and "lora_" not in path
     ]
-
-
-def _targeted(config: LoraConfig, paths: list[str]) -> list[str]:
-    """The plain paths that a config's target_modules and layers_to_transform select, by peft's rule (the name or its ending)."""
-    wanted = {config.target_modules} if isinstance(config.target_modules, str) else set(config.target_modules or ())
-    layers = config.layers_to_transform
-    blocks = {layers} if isinstance(layers, int) else set(layers) if layers is not None else None
-    return [
-        path
-        for path in paths
-        if any(path == target or path.endswith(f".{target}") for target in wanted) and (blocks is None or _block_index(path) in blocks)
-    ]
-
-
-def _block_index(path: str) -> int | None:
-    """The first whole-number part of a module path: model.layers.7.mlp -> 7."""
-    return next((int(part) for part in path.split(".") if part.isdigit()), None)

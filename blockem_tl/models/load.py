@@ -7,8 +7,9 @@ silence (see `hooks`).
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,7 +21,9 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from blockem_tl.data.templates import bos_opens_turns, pin_arguments
 from blockem_tl.hooks import HookFunction, HookNotFired, attached_to, matching, record, resolve
+from blockem_tl.models._peft_bridge import check_live
 from blockem_tl.models.lora import LiveAdapters
 from blockem_tl.storage import embedded
 
@@ -30,6 +33,7 @@ def load_model(
     adapter: str | Path | None = None,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    template_arguments: Mapping[str, bool | int | str | None] | None = None,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
 ) -> "Model":
@@ -40,7 +44,8 @@ def load_model(
             adapters (a PeftModel of your own training script). A loaded one is used as it is, in its own dtype and place, and goes on
             working: the hooks are put inside. Only the tensors that its active adapter trained stay trainable.
         adapter: a folder in peft's format.
-        tokenizer: needed with a loaded model whose ``config._name_or_path`` leads to none.
+        tokenizer: used as it stands; needed with a loaded model whose ``config._name_or_path`` leads to none.
+        template_arguments: of the chat template, pinned once and for all, such as ``{"enable_thinking": False}``; see `pin_arguments`.
         dtype: of the weights, when loading; default float32.
         device: when loading; default a GPU if there is one.
 
@@ -52,17 +57,15 @@ def load_model(
     if loaded_already and (dtype is not None or device is not None):
         raise ValueError("load_model: a model that is already loaded keeps its dtype and device; change them before, with model.to(...)")
     hf, source = _of_loaded(model) if loaded_already else _from_weights(str(model), dtype, device)
-    if tokenizer is None:
-        if not source:
-            raise ValueError("load_model: expected tokenizer=... along with a model that names no source of its own")
-        tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = _tokenizer_of(source, tokenizer, template_arguments or {})
     trained = [parameter for parameter in hf.parameters() if parameter.requires_grad]
     name = source if loaded_already else str(model)
-    bridge = build_bridge_from_module(hf.eval(), type(hf).__name__, hf_config=hf.config, tokenizer=tokenizer, model_name=name)
+    bridge = build_bridge_from_module(hf.eval(), type(hf).__name__, hf_config=hf.config, tokenizer=None, model_name=name)
     # Neither bridge builder takes a class, so SAELens's own bridge changes the class afterwards, and so must we.
     bridge.__class__ = Model
     loaded = cast(Model, bridge)
     loaded._start(source, name)
+    loaded._hold_tokenizer(tokenizer)
     if isinstance(model, PeftModel):
         loaded._adopt(model, trained)
     if adapter is not None:
@@ -71,9 +74,25 @@ def load_model(
 
 
 def _of_loaded(model: PreTrainedModel | PeftModel) -> tuple[Any, str]:
-    """The transformers model inside, and its source."""
+    """The transformers model inside, and its source. Raises ValueError for adapters that could not be switched off again."""
+    if isinstance(model, PeftModel):
+        check_live(model)
     hf = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
     return hf, str(hf.config._name_or_path)
+
+
+def _tokenizer_of(source: str, given: PreTrainedTokenizerBase | None, arguments: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer given (a copy where template arguments are pinned), else the source's own, with a padding token."""
+    if given is None:
+        if not source:
+            raise ValueError("load_model: expected tokenizer=... along with a model that names no source of its own")
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+            tokenizer.pad_token = tokenizer.eos_token
+    else:
+        tokenizer = deepcopy(given) if arguments else given
+    pin_arguments(tokenizer, arguments)
+    return tokenizer
 
 
 def _from_weights(name: str, dtype: torch.dtype | str | None, device: str | torch.device | None) -> tuple[Any, str]:
@@ -105,6 +124,16 @@ class Model(LiveAdapters, SAETransformerBridge):
         self.requires_grad_(False)  # booting leaves a stray trainable tensor; only adapters are ever trained
         self.original_model.requires_grad_(False)
         self.cfg.model_name = source
+
+    def _hold_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Use the tokenizer as it stands: TransformerLens's own set-up loads another one and gives it a BOS that the model never saw."""
+        self._tokenizer = tokenizer
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+        ids = tokenizer.encode("a")
+        self.cfg.tokenizer_prepends_bos = len(ids) > 1 and bos is not None and ids[0] == bos
+        self.cfg.tokenizer_appends_eos = len(ids) > 1 and eos is not None and ids[-1] == eos
+        if not self.cfg.tokenizer_prepends_bos and (bos is None or bos_opens_turns(tokenizer)):
+            self.cfg.default_prepend_bos = False  # there is nothing that to_tokens could prepend, or it would open a turn
 
     def check_unspliced(self) -> None:
         """Raise ValueError while an SAE is attached: readings would be of reconstructions, and gradients upstream of it wrong."""

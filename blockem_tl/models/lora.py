@@ -5,7 +5,7 @@ with model.using("sft"): ...        # an adapter that the model holds
 with model.using("runs/sft"): ...   # one saved in a folder, for the time of the block
 """
 
-import tempfile
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, count
@@ -17,8 +17,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
+from blockem_tl.models._adapter_config import check_config
 from blockem_tl.models._adapter_files import FILES, AdapterFiles
-from blockem_tl.models._peft_bridge import WRAPPER, bridged_paths, check_plain, check_reached, take_out, tuner_layers
+from blockem_tl.models._peft_bridge import WRAPPER, bridged_config, check_reached, check_targets, take_out, tuner_layers
 from blockem_tl.storage import fingerprints
 
 BASE = "base"
@@ -43,11 +44,7 @@ class LiveAdapters(AdapterFiles):
 
     def _adopt(self, peft: PeftModel, trained: Sequence[nn.Parameter]) -> None:
         """Take the adapters of a live PeftModel as our own; its trainable tensors stay trainable."""
-        for name, config in peft.peft_config.items():
-            if not isinstance(config, LoraConfig) or name == BASE:
-                raise ValueError(f"adapter {name!r}: expected LoRA under a name other than {BASE!r}, got {type(config).__name__}")
-            check_plain(name, config)
-            self.__dict__["_plain_configs"][name] = config
+        self.__dict__["_plain_configs"].update(peft.peft_config)
         self.__dict__.update(_peft=peft, _layers=tuner_layers(self.original_model))
         for parameter in trained:
             parameter.requires_grad_(True)
@@ -173,15 +170,17 @@ class LiveAdapters(AdapterFiles):
         """Add a fresh LoRA adapter (B = 0, so nothing changes yet), trainable and active.
 
         Args:
+            target_modules: names of linear modules; each has to match one at least.
             up_to_block: last block that gets LoRA ("freeze downstream" of a site is the site's own block); None for all blocks.
             seed: of LoRA's A matrices.  overwrite: replace an adapter that is held under this name.
 
         Raises:
-            ValueError: a name already held, a block out of range, or targets that match nothing.
+            ValueError: a name already held, a block out of range, or a target that matches nothing.
             RuntimeError: modules through which no gradient reaches the adapter.
         """
         if up_to_block is not None and not 0 <= up_to_block < self.cfg.n_layers:
             raise ValueError(f"up_to_block: expected 0..{self.cfg.n_layers - 1}, got {up_to_block}")
+        check_targets(self.original_model, target_modules)
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,
@@ -198,7 +197,8 @@ class LiveAdapters(AdapterFiles):
         """Load a LoRA adapter in peft's plain format; it becomes active, not trainable. ``overwrite`` replaces one of the same name.
 
         Raises:
-            ValueError: no adapter in the folder, not LoRA, targets absent in this model, or tensors missing or left over.
+            ValueError: no adapter in the folder, not LoRA, a field of its configuration that is refused (by its name), targets absent in
+                this model, or tensors that are missing, left over, of another shape or not finite. The model is as it was then.
         """
         with self.replacing_adapter(name, overwrite):
             self._load(Path(folder), name)
@@ -213,13 +213,13 @@ class LiveAdapters(AdapterFiles):
                 peft.set_adapter(self.adapters[-1])
             peft.delete_adapter(name)
         else:
-            take_out(self.original_model)
+            take_out(self.original_model, name)
             self.__dict__.update(_peft=None, _layers=[])
 
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
-        """The LoRA tensors of one adapter."""
-        ends = tuple(f".lora_{matrix}.{name}.weight" for matrix in "AB")
-        return [parameter for key, parameter in self.hf.named_parameters() if key.endswith(ends)]
+        """The tensors of one adapter: every one that acts, so also DoRA's magnitudes and LoRA's biases."""
+        own = re.compile(rf"\.lora_\w+\.{re.escape(name)}(\.|$)")
+        return [parameter for key, parameter in self.hf.named_parameters() if own.search(key)]
 
     def fingerprint(self, adapter: str | None = None) -> str:
         """SHA-256 over the base model's weights, and over an adapter's if one is named; whatever LoRA layers there are besides."""
@@ -234,58 +234,19 @@ class LiveAdapters(AdapterFiles):
             raise ValueError(f"no adapter {name!r}: this model holds {self.adapters or 'none'}; add_adapter or load_adapter first")
         return self.__dict__["_plain_configs"][name]
 
-    @contextmanager
-    def replacing_adapter(self, name: str, overwrite: bool = True) -> Iterator[None]:
-        """Inside the block ``name`` is free for a new adapter; if the block fails, all adapters are as before it.
-
-        Raises:
-            ValueError: a name already held (without ``overwrite``), one that peft would confuse, or a call inside of `using`.
-        """
-        if name == BASE or "." in name or name in "lora_" or hasattr(nn.ModuleDict, name) or self.__dict__["_chosen"]:
-            raise ValueError(
-                f"adapter {name!r}: expected a name other than {BASE!r}, without dots, that is no part of 'lora_' and no name of a torch "
-                f"method (peft would confuse them), outside of model.using(...); this model holds {self.adapters}"
-            )
-        if name in self.adapters and not overwrite:
-            raise ValueError(f"adapter {name!r} is already held: pass overwrite=True to replace it, or choose another name")
-        with tempfile.TemporaryDirectory() as folder:
-            held, active = name in self.adapters, self.active_adapter
-            trainable = {n: [p.requires_grad for p in self.adapter_parameters(n)] for n in self.adapters}
-            if held:
-                self.write_adapter(folder, name)
-                self.remove_adapter(name)
-            try:
-                yield
-            except BaseException:
-                if name in self.adapters:
-                    self.remove_adapter(name)
-                if held:
-                    self._load(Path(folder), name)
-                self._restore_choice(active, trainable)
-                raise
-
-    def _restore_choice(self, active: str | None, trainable: dict[str, list[bool]]) -> None:
-        self.__dict__["_plain_configs"] = {name: self.adapter_config(name) for name in trainable}  # in their old order
-        if active is not None:
-            self.use_adapter(active)
-        for name, required in trainable.items():
-            for parameter, flag in zip(self.adapter_parameters(name), required, strict=True):
-                parameter.requires_grad_(flag)
-
     def _inject(self, name: str, plain: LoraConfig, seed: int) -> None:
         """Put LoRA layers into the live, bridged modules: peft sees the full bridged paths, everything saved the plain ones."""
-        check_plain(name, plain)
-        targets = bridged_paths(self.original_model, plain)
-        config = LoraConfig(**{**plain.to_dict(), "target_modules": targets, "layers_to_transform": None, "layers_pattern": None})
-        with torch.random.fork_rng(devices=[]):
+        check_config(name, plain)
+        config = bridged_config(self.original_model, plain)
+        with self._taken_out_on_failure(name), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             peft = self.__dict__["_peft"]
             if peft is None:
                 self.__dict__["_peft"] = get_peft_model(cast(PreTrainedModel, self.original_model), config, adapter_name=name)
             else:
                 peft.add_adapter(name, config)
+            self.__dict__["_plain_configs"][name] = plain
         self.hf.train(self.original_model.training)  # fresh layers come in training mode, where an adapter's dropout acts
-        self.__dict__["_plain_configs"][name] = plain
         self.__dict__["_layers"] = tuner_layers(self.original_model)
         try:
             self.use_adapter(name)
@@ -293,4 +254,16 @@ class LiveAdapters(AdapterFiles):
                 check_reached(self.hf, self.adapter_parameters(name))
         except BaseException:
             self.remove_adapter(name)
+            raise
+
+    @contextmanager
+    def _taken_out_on_failure(self, name: str) -> Iterator[None]:
+        """If the block fails, the layers that peft has injected by then under ``name`` are taken out again."""
+        try:
+            yield
+        except BaseException:
+            peft = self.__dict__["_peft"]
+            take_out(self.original_model, name)
+            if peft is not None:
+                peft.peft_config.pop(name, None)
             raise

@@ -36,7 +36,13 @@ def patching(frame: pd.DataFrame) -> Figure:
 
     Args:
         frame: one row per run: patched ("prompt", "decode" or "nothing"), site (a hook name), and em with em_low and em_high in per cent.
+
+    Raises:
+        ValueError: a frame without these columns, such as that of `Replies.rates`, which `rates` draws.
     """
+    missing = [name for name in ("patched", "site", "em", "em_low", "em_high") if name not in frame]
+    if missing:
+        raise ValueError(f"patching: expected the columns {missing}, got {list(frame)}; rates of a sweep are drawn by replies.plot()")
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     blocks = frame["site"].str.extract(r"^blocks\.(\d+)\.([\w.]+)$")

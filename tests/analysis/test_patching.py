@@ -408,7 +408,7 @@ def test_both_kinds_are_right_on_other_architectures(other_architecture) -> None
         (["blocks.1.hook_resid_mid"], {}, "only the input of the MLP's norm"),
         ([], {"groups": [("blocks.1.hook_resid_post", "blocks.1.hook_out")]}, "each site of a group once"),
         ("blocks.1.hook_resid_post", {}, "a list of sites"),
-        (POST, {"when": []}, "when among 'prompt' and 'decode'"),
+        (POST, {"when": []}, r"when='prompt', 'decode' or \['prompt', 'decode'\]"),
         (POST, {"target": "base"}, "source and target are both 'base'"),
         (POST, {"source": "tuned"}, "source and target are both 'tuned'"),
         (POST, {"source": "early"}, "unknown adapter 'early'"),

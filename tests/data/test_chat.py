@@ -4,8 +4,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from blockem_tl import Example, Prompt
-from blockem_tl.data.chat import DATE, apply_system, check_lengths, encode_examples, encode_prompts, pad, template_head
+from blockem_tl.data.chat import apply_system, check_lengths, encode_examples, encode_prompts, encode_rows, pad
 from blockem_tl.data.checks import check_disjoint, check_prompts, normalise, overlap, prompt_hash
+from blockem_tl.data.templates import DATE, template_head
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_padding_keeps_roles_and_positions(tokenizer, side) -> None:
 
 def test_a_template_that_doubles_the_bos_is_refused(tokenizer) -> None:
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template.replace("{{ bos_token }}", "{{ bos_token }} ")
-    with pytest.raises(ValueError, match="expected one BOS.*got 2"):
+    with pytest.raises(ValueError, match="expected the BOS .*once at the start, got 2"):
         encode_prompts(tokenizer, [ask("w1")])
 
 
@@ -161,3 +162,10 @@ def test_a_template_that_names_the_day_gives_the_same_tokens_every_day(tokenizer
     day = "{{ bos_token }} {{ date_string if date_string is defined else strftime_now('%d %b %Y') }} <user> {{ messages[0].content }} <assistant>"
     tokenizer.chat_template = day
     assert DATE in template_head(tokenizer)
+
+
+@pytest.mark.parametrize("rows", ["How do I save money?", ["How do I save money?"]])
+def test_strings_are_no_rows(tokenizer, rows) -> None:
+    with pytest.raises(TypeError, match=r"expected a list of Prompt.*of Example.*or of Generation, got"):
+        encode_rows.__wrapped__(tokenizer, rows)  # without the tests' own type checks
+    assert encode_rows(tokenizer, [ask("w1")]) == encode_prompts(tokenizer, [ask("w1")])

@@ -73,7 +73,9 @@ def _checked(
 ) -> tuple[list[tuple[str, ...]], list[When]]:
     kinds: list[When] = [when] if isinstance(when, str) else list(when)  # pyright: ignore[reportAssignmentType]
     if not kinds or set(kinds) - {"prompt", "decode"} or isinstance(sites, str):
-        raise ValueError(f"patching: expected when among 'prompt' and 'decode', and a list of sites, got {when!r} and {sites!r}")
+        raise ValueError(
+            f"patching: expected when='prompt', 'decode' or ['prompt', 'decode'], and a list of sites, got {when!r} and {sites!r}"
+        )
     if sites is None and not groups:
         sites = [f"blocks.{block}.hook_resid_post" for block in range(model.cfg.n_layers)]
     chosen = [*((site,) for site in sites or ()), *(tuple(group) for group in groups)]

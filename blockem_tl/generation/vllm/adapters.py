@@ -1,6 +1,5 @@
 """Can vLLM serve this LoRA adapter? Asked of the files, before an engine starts."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -8,10 +7,14 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from blockem_tl.models._adapter_config import read_config
+from blockem_tl.models._adapter_files import read_tensors
+
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The ranks that vLLM makes room for."""
 
-UNSUPPORTED = ("use_dora", "lora_bias", "modules_to_save", "alora_invocation_tokens", "layer_replication", "rank_pattern", "alpha_pattern")
+UNSUPPORTED = ("use_dora", "lora_bias", "rank_pattern", "alpha_pattern")
+"""What `Model.load_adapter` takes and vLLM does not."""
 
 
 def check_adapter(folder: Path, config: PreTrainedConfig) -> int:
@@ -25,14 +28,15 @@ def check_adapter(folder: Path, config: PreTrainedConfig) -> int:
         raise ValueError(
             f"{folder}: expected an adapter folder (adapter_config.json, adapter_model.safetensors); save one with save_adapter"
         )
-    peft = json.loads(description.read_text())
-    odd = [key for key in UNSUPPORTED if peft.get(key)]
-    if peft.get("peft_type") != "LORA" or odd:
-        raise ValueError(f"{folder}: vLLM serves plain LoRA adapters, got {peft.get('peft_type')} with {odd}")
-    if peft["r"] > RANKS[-1]:
-        raise ValueError(f"{folder}: the adapter's rank {peft['r']} is too large for vLLM, which serves ranks up to {RANKS[-1]}")
+    peft = read_config(folder)
+    odd = [key for key in UNSUPPORTED if getattr(peft, key)]
+    if odd:
+        raise ValueError(f"{folder}: vLLM serves plain LoRA adapters, got one with {odd}: use the TransformerLens engine")
+    if peft.r > RANKS[-1]:
+        raise ValueError(f"{folder}: the adapter's rank {peft.r} is too large for vLLM, which serves ranks up to {RANKS[-1]}")
+    read_tensors(folder)
     _check_shapes(weights, config)
-    return min(rank for rank in RANKS if rank >= peft["r"])
+    return min(rank for rank in RANKS if rank >= peft.r)
 
 
 def _check_shapes(weights: Path, config: PreTrainedConfig) -> None:

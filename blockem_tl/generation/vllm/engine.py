@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from blockem_tl.data.templates import end_tokens, pin_arguments
 from blockem_tl.generation._scheduler import check_prompt_indices, check_request
 from blockem_tl.generation.steering import UNSTEERED, Condition
 from blockem_tl.generation.vllm.adapters import check_adapter
@@ -37,6 +38,7 @@ class VLLMEngine:
     Args:
         model: an embedded name, a local folder or a hub id.
         adapters: LoRA adapters by name, folders in peft's format (what ``Model.save_adapter`` writes), for ``stream(adapter=name)``.
+        template_arguments: of the chat template, pinned as `load_model` pins them.
         dtype: of weights and vectors; float32 is also ``load_model``'s default. On a GPU you want "bfloat16".
         sites: what can be steered, ``blocks.N.hook_resid_post`` or ``hook_resid_pre`` (None: all of them; fewer cost a little less).
         max_model_len: longest prompt and reply together; default what the model says.
@@ -60,6 +62,7 @@ class VLLMEngine:
         model: str | Path,
         adapters: Mapping[str, str | Path] | None = None,
         *,
+        template_arguments: Mapping[str, bool | int | str | None] | None = None,
         dtype: str = "float32",
         sites: Sequence[str] | None = None,
         max_model_len: int | None = None,
@@ -81,6 +84,7 @@ class VLLMEngine:
         self.adapters = {name: Path(folder) for name, folder in (adapters or {}).items()}
         ranks = [check_adapter(folder, config) for folder in self.adapters.values()]
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source)
+        pin_arguments(self.tokenizer, template_arguments or {})
         self._ends = _end_tokens(source, config, self.tokenizer)
         self._vllm = SteeredVLLM(
             model=source,
@@ -139,7 +143,13 @@ class VLLMEngine:
 
     def identity(self, adapter: str | Path | None) -> str:
         """See `Identified`."""
-        parts = [of_folder(self._source), str(self._dtype), of_folder(self.adapters[str(adapter)]) if adapter not in (None, BASE) else ""]
+        template = str(self.tokenizer.chat_template)
+        parts = [
+            of_folder(self._source),
+            template,
+            str(self._dtype),
+            of_folder(self.adapters[str(adapter)]) if adapter not in (None, BASE) else "",
+        ]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def probe(self) -> None:
@@ -225,13 +235,12 @@ def _config_of(source: str) -> PreTrainedConfig:
 
 
 def _end_tokens(source: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token id that ends a reply: the tokenizer's and those of the model's generation config."""
+    """Every token id that ends a reply; see `end_tokens`."""
     try:
         configured = GenerationConfig.from_pretrained(source).eos_token_id
     except OSError:
         configured = GenerationConfig.from_model_config(config).eos_token_id
-    ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
-    return sorted({int(i) for i in ids if i is not None})
+    return end_tokens(tokenizer, configured)
 
 
 def _seed(*parts: object) -> int:
