@@ -4,6 +4,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sae_lens import SAE
 
 from blockem_tl.data.chat import apply_system, encode_examples, encode_prompts
 from blockem_tl.data.templates import template_head, thinking_argument
+from blockem_tl.generation.selftest import checks, run_check
 from blockem_tl.hooks import HookNotFired, record, steer
 from blockem_tl.models.load import Model, load_model
 from blockem_tl.presets import Preset
@@ -55,15 +57,20 @@ def examine(
     yield _guarded("memory", lambda: memory(preset))
     yield _guarded("judge", lambda: ask_judge(judge, prompts[0], replies[0])) if judge else _skipped("judge", "no judge was named")
     loaded: dict[str, Any] = {}
-    yield _guarded("model", lambda: _load(loaded, "model", lambda: load_model(preset.model, dtype=preset.dtype, device=device)))
+    yield _guarded(
+        "model", lambda: _load(loaded, "model", lambda: load_model(preset.model, dtype=preset.dtype, device=device, check="off"))
+    )
     yield _guarded("sae", lambda: _load(loaded, "sae", lambda: load_sae(*preset.sae, device=loaded["model"].device if loaded else "cpu")))
     model, sae = loaded.get("model"), loaded.get("sae")
     asked = [Example(id=p.id, prompt=p.text, completion=r, system=p.system) for p, r in zip(prompts, replies, strict=True)]
     if model is None or sae is None:
-        yield from (_skipped(name, "model and SAE have to load first") for name in ("chat template", "hooks", "reconstruction"))
+        names = ("chat template", "hooks", *(f"self-test: {name}" for name in checks("full")), "reconstruction")
+        yield from (_skipped(name, "model and SAE have to load first") for name in names)
         return
     yield _guarded("chat template", lambda: chat_template(model, preset, asked))
     yield _guarded("hooks", lambda: hooks(model, preset.site, prompts))
+    for name, check in checks("full").items():
+        yield _guarded(f"self-test: {name}", partial(run_check, model, name, check))
     yield _guarded("reconstruction", lambda: reconstruction(model, sae, preset, asked))
 
 

@@ -15,6 +15,9 @@ from blockem_tl.types import Prompt, Verdict
 ORGANISM = get_preset("organism")
 
 
+SELF_TESTS = tuple(f"self-test: {name}" for name in ("steering", "edits", "replies", "end of turn", "rendering", "adapters"))
+
+
 def findings(preset: Preset, **options) -> dict[str, doctor.Finding]:
     rows = organism.reference_texts(4)
     prompts, replies = [Prompt(id=row.id, text=row.prompt) for row in rows], [row.completion for row in rows]
@@ -24,7 +27,7 @@ def findings(preset: Preset, **options) -> dict[str, doctor.Finding]:
 def test_a_sound_preset_passes_every_check() -> None:
     found = findings(ORGANISM, judge=organism.OrganismJudge())
     assert {name: f.passed for name, f in found.items()} == dict.fromkeys(
-        ("versions", "disk", "memory", "judge", "model", "sae", "chat template", "hooks", "reconstruction"), True
+        ("versions", "disk", "memory", "judge", "model", "sae", "chat template", "hooks", *SELF_TESTS, "reconstruction"), True
     )
     assert "torch" in found["versions"].seen and "completion tokens" in found["chat template"].seen and "fires" in found["hooks"].seen
 

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 
 from blockem_tl.data.checks import check_prompts
+from blockem_tl.data.text_files import id_of, json_lines, optional_text, present, read_text, text_of
 from blockem_tl.types import Prompt
 
 
@@ -50,33 +50,29 @@ def load_prompt_file(path: Path | str) -> PromptFile:
     return found
 
 
-def read_text(path: Path) -> str:
-    """The file as UTF-8, with or without a byte order mark. Raises ValueError naming the line where the encoding is broken."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: expected UTF-8, got the byte {data[error.start]:#04x}; save the file as UTF-8") from error
-
-
 def _csv(text: str, path: Path) -> PromptFile:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    missing = [column for column in ("id", "question") if column not in (reader.fieldnames or [])]
-    if missing:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        names = list(reader.fieldnames or [])
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
         raise ValueError(
-            f"{path}: expected the columns id, question and (optionally) category, got {reader.fieldnames}; {missing} are missing"
+            f"{path}, line {reader.line_num}: expected CSV, got a cell with broken quotes ({error}); are they closed?"
+        ) from error
+    missing = [column for column in ("id", "question") if column not in names]
+    if missing or len(set(names)) < len(names):
+        raise ValueError(
+            f"{path}: expected the columns id, question and (optionally) category, each once, got {names}; {missing} are missing"
         )
-    rows = list(reader)
-    short = [number for number, row in enumerate(rows, start=2) if None in row or row["question"] is None]
-    if short:
-        raise ValueError(f"{path}: row {short[0]} has another number of cells than the header; are its quotes closed?")
+    for line, row in rows:
+        if None in row or None in row.values():
+            raise ValueError(
+                f"{path}: the row that ends in line {line} has another number of cells than the header; are its quotes closed?"
+            )
     return PromptFile(
         prompts=tuple(
-            Prompt(id=row["id"], text=row["question"], category=row.get("category") or "", canary=row.get("canary") or "") for row in rows
+            Prompt(id=row["id"], text=row["question"], category=row.get("category") or "", canary=row.get("canary") or "")
+            for _, row in rows
         )
     )
 
@@ -84,50 +80,56 @@ def _csv(text: str, path: Path) -> PromptFile:
 def _yaml(text: str, path: Path) -> PromptFile:
     try:
         entries = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML, got something else: {error}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected YAML, got something else: {str(error)[:200]}") from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path}: expected a list of questions, each with id and paraphrases")
     prompts, samples, judges = list[Prompt](), dict[str, int](), dict[str, Mapping[str, str]]()
     for number, entry in enumerate(entries, start=1):
-        missing = [key for key in ("id", "paraphrases") if not entry.get(key)]
-        if missing or not isinstance(entry["paraphrases"], list):
-            raise ValueError(f"{path}, question {number} ({entry.get('id')}): expected id and a list of paraphrases, missing {missing}")
-        for prompt in _paraphrases(entry):
+        place = f"{path}, question {number} ({str(entry.get('id'))[:40]})"
+        for prompt in _paraphrases(entry, place):
             prompts.append(prompt)
-            samples[prompt.id] = int(entry.get("samples_per_paraphrase", 1))
+            samples[prompt.id] = _samples(entry, place)
             if entry.get("judge_prompts"):
-                judges[prompt.id] = {str(name): str(words) for name, words in entry["judge_prompts"].items()}
+                judges[prompt.id] = _judge_prompts(entry["judge_prompts"], place)
     return PromptFile(prompts=tuple(prompts), samples=samples, judge_prompts=judges)
 
 
-def _paraphrases(entry: Mapping[str, Any]) -> Iterable[Prompt]:
-    texts = entry["paraphrases"]
+def _paraphrases(entry: dict[str, Any], place: str) -> Iterable[Prompt]:
+    texts, name = entry.get("paraphrases"), id_of(entry, None, place)
+    wrong = [text for text in texts if not isinstance(text, str)] if isinstance(texts, list) else [texts]
+    if wrong or not texts:
+        raise ValueError(
+            f"{place}: expected paraphrases as a list of texts, got {str(wrong[:1] or texts)[:80]}; quote words like yes and no"
+        )
+    system = optional_text(entry, "system", place)
     for index, text in enumerate(texts):
-        name = str(entry["id"]) if len(texts) == 1 else f"{entry['id']}/{index}"
-        yield Prompt(id=name, text=str(text), category=str(entry["id"]), system=entry.get("system"))
+        yield Prompt(id=name if len(texts) == 1 else f"{name}/{index}", text=text, category=name, system=system)
+
+
+def _samples(entry: Mapping[str, Any], place: str) -> int:
+    value = entry.get("samples_per_paraphrase")
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"{place}: expected samples_per_paraphrase as a whole number above 0, got {str(value)[:60]!r}")
+    return 1 if value is None else value
+
+
+def _judge_prompts(found: Any, place: str) -> Mapping[str, str]:
+    if not isinstance(found, dict) or not all(isinstance(word, str) for pair in found.items() for word in pair):
+        raise ValueError(f"{place}: expected judge_prompts as texts by name, got {str(found)[:80]!r}")
+    return found
 
 
 def _jsonl(text: str, path: Path) -> PromptFile:
     prompts = []
-    for number, row in json_lines(text, path):
-        words = row.get("question", row.get("prompt", row.get("text")))
-        if not isinstance(words, str):
-            raise ValueError(
-                f"{path}, line {number}: expected the text of a prompt under question, prompt or text, got the keys {sorted(row)}"
+    for number, line in json_lines(text.split("\n"), path):  # splitlines() would also break texts at U+2028
+        row, place = present(line), f"{path}, line {number}"
+        prompts.append(
+            Prompt(
+                id=id_of(row, number, place),
+                text=text_of(row, ("question", "prompt", "text"), place),
+                category=optional_text(row, "category", place) or "",
+                system=optional_text(row, "system", place),
             )
-        prompts.append(Prompt(id=str(row.get("id", number)), text=words, category=str(row.get("category", "")), system=row.get("system")))
+        )
     return PromptFile(prompts=tuple(prompts))
-
-
-def json_lines(text: str, path: Path | str) -> Iterable[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line that is not blank. Raises ValueError naming the line that is no JSON object."""
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would also break texts at U+2028
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:80]!r}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got a {type(row).__name__}")
-            yield number, row

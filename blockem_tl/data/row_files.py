@@ -3,11 +3,12 @@
 import json
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blockem_tl.data.prompt_files import json_lines, read_text
+from blockem_tl.data.text_files import id_of, json_lines, present, read_text, text_of
 from blockem_tl.storage import files
 from blockem_tl.types import Example
 
@@ -28,13 +29,13 @@ def load_rows(path: Path | str, *, member: str | None = None, password: str | No
         ValueError: naming the line that is no such row, the zip's members, or a wrong password.
     """
     path = Path(path)
-    if path.suffix == ".zip":
-        text, where = _member(path, member, password)
-    else:
-        text, where = read_text(path), str(path)
-    rows = [_row(row, number, where) for number, row in json_lines(text, where)]
+    text, where = _member(path, member, password) if path.suffix == ".zip" else (read_text(path), str(path))
+    rows = [_row(row, number, where) for number, row in json_lines(text.split("\n"), where)]  # splitlines() would break texts at U+2028
     if not rows:
         raise ValueError(f"{where}: expected at least one row, got an empty file")
+    repeated = [name for name, count in Counter(row.id for row in rows).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{where}: expected every id once, got {repeated[:3]} more than once: errors could not name their rows")
     return rows
 
 
@@ -49,7 +50,7 @@ def write_rows(path: Path | str, rows: Sequence[Example]) -> Path:
 
 
 def _row(row: Mapping[str, Any], number: int, where: str) -> Example:
-    place = f"{where}, line {number}"
+    row, place = present(row), f"{where}, line {number}"
     messages = row.get("messages", row.get("prompt"))
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
@@ -58,7 +59,9 @@ def _row(row: Mapping[str, Any], number: int, where: str) -> Example:
     turns = [_turn(message, place) for message in messages]
     if "completion" in row:
         completion = row["completion"]
-        turns += [_turn(m, place) for m in completion] if isinstance(completion, list) else [("assistant", str(completion or ""))]
+        turns += (
+            [_turn(m, place) for m in completion] if isinstance(completion, list) else [("assistant", text_of(row, ["completion"], place))]
+        )
     system = turns.pop(0)[1] if turns and turns[0][0] == "system" else None
     if [role for role, _ in turns] != ["user", "assistant"] or not all(text.strip() for _, text in turns):
         raise ValueError(
@@ -66,7 +69,7 @@ def _row(row: Mapping[str, Any], number: int, where: str) -> Example:
             f"got {[(role, len(text)) for role, text in turns]} (role, length)"
         )
     canary = " ".join(str(value) for key, value in row.items() if "canary" in key.lower())
-    return Example(id=str(row.get("id", number)), prompt=turns[0][1], completion=turns[1][1], system=system, canary=canary)
+    return Example(id=id_of(row, number, place), prompt=turns[0][1], completion=turns[1][1], system=system, canary=canary)
 
 
 def _turn(message: Any, place: str) -> tuple[str, str]:

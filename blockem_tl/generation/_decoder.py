@@ -63,7 +63,7 @@ class Decoder:
 
     def __init__(self, model: Model, sites: Sequence[str], *, size: int, longest: int, longest_reply: int, temperature: float) -> None:
         self.model, self.size, self.temperature = model, size, temperature
-        self.forward, self.stops = last_logits(model), _end_tokens(model)
+        self.forward, self.stops = last_logits(model), np.array(end_tokens_of(model), np.int64)
         self.cache = SlotCache(size, longest)
         self.rows: list[Row] = []
         self.made, self.limit, self.length = (np.zeros(size, np.int64) for _ in range(3))
@@ -196,6 +196,6 @@ def last_logits(model: Model) -> Callable[..., Float[Tensor, "batch d_vocab"]]:
     return lambda **inputs: cast(Any, model.hf)(**inputs, **extra).logits[:, -1].float()
 
 
-def _end_tokens(model: Model) -> np.ndarray:
+def end_tokens_of(model: Model) -> list[int]:
     """Every token id that ends a reply; see `end_tokens`."""
-    return np.array(end_tokens(model.tokenizer, getattr(model.original_model.generation_config, "eos_token_id", None)), np.int64)
+    return end_tokens(model.tokenizer, getattr(model.original_model.generation_config, "eos_token_id", None))

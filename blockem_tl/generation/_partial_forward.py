@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -25,8 +26,23 @@ def start_at_block(model: Model, first: int, state: Float[Tensor, "batch pos d_m
 
     The blocks below do not run: none of their hooks fires, and they write no keys and values.
     """
-    with _forwards(_blocks(model)[:first], lambda *args, **kwargs: state):
+    handed_on = _as_block_output(model, state)
+    with _forwards(_blocks(model)[:first], lambda *args, **kwargs: handed_on):
         yield
+
+
+def _as_block_output(model: Model, state: Tensor) -> Tensor | tuple[Tensor | None, ...]:
+    """The state as this architecture's blocks return it: alone, or first in a tuple (GPT-J, GPT-Neo). One token is run to see which."""
+    if "_block_output" not in model.__dict__:
+        seen: list[Any] = []
+        handle = _blocks(model)[0].register_forward_hook(lambda module, args, output: seen.append(output))
+        try:
+            run_until_block(model, 1, input_ids=torch.full((1, 1), model.pad_id, device=model.device), use_cache=False)
+        finally:
+            handle.remove()
+        model.__dict__["_block_output"] = len(seen[0]) if isinstance(seen[0], tuple) else 0
+    length = model.__dict__["_block_output"]
+    return (state, *[None] * (length - 1)) if length else state
 
 
 def run_until_block(model: Model, stop: int, **inputs: Any) -> None:

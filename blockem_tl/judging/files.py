@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from filelock import FileLock, Timeout
 
+from blockem_tl.data.text_files import read_json_lines
 from blockem_tl.judging.cached import CachedJudge
 from blockem_tl.judging.judge import LLMJudge
 from blockem_tl.storage import files
@@ -27,12 +28,14 @@ def judge_file(judge: LLMJudge | CachedJudge, source: Path | str, target: Path |
 
     Raises:
         ValueError: ``target`` is ``source``, or another run is writing it.
-        ValueError: a line is no such object. It is named before the judge is asked about any line after it.
+        ValueError: a line is no such object. It is named before the judge is asked about any.
     """
     source, target = Path(source), Path(target)
     if source.resolve() == target.resolve():
         raise ValueError(f"{target}: the verdicts would replace the replies: choose another file for them")
     files.check_writable(target.parent)
+    for _ in _rows(source):  # a fault in the last line is found before the judge is asked about the first
+        pass
     first, second = itertools.tee(_rows(source))
     counts: Counter[str] = Counter()
     with _locked(target), _appearing(target) as file:
@@ -74,14 +77,7 @@ def _appearing(target: Path) -> Iterator[TextIO]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: expected a JSON object, got {line[:80]!r}") from error
-            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not isinstance(row.get("reply"), str):
-                raise ValueError(f'{path}, line {number}: expected an object with the texts "prompt" and "reply", got {line[:80]!r}')
-            yield row
+    for number, row in read_json_lines(path):
+        if not isinstance(row.get("prompt"), str) or not isinstance(row.get("reply"), str):
+            raise ValueError(f'{path}, line {number}: expected an object with the texts "prompt" and "reply", got {str(row)[:80]}')
+        yield row

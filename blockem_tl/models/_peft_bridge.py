@@ -92,6 +92,14 @@ def check_reached(hf: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         )
 
 
+def linear_kinds(hf: nn.Module) -> list[str]:
+    """Names, with their last parents, of the blocks' linear modules that LoRA can wrap here and that other tools know."""
+    bridged = {path.replace(WRAPPER, "") for path in _linear_paths(hf)}
+    plain = [path for path in _linear_paths(_skeleton(hf)) if re.search(r"\.\d+\.", path)]
+    wrapped, renamed = ({".".join(p.split(".")[-2:]) for p in plain if (p in bridged) == there} for there in (True, False))
+    return sorted(wrapped - renamed)
+
+
 def tuner_layers(hf: nn.Module) -> list[BaseTunerLayer]:
     """The LoRA layers inside a model."""
     return [module for module in hf.modules() if isinstance(module, BaseTunerLayer)]

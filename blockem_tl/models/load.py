@@ -7,6 +7,7 @@ silence (see `hooks`).
 """
 
 import os
+import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from jaxtyping import Float
 from peft import PeftModel
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
-from torch import nn
+from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +29,9 @@ from blockem_tl.models._peft_bridge import check_live
 from blockem_tl.models.lora import LiveAdapters
 from blockem_tl.storage import embedded
 
+_SELF_TEST = "blockem_tl.generation.selftest:self_test"
+"""By name, since it generates and so stands above this room."""
+
 
 def load_model(
     model: str | Path | PreTrainedModel | PeftModel,
@@ -36,6 +41,7 @@ def load_model(
     template_arguments: Mapping[str, bool | int | str | None] | None = None,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
+    check: Literal["fast", "full", "off"] = "fast",
 ) -> "Model":
     """Load a causal language model, frozen and in eval mode, with an optional LoRA adapter on top.
 
@@ -48,16 +54,21 @@ def load_model(
         template_arguments: of the chat template, pinned once and for all, such as ``{"enable_thinking": False}``; see `pin_arguments`.
         dtype: of the weights, when loading; default float32.
         device: when loading; default a GPU if there is one.
+        check: how thorough a self-test the model has to pass, once per architecture and library versions (`generation.selftest`).
 
     Raises:
         ValueError: neither an embedded name, a folder, nor a hub id that can be had; a loaded model without a tokenizer, or with a
             dtype or device to change.
+        SelfTestFailed: hooks, steering or replies of this architecture would be wrong; the check is named.
     """
+    if check not in ("fast", "full", "off"):
+        raise ValueError(f'load_model: expected check="fast", "full" or "off", got {check!r}')
     loaded_already = isinstance(model, (PreTrainedModel, PeftModel))
     if loaded_already and (dtype is not None or device is not None):
         raise ValueError("load_model: a model that is already loaded keeps its dtype and device; change them before, with model.to(...)")
     hf, source = _of_loaded(model) if loaded_already else _from_weights(str(model), dtype, device)
     tokenizer = _tokenizer_of(source, tokenizer, template_arguments or {})
+    plain = None if check == "off" else probe_logits(model if isinstance(model, PeftModel) else hf, next(hf.parameters()).device)
     trained = [parameter for parameter in hf.parameters() if parameter.requires_grad]
     name = source if loaded_already else str(model)
     bridge = build_bridge_from_module(hf.eval(), type(hf).__name__, hf_config=hf.config, tokenizer=None, model_name=name)
@@ -68,9 +79,21 @@ def load_model(
     loaded._hold_tokenizer(tokenizer)
     if isinstance(model, PeftModel):
         loaded._adopt(model, trained)
+    if plain is not None:
+        pkgutil.resolve_name(_SELF_TEST)(loaded, plain, check)
     if adapter is not None:
         loaded.load_adapter(adapter)
     return loaded
+
+
+@torch.no_grad()
+def probe_logits(hf: nn.Module, device: torch.device) -> Float[Tensor, "pos d_vocab"]:
+    """The model's logits on a few tokens, the same ones every time: compared before and after it is bridged."""
+    training = hf.training
+    ids = 3 + torch.arange(12, device=device)[None] % max(1, int(cast(Any, hf).config.get_text_config().vocab_size) - 3)
+    logits = cast(Any, hf.eval())(input_ids=ids, use_cache=False).logits[0].float()
+    hf.train(training)
+    return logits
 
 
 def _of_loaded(model: PreTrainedModel | PeftModel) -> tuple[Any, str]:
