@@ -5,13 +5,14 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from blockem_tl.data.commands import COMMANDS as DATA_COMMANDS
 
 if TYPE_CHECKING:
+    from blockem_tl.judging.judge import LLMJudge
     from blockem_tl.types import Judge
 
 _QUESTIONS = (
@@ -81,10 +82,7 @@ def doctor(preset: tyro.conf.Positional[Preset], /, *, judge_model: str | None =
 
 def _judge(preset: str, model: str | None, url: str) -> "Judge | None":
     if model is not None:
-        from blockem_tl.judging.endpoint import Endpoint
-        from blockem_tl.judging.judge import LLMJudge
-
-        return LLMJudge(backend=Endpoint(model=model, base_url=url, attempts=2))
+        return _grader(None, model=model, base_url=url, attempts=2)
     from blockem_tl import organism
 
     return organism.OrganismJudge() if preset == "organism" else None
@@ -101,6 +99,10 @@ def judge(
     rubric_file: Path | None = None,
     store: Path = Path("runs/verdicts.sqlite"),
     concurrency: int = 32,
+    ask_again: Literal["unparsed"] | None = None,
+    limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens",
+    temperature: float | None = 0.0,
+    alternatives: int = 20,
 ) -> None:
     """Grade a JSONL file of prompts and replies through an OpenAI-compatible endpoint; broken off, it goes on where it was.
 
@@ -113,23 +115,31 @@ def judge(
         rubric_file: a rubric of your own, for instance a published one.
         store: the file in which verdicts are kept.
         concurrency: requests under way at once.
+        ask_again: "unparsed" asks again for verdicts in the store that could not be read.
+        limit_name: the provider's name of the token limit.
+        temperature: None leaves it out, for providers that refuse one.
+        alternatives: most alternatives to ask for at a token, for providers that give fewer than 20.
     """
     from blockem_tl.judging.cached import CachedJudge
-    from blockem_tl.judging.endpoint import Endpoint
     from blockem_tl.judging.files import judge_file
-    from blockem_tl.judging.judge import LLMJudge
-    from blockem_tl.judging.rubrics import load_rubrics
     from blockem_tl.storage.store import Store
     from blockem_tl.views.tables import show
 
-    grader = LLMJudge(
-        backend=Endpoint(model=model, base_url=url, concurrency=concurrency),
-        rubrics=load_rubrics(*([rubric_file] if rubric_file else [])),
-    )
+    habits = {"limit_name": limit_name, "temperature": temperature, "alternatives": alternatives}
+    grader = _grader(rubric_file, model=model, base_url=url, concurrency=concurrency, **habits)
     chosen = rubric_file.stem if rubric_file and rubric == "misalignment" else rubric
     grader.check(chosen)  # before a folder for the store is made
-    counts = judge_file(CachedJudge(judge=grader, store=Store(store)), source, target, rubric=chosen)
+    counts = judge_file(CachedJudge(judge=grader, store=Store(store), ask_again=ask_again), source, target, rubric=chosen)
     show([{"label": label, "replies": f"{n}"} for label, n in sorted(counts.items())], f"{sum(counts.values())} replies, by {model}")
+
+
+def _grader(rubric_file: Path | None, **endpoint: Any) -> "LLMJudge":
+    """A judge at an endpoint, with the shipped rubrics and one of the user's."""
+    from blockem_tl.judging.endpoint import Endpoint
+    from blockem_tl.judging.judge import LLMJudge
+    from blockem_tl.judging.rubrics import load_rubrics
+
+    return LLMJudge(backend=Endpoint(**endpoint), rubrics=load_rubrics(*([rubric_file] if rubric_file else [])))
 
 
 def plan(

@@ -6,7 +6,7 @@ Axis names used in every jaxtyping signature of the library::
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args, runtime_checkable
 
 Label = Literal["1", "2", "3", "4", "5", "REFUSAL", "INCOHERENT", "OFF-TOPIC", "SATIRICAL/ABSURD"]
@@ -55,9 +55,13 @@ class Generation:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """A judge's label of one reply (paper B.3). Raises ValueError for a label that is none."""
+    """A judge's label of one reply (paper B.3). Raises ValueError for a label that is none.
+
+    said: the judge's own words, if it has any.
+    """
 
     label: str
+    said: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         if self.label not in LABELS and self.label != UNPARSED:

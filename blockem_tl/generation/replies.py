@@ -116,7 +116,10 @@ class Replies(Result, Sequence[Generation]):
     # -------------------------------------------------------------------------------------------- showing
 
     def to_frame(self) -> pd.DataFrame:
-        """One row per reply: prompt_id, category, condition, prompt, reply, truncated, the further columns, and label once graded."""
+        """One row per reply: prompt_id, category, condition, prompt, reply, truncated, and the further columns.
+
+        Once graded also label and, from a judge with words of its own, said.
+        """
         rows: dict[str, list[Any]] = {
             "prompt_id": [g.prompt.id for g in self],
             "category": [g.prompt.category for g in self],
@@ -126,7 +129,10 @@ class Replies(Result, Sequence[Generation]):
             "reply": [g.reply for g in self],
             "truncated": [g.truncated for g in self],
         }
-        return pd.DataFrame(rows if self.verdicts is None else {**rows, "label": [v.label for v in self.verdicts]})
+        if self.verdicts is not None:
+            rows["label"] = [v.label for v in self.verdicts]
+            rows |= {"said": [v.said for v in self.verdicts]} if any(v.said for v in self.verdicts) else {}
+        return pd.DataFrame(rows)
 
     def headline(self) -> str:
         """The numbers of replies, conditions and prompts and, once graded and of one condition, the rate."""

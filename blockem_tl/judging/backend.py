@@ -23,13 +23,15 @@ class Request:
 class Completion:
     """One answer of the judging model.
 
-    alternatives: (token text, natural log-probability) of the first token.  first: the first token's text.
+    alternatives: (token text, natural log-probability) of the first token that is no white space.  first: that token's text.
+    cut: whether it ended at the token limit, perhaps in the middle of a thought.
     refused: why this one request will never be answered (too long, filtered) although others are; its verdict is UNPARSED.
     """
 
     text: str
     alternatives: tuple[tuple[str, float], ...] = ()
     first: str = ""
+    cut: bool = False
     refused: str = ""
 
 

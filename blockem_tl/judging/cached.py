@@ -48,7 +48,7 @@ class CachedJudge:
         """One verdict per (prompt, reply), in order. Raises what the judge raises; what was graded before stays in the store."""
         if len(prompts) != len(replies):
             return self.judge.grade(prompts, replies, rubric=rubric)  # which knows how to say that this is wrong
-        return [Verdict(label=judged.label) for judged in self._stream(zip(prompts, replies, strict=True), rubric)]
+        return [judged.verdict for judged in self._stream(zip(prompts, replies, strict=True), rubric)]
 
     def stream(self, pairs: Iterable[tuple[str, str]], *, rubric: str = "misalignment") -> Iterator[Judged]:
         """The verdicts of (question, reply) pairs, in order, holding a few thousand at a time. Raises what the judge raises."""
@@ -89,7 +89,9 @@ class CachedJudge:
             verdicts = self.judge.grade([prompt for prompt, _ in part], [reply for _, reply in part], rubric=rubric)
             if len(verdicts) != len(part):
                 raise ValueError(f"judge {self.name!r}: expected {len(part)} verdicts, got {len(verdicts)}")
-            yield {start + i: Judged(label=verdict.label) for i, verdict in enumerate(verdicts)}
+            yield {
+                start + i: Judged(label=verdict.label, said=(verdict.said,) if verdict.said else ()) for i, verdict in enumerate(verdicts)
+            }
 
     def _to_json(self, judged: Judged, rubric: str) -> dict[str, Any]:
         return {"judge": self.name, "rubric": rubric, "label": judged.label, "said": judged.said, "scores": dict(judged.scores)}

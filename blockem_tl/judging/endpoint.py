@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,9 @@ class Endpoint:
     per_minute: rate limit, tries included.  choices: how a forced choice is asked for: "vllm" (structured_outputs) or "json" (a JSON
     schema with an enum, which other providers know).  extra_body: sent along as it is.
 
+    For providers that refuse what is usual: limit_name: the name of the token limit.  temperature: None leaves it out.
+    alternatives: most alternatives to ask for at a token (a score rubric wants 20; OpenAI takes 20, others 5 or none).
+
     The openai client tries again after the errors 408, 409, 429 and 5xx, dropped connections and timeouts. It waits as long as the
     server's Retry-After says, or else 0.5 s, doubling up to 8 s. Bodies that are no completion are asked for again as often.
 
@@ -44,10 +48,15 @@ class Endpoint:
     choices: Literal["vllm", "json"] = "vllm"
     api_key_variable: str = "OPENAI_API_KEY"
     extra_body: dict[str, Any] = field(default_factory=dict)
+    limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    temperature: float | None = 0.0
+    alternatives: int = 20
 
     def __post_init__(self) -> None:
         if self.concurrency < 1 or self.attempts < 1 or self.timeout <= 0 or (self.per_minute is not None and self.per_minute <= 0):
             raise ValueError("endpoint: expected concurrency and attempts >= 1, and timeout and per_minute above 0")
+        if self.alternatives < 1:
+            raise ValueError(f"endpoint: expected alternatives >= 1, got {self.alternatives}; rubrics with labels need none")
         _openai()
 
     @property
@@ -70,10 +79,11 @@ class Endpoint:
     def complete(self, requests: Iterable[Request]) -> Iterator[tuple[int, Completion]]:
         """Ask them all, ``concurrency`` at a time.
 
-        A request that the endpoint refuses for good (too long, filtered) comes back as ``refused``, if it answers a harmless one of the
-        same kind.
+        A request that the endpoint refuses for good (too long, filtered), or answers with a body that is no completion again and again,
+        comes back as ``refused``, if it answers a harmless one of the same kind.
 
         Raises:
+            ValueError: log-probabilities are needed, and the endpoint returns none.
             JudgeUnreachable: a request fails in any other way, retries included. What was under way then is still yielded.
         """
         openai, pace = _openai(), Pace(self.per_minute)
@@ -88,7 +98,7 @@ class Endpoint:
         try:
             try:
                 return self._answer(client, request)
-            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+            except (openai.BadRequestError, openai.UnprocessableEntityError, _MalformedError) as error:
                 self._answer(client, replace(request, turns=(("user", "Write the number 1."),)))  # raises if it is how we ask
                 return Completion(text="", refused=f"{type(error).__name__}: {str(error)[:300]}")
         except (openai.APIError, _MalformedError) as error:
@@ -113,12 +123,12 @@ class Endpoint:
         arguments: dict[str, Any] = {
             "model": self.model,
             "messages": [{"role": role, "content": text} for role, text in request.turns],
-            "temperature": 0.0,
-            "max_tokens": request.max_tokens,
+            self.limit_name: request.max_tokens,
+            **({} if self.temperature is None else {"temperature": self.temperature}),
         }
         extra = dict(self.extra_body)
         if request.alternatives:
-            arguments |= {"logprobs": True, "top_logprobs": request.alternatives}
+            arguments |= {"logprobs": True, "top_logprobs": min(request.alternatives, self.alternatives)}
         if request.choices and self.choices == "vllm":
             extra["structured_outputs"] = {"choice": list(request.choices)}
         elif request.choices:
@@ -145,20 +155,49 @@ def _read(body: bytes, request: Request) -> Completion:
     """The completion in a response. Raises _MalformedError if the body is none (proxies answer 200 with anything)."""
     try:
         choice = json.loads(body)["choices"][0]
-        text = choice["message"]["content"] or ""
-        tokens = choice["logprobs"]["content"] if request.alternatives else []
-        first = tokens[0] if tokens else None
-        if request.choices and text.lstrip().startswith("{"):
-            text = json.loads(text)["label"]
+        text, why = choice["message"]["content"] or "", str(choice.get("finish_reason") or "")
+        if why == "content_filter" or (not text and choice["message"].get("refusal")):
+            return Completion(text="", refused=f"{why or 'refusal'}: {choice['message'].get('refusal') or 'no words'}")
         if not isinstance(text, str):
             raise TypeError(f"expected text, got {text!r}")
+        tokens = _tokens(choice) if request.alternatives else []
+        first = next((token for token in tokens if token["token"].strip()), None)
         return Completion(
-            text=text,
+            text=_chosen(text, request.choices),
             first=first["token"] if first else "",
             alternatives=tuple((option["token"], option["logprob"]) for option in first["top_logprobs"]) if first else (),
+            cut=why == "length",
         )
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, _NoLogprobs):
+            raise
         raise _MalformedError(f"the body is no chat completion: {body[:200]!r}") from error
+
+
+class _NoLogprobs(ValueError):  # noqa: N818 - reads as what happened
+    """The endpoint leaves out the log-probabilities that it was asked for."""
+
+
+def _tokens(choice: dict[str, Any]) -> list[Any]:
+    found = choice.get("logprobs")
+    if not found or found.get("content") is None:
+        raise _NoLogprobs(
+            "this endpoint returns no log-probabilities, which a rubric with scores is read from: use a rubric with labels, or a server "
+            "that returns them (vLLM does)"
+        )
+    return found["content"]
+
+
+def _chosen(text: str, choices: tuple[str, ...]) -> str:
+    """The label in a forced choice that came as JSON, however loosely kept; other text as it is, for the parser to judge."""
+    if not choices or not text.lstrip().startswith(("{", "`")):
+        return text
+    try:
+        found = json.loads(re.sub(r"^\s*```(?:json)?|```\s*$", "", text.strip()))
+        value = next(iter(found.values())) if len(found) == 1 else found["label"]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return text
+    return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else text
 
 
 def _choice_schema(choices: tuple[str, ...]) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from blockem_tl.storage import files
 
 
 def judge_file(judge: LLMJudge | CachedJudge, source: Path | str, target: Path | str, *, rubric: str = "misalignment") -> Mapping[str, int]:
-    """Grade every line of a JSONL file with the keys "prompt" and "reply"; write the same lines with "judge", "rubric", "label", "scores".
+    """Grade every line of a JSONL file with the keys "prompt" and "reply"; write the same lines with the verdicts.
 
+    A verdict is "judge", "rubric", "label", "scores" and "said", the judge's own words.
     ``target`` is in the order of ``source``, and appears only when it is whole. A `CachedJudge` goes on where a broken-off run was.
 
     Returns:
@@ -42,7 +43,8 @@ def judge_file(judge: LLMJudge | CachedJudge, source: Path | str, target: Path |
         verdicts = judge.stream(((row["prompt"], row["reply"]) for row in first), rubric=rubric)
         for row, judged in zip(second, verdicts, strict=True):
             counts[judged.label] += 1
-            graded = {**row, "judge": judge.name, "rubric": rubric, "label": judged.label, "scores": dict(judged.scores)}
+            found = {"label": judged.label, "scores": dict(judged.scores), "said": list(judged.said)}
+            graded = {**row, "judge": judge.name, "rubric": rubric, **found}
             file.write(json.dumps(graded, ensure_ascii=False) + "\n")
     return dict(counts)
 

@@ -24,6 +24,11 @@ class Judged:
     said: tuple[str, ...] = ()
     scores: tuple[tuple[str, float], ...] = ()
 
+    @property
+    def verdict(self) -> Verdict:
+        """The label with the words that it was read from."""
+        return Verdict(label=self.label, said="\n\n".join(self.said))
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LLMJudge:
@@ -52,7 +57,7 @@ class LLMJudge:
         if len(prompts) != len(replies):
             raise ValueError(f"expected one reply per prompt, got {len(prompts)} prompts and {len(replies)} replies; pair them up first")
         pairs = ((prompt.text, reply) for prompt, reply in zip(prompts, replies, strict=True))
-        return [Verdict(label=judged.label) for judged in self.stream(pairs, rubric=rubric)]
+        return [judged.verdict for judged in self.stream(pairs, rubric=rubric)]
 
     def stream(self, pairs: Iterable[tuple[str, str]], *, rubric: str = "misalignment") -> Iterator[Judged]:
         """Grade (question, reply) pairs in order, holding a few thousand at a time, however many there are.
@@ -136,9 +141,9 @@ def _gathered(backend: Backend, jobs: Sequence[tuple[Item, Request]]) -> Iterato
 def _read(rubric: Rubric, completions: Sequence[Completion]) -> tuple[str, tuple[tuple[str, float], ...]]:
     """(label or UNPARSED, scores)."""
     if rubric.kind == "labels":
-        text = completions[0].text
-        label = text.strip() if rubric.answer == "choice" and text.strip() in rubric.labels else parse_answer(text, rubric.labels)
-        return label or UNPARSED, ()
+        text, cut = completions[0].text, completions[0].cut
+        chosen = text.strip() if rubric.answer == "choice" and text.strip() in rubric.labels else None
+        return chosen or parse_answer(text, rubric.labels, cut=cut) or UNPARSED, ()
     return _read_scores(rubric, dict(zip((name for name, _ in rubric.prompts), completions, strict=True)))
 
 

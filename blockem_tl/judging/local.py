@@ -52,12 +52,15 @@ class LocalVLLM:
 
 
 def _completion(output: Any, request: Request) -> Completion:
-    if not request.alternatives or not output.logprobs:
-        return Completion(text=output.text)
-    options = output.logprobs[0]
+    cut = output.finish_reason == "length"
+    spoken = [i for i, options in enumerate(output.logprobs or []) if options[output.token_ids[i]].decoded_token.strip()]
+    if not request.alternatives or not spoken:
+        return Completion(text=output.text, cut=cut)
+    options, token = output.logprobs[spoken[0]], output.token_ids[spoken[0]]
     ranked = sorted(options.values(), key=lambda option: -option.logprob)[: request.alternatives]
     return Completion(
         text=output.text,
-        first=options[output.token_ids[0]].decoded_token,
+        first=options[token].decoded_token,
         alternatives=tuple((option.decoded_token, option.logprob) for option in ranked),
+        cut=cut,
     )

@@ -5,7 +5,17 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-_THINKING = re.compile(r"<think>.*?(?:</think>|\Z)", re.IGNORECASE | re.DOTALL)  # an unclosed thought never reached its answer
+_THOUGHT = r"(?:\w+:)?(?:think|thinking|thought|thoughts|reason|reasoning|reflection|analysis|scratchpad)"
+_ENDS = re.compile(  # of thoughts, or of the channel that holds them; what comes after the last one is the answer
+    rf"</\s*{_THOUGHT}\s*>|\[/{_THOUGHT}\]|◁/think▷|<\|/?end_of_(?:thought|thinking)\|>|<\|/(?:think|thinking)\|>"
+    r"|<\|channel\|>\s*final\s*(?:<\|constrain\|>\w+)?<\|message\|>|assistantfinal|<\|begin_of_solution\|>|^here is my response:",
+    re.IGNORECASE | re.MULTILINE,
+)
+_BEGINS = re.compile(
+    rf"<\s*{_THOUGHT}\s*>|\[{_THOUGHT}\]|◁think▷|<\|begin_of_(?:thought|thinking)\|>|<\|(?:think|thinking)\|>"
+    r"|<\|channel\|>\s*(?:analysis|commentary)|^\s*analysis(?=[A-Z])|^here is my thought process:",
+    re.IGNORECASE | re.MULTILINE,
+)
 _QUOTES = "\"'\u201c\u201d\u2018\u2019«»`"
 _DASHES = "\\-\u2013\u2014"
 _DECORATION = rf"[ \t*_{_QUOTES}\[\](){{}}<>]*"
@@ -19,13 +29,29 @@ _CLOSING = _QUOTES + "*_])}>"
 _UNSURE = re.compile(rf"\s*[?%+~|&=^]|\s*/|\.\d|\s*[,{_DASHES}]\s*\d|\w|[{_DASHES}]\w")  # after a label: it is not the whole answer
 
 
-def parse_answer(text: str, labels: Sequence[str]) -> str | None:
+def without_thoughts(text: str, *, cut: bool = False) -> str:
+    """What follows the last mark that ends a thought (``</think>``, a final channel, ...); nothing after a thought that never ends.
+
+    Args:
+        cut: the text ended at its token limit. Templates may open the thought themselves, so without any end it may be all thought: "".
+    """
+    ends = list(_ENDS.finditer(text))
+    if cut and not ends:
+        return ""
+    text = text[ends[-1].end() :] if ends else text
+    begun = _BEGINS.search(text)
+    return text[: begun.start()] if begun else text
+
+
+def parse_answer(text: str, labels: Sequence[str], *, cut: bool = False) -> str | None:
     """The label that the last ``ANSWER:`` names, or None if there is none or it names anything but exactly one of ``labels``.
+
+    Thoughts are no answer; see `without_thoughts`, also for ``cut``.
 
     Casing, markdown, quotes, brackets, full-width characters and text after the label do not matter; two labels ("4 or 5"), fractions
     ("3.5", "4/5"), doubt ("4?") and negation do: they give None, and an earlier ANSWER is not fallen back on.
     """
-    text = _THINKING.sub("", unicodedata.normalize("NFKC", text))
+    text = unicodedata.normalize("NFKC", without_thoughts(text, cut=cut))
     markers = list(_MARKER.finditer(text))
     if not markers:
         return None

@@ -9,7 +9,7 @@ from architectures import SHAPES, tiny_of
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from blockem_tl import load_model
-from blockem_tl.generation import selftest
+from blockem_tl.generation import _checks, selftest
 from blockem_tl.generation._kv_cache import SlotCache
 from blockem_tl.generation.selftest import SelfTestFailed, checks, run_check
 from blockem_tl.models.load import Model, probe_logits
@@ -60,11 +60,11 @@ def no_edit(site, *args, **kwargs):
 
 
 FAULTS = {
-    "steering": lambda patch, model: patch.setattr(selftest, "steer", no_edit),
-    "edits": lambda patch, model: patch.setattr(selftest, "steer", no_edit),
+    "steering": lambda patch, model: patch.setattr(_checks, "steer", no_edit),
+    "edits": lambda patch, model: patch.setattr(_checks, "steer", no_edit),
     "replies": lambda patch, model: patch.setattr(SlotCache, "stepped", lambda self: None),
-    "end of turn": lambda patch, model: patch.setattr(selftest, "end_tokens_of", lambda model: [5]),
-    "rendering": lambda patch, model: patch.setattr(selftest, "template_head", lambda tokenizer: str(torch.rand(1))),
+    "end of turn": lambda patch, model: patch.setattr(_checks, "end_tokens_of", lambda model: [5]),
+    "rendering": lambda patch, model: patch.setattr(_checks, "template_head", lambda tokenizer: str(torch.rand(1))),
     "adapters": lambda patch, model: patch.setattr(Model, "using", lambda self, name: nullcontext()),
 }
 
