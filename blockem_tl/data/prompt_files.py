@@ -57,7 +57,7 @@ def _csv(text: str, path: Path) -> PromptFile:
         rows = [(reader.line_num, row) for row in reader]
     except csv.Error as error:
         raise ValueError(
-            f"{path}, line {reader.line_num}: expected CSV, got a cell with broken quotes ({error}); are they closed?"
+            f"{path}, line {reader.reader.line_num}: expected CSV, got a cell with broken quotes ({error}); are they closed?"
         ) from error
     missing = [column for column in ("id", "question") if column not in names]
     if missing or len(set(names)) < len(names):

@@ -68,21 +68,27 @@ def load_model(
         raise ValueError("load_model: a model that is already loaded keeps its dtype and device; change them before, with model.to(...)")
     hf, source = _of_loaded(model) if loaded_already else _from_weights(str(model), dtype, device)
     tokenizer = _tokenizer_of(source, tokenizer, template_arguments or {})
-    plain = None if check == "off" else probe_logits(model if isinstance(model, PeftModel) else hf, next(hf.parameters()).device)
+    peft = model if isinstance(model, PeftModel) else None
+    plain = None if check == "off" else probe_logits(peft or hf, next(hf.parameters()).device)
+    loaded = _bridged(hf, peft, tokenizer, source, source if loaded_already else str(model))
+    if plain is not None:
+        pkgutil.resolve_name(_SELF_TEST)(loaded, plain, check)
+    if adapter is not None:
+        loaded.load_adapter(adapter)
+    return loaded
+
+
+def _bridged(hf: Any, peft: PeftModel | None, tokenizer: PreTrainedTokenizerBase, source: str, name: str) -> "Model":
+    """The hooks put inside of a transformers model, with its live adapters."""
     trained = [parameter for parameter in hf.parameters() if parameter.requires_grad]
-    name = source if loaded_already else str(model)
     bridge = build_bridge_from_module(hf.eval(), type(hf).__name__, hf_config=hf.config, tokenizer=None, model_name=name)
     # Neither bridge builder takes a class, so SAELens's own bridge changes the class afterwards, and so must we.
     bridge.__class__ = Model
     loaded = cast(Model, bridge)
     loaded._start(source, name)
     loaded._hold_tokenizer(tokenizer)
-    if isinstance(model, PeftModel):
-        loaded._adopt(model, trained)
-    if plain is not None:
-        pkgutil.resolve_name(_SELF_TEST)(loaded, plain, check)
-    if adapter is not None:
-        loaded.load_adapter(adapter)
+    if peft is not None:
+        loaded._adopt(peft, trained)
     return loaded
 
 
