@@ -94,9 +94,9 @@ def steer(
             f"steer at {site}: expected a direction [d_model] or [batch, d_model] and a dose scalar or [batch], "
             f"got {tuple(direction.shape)} and {tuple(doses.shape)}"
         )
-    if not (torch.isfinite(direction).all() and torch.isfinite(doses).all()):
-        raise ValueError(f"steer at {site}: expected finite directions and doses, got NaN or infinity; check where they come from")
     vectors = (doses[..., None] * scale).to(direction.device) * direction  # [d_model] or [batch d_model]
+    if not torch.isfinite(vectors).all():
+        raise ValueError(f"steer at {site}: expected finite directions and doses, and products, got NaN or infinity: where are they from?")
 
     def fn(activation: Tensor, hook: HookPoint) -> Tensor:
         _check_width(site, vectors, activation)

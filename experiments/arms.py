@@ -1,5 +1,8 @@
 """Shared by experiments over many trained arms and several seeds: worker processes, cells of tables."""
 
+import os
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -14,6 +17,17 @@ Job = tuple[int, str, tuple[Any, ...]]
 JUDGE = "organism-exact"
 
 _made: dict[int, Any] = {}
+
+
+def end_with_parent(parent: int) -> None:
+    """Let this worker end when its parent has: killed, a parent cannot tell it to, and it would go on for nobody."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def work(make_setting: Callable[[Any, int], Any], settings: Any, seed: int, method: str, arguments: tuple[Any, ...]) -> None:
@@ -31,7 +45,9 @@ class WorkerPool:
         self.settings, self.make_setting = settings, make_setting
 
     def __enter__(self):
-        self.pool = ProcessPoolExecutor(self.settings.workers, mp_context=get_context("spawn"))
+        self.pool = ProcessPoolExecutor(
+            self.settings.workers, mp_context=get_context("spawn"), initializer=end_with_parent, initargs=(os.getpid(),)
+        )
         return self
 
     def __exit__(self, kind: object, *rest: object) -> None:

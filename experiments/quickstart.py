@@ -3,22 +3,27 @@
     python experiments/quickstart.py --seed 0 --out results/quickstart
 
 Every choice (lambda, KL weight) is made on the core prompts and on held-out training rows; the reporting prompts are used once, at the end.
+Broken off, the same command goes on: what is trained is not trained again.
 """
 
 import random
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from multiprocessing import get_context
+from os import getpid
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
 import torch
 import tyro
+from arms import end_with_parent
+from filelock import FileLock, Timeout
 from sae_lens import SAE
 from tqdm.auto import tqdm
 
@@ -47,11 +52,12 @@ from blockem_tl.data.checks import check_disjoint
 from blockem_tl.defences.blocking import Positions
 from blockem_tl.discovery.diffing import mean_activations
 from blockem_tl.discovery.pipeline import Discovery
-from blockem_tl.evaluation.evaluate import Evaluation
+from blockem_tl.evaluation.evaluate import Evaluation, evaluation_from_json, evaluation_to_json
 from blockem_tl.evaluation.statistics import relative_reduction, relative_reduction_interval
 from blockem_tl.generation.reply_fn import ReplyFn
 from blockem_tl.saes.load import check_fits
 from blockem_tl.storage import files
+from blockem_tl.storage.fingerprints import of_value
 from blockem_tl.training.defence import Defence
 from blockem_tl.views import comparisons, plots, tables
 
@@ -117,6 +123,12 @@ class Run:
     final: Evaluation | None = None
     domain: Evaluation | None = None
 
+    def fingerprint(self, settings: Settings) -> str:
+        """Identity of everything that training it depends on, and the name of its folder."""
+        run = {name: getattr(settings, name) for name in ("seed", "rows", "heldout_rows", "epochs", "core_prompts")}
+        arm = (self.kind, self.weight, self.latents and (self.latents.latents, self.latents.signs), self.positions, self.stop_at_loss)
+        return f"{self.kind}-{of_value([run, arm, files.environment()])[:16]}"
+
     def defences(self, sae: SAE) -> list[Defence]:
         """The defences of this run."""
         if self.latents is not None:
@@ -152,8 +164,17 @@ class Setting:
             progress=False,
         )
         arm.steps, arm.core, arm.dev_loss = run.steps, self.on_core(self.tuned), completion_loss(self.model, self.data.dev)
-        arm.adapter = self.model.save_adapter(folder)
+        arm.adapter = self.model.save_adapter(folder / "adapter", overwrite=True)
         self.model.remove_adapter(run.adapter)
+        measured = {"steps": arm.steps, "dev_loss": arm.dev_loss, "core": evaluation_to_json(arm.core)}
+        files.write_json(folder / "arm.json", measured)  # last: with it the arm is whole
+        return arm
+
+    def kept(self, arm: Run, folder: Path) -> Run:
+        """An arm that a broken-off run has trained."""
+        found = files.read_json(folder / "arm.json")
+        arm.steps, arm.dev_loss, arm.adapter = found["steps"], found["dev_loss"], folder / "adapter"
+        arm.core = evaluation_from_json(found["core"], self.data.core, judge=self.judge.name, on_selection_prompts=True)
         return arm
 
     def on_core(self, reply_fn: ReplyFn) -> Evaluation:
@@ -171,6 +192,19 @@ class Setting:
 # Runs are trained side by side, each in a process of one thread: two threads in one process gain less, and stall on a busy machine.
 
 
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Keep other runs out of ``folder`` meanwhile. Raises ValueError if one is in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"another run is writing to {folder}: wait until it has finished, or choose another --out") from error
+    with lock:
+        yield
+
+
 @cache
 def worker_lab(settings: Settings) -> Setting:
     """A worker's own setting, made once."""
@@ -179,8 +213,9 @@ def worker_lab(settings: Settings) -> Setting:
 
 
 def train_arm(settings: Settings, arm: Run, folder: Path) -> Run:
-    """A worker's job: train one arm."""
-    return worker_lab(settings).train(arm, folder)
+    """A worker's job: train one arm, unless a run that was broken off has done it."""
+    lab = worker_lab(settings)
+    return lab.kept(arm, folder) if (folder / "arm.json").is_file() else lab.train(arm, folder)
 
 
 class Workers:
@@ -188,14 +223,14 @@ class Workers:
 
     def __init__(self, settings: Settings, folder: Path) -> None:
         self.settings, self.folder = settings, folder
-        self.pool = ProcessPoolExecutor(settings.workers, mp_context=get_context("spawn"))
+        self.pool = ProcessPoolExecutor(
+            settings.workers, mp_context=get_context("spawn"), initializer=end_with_parent, initargs=(getpid(),)
+        )
         self.bar = tqdm(total=4 + len(settings.lambdas) + len(settings.kl_weights), desc="arms", disable=not settings.progress)
-        self.submitted = 0
 
     def train(self, arm: Run) -> Future[Run]:
         """Queue an arm."""
-        self.submitted += 1
-        future = self.pool.submit(train_arm, self.settings, arm, self.folder / f"arm{self.submitted}")
+        future = self.pool.submit(train_arm, self.settings, arm, self.folder / arm.fingerprint(self.settings))
         future.add_done_callback(lambda _: self.bar.update())
         return future
 
@@ -277,7 +312,8 @@ def run(settings: Settings) -> dict[str, Any]:
     files.check_replaceable(settings.out, "summary.json")
     setting = Setting(settings)
     check_fits(setting.sae, setting.model)
-    with TemporaryDirectory() as folder, Workers(settings, Path(folder)) as workers:
+    trained = settings.out.with_name(f".{settings.out.name}.arms")  # what is trained is not trained again if this run is broken off
+    with one_at_a_time(trained), Workers(settings, trained) as workers:
         arms, found, alive, scale = compare(setting, workers)
         for arm in arms.everything():  # the only time that the reporting prompts are used
             setting.report(arm)
@@ -296,6 +332,7 @@ def run(settings: Settings) -> dict[str, Any]:
     with files.finished_folder(settings.out, replaces="summary.json") as folder:
         found.latent_set.save(folder / "latents.json")
         write(folder, summary, arms, found.to_frame())
+    shutil.rmtree(trained)
     print(f"{summary['wall_s']:.0f} s, peak memory of one process {summary['peak_rss_mb']:.0f} MB; everything is in {settings.out}")
     return summary
 

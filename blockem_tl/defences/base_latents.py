@@ -5,6 +5,7 @@ token and latent). A store is found by its contents (weights, SAEs, latents, tok
 anew if anything about it is wrong.
 """
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -212,14 +213,21 @@ def _values(
 
 
 def _build(folder: Path, values: Iterator[Float32[np.ndarray, "pos n_latents"]], shape: tuple[int, int], identity: dict[str, Any]) -> None:
+    """Write the values one after the other: through a memory map, a full disk would kill the process."""
     with files.finished_folder(folder, replaces="manifest.json") as temporary:
-        array = np.lib.format.open_memmap(temporary / "values.npy", mode="w+", dtype=np.float32, shape=shape)
-        done = 0
-        for latents in values:
-            array[done : done + len(latents)] = latents
-            done += len(latents)
-        array.flush()
-        files.write_json(temporary / "manifest.json", {**identity, "sha256": fingerprints.of_file(temporary / "values.npy")})
+        try:
+            with (temporary / "values.npy").open("wb") as file:
+                np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+                for latents in values:
+                    file.write(np.ascontiguousarray(latents, dtype="<f4").tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            files.write_json(temporary / "manifest.json", {**identity, "sha256": fingerprints.of_file(temporary / "values.npy")})
+        except OSError as error:
+            needed = 4 * shape[0] * shape[1] / 1e6
+            raise OSError(
+                f"cannot write {needed:.0f} MB of stored references to {folder}: {error.strerror}. Make room, or choose another folder"
+            ) from error
 
 
 def _opened(folder: Path) -> tuple[Float32[np.ndarray, "tokens n_latents"] | None, str]:

@@ -57,9 +57,12 @@ def check_request(
 def steered_sites(model: Model, conditions: Sequence[Condition]) -> list[str]:
     """Every site that is steered, each proven on one token to be a place where a direction can be added."""
     points, d_model = model.hook_dict, model.cfg.d_model
+    dtype = next(model.original_model.parameters()).dtype
     sites: dict[str, None] = {}
     for condition in conditions:
         for steering in condition.steering:
+            if not torch.isfinite(steering.vector.to(dtype)).all():
+                raise ValueError(f"condition {condition.name!r}: its vector at {steering.site} overflows {dtype}: lower the dose")
             if steering.site not in sites:
                 resolve(points, steering.site)
                 sites[steering.site] = None

@@ -1,6 +1,7 @@
 """`Steering` and `Condition`: what is added to the residual stream while a reply is made."""
 
 import hashlib
+import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ class Steering:
     def __post_init__(self) -> None:
         if not np.isfinite([self.dose, self.scale]).all() or not torch.isfinite(self.direction).all():
             raise ValueError(f"steering at {self.site}: expected a finite direction, dose and scale, got NaN or infinity")
+        if not torch.isfinite(self.vector).all():
+            raise ValueError(f"steering at {self.site}: dose {self.dose:g} x scale {self.scale:g} x direction overflows: lower the dose")
 
     @property
     def vector(self) -> Float[Tensor, " d_model"]:
@@ -40,6 +43,11 @@ class Steering:
 
     def __repr__(self) -> str:
         return f"Steering({self.site}, dose {self.dose:g} x scale {self.scale:g}, |direction| {float(self.direction.norm()):.3g})"
+
+
+def _canonical(site: str) -> str:
+    """One spelling of a block's input and output, which have two."""
+    return re.sub(r"hook_resid_(pre|post)$", lambda found: {"pre": "hook_in", "post": "hook_out"}[found[1]], site)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -63,8 +71,10 @@ class Condition:
                 f"condition {self.name!r}: expected steering=(Steering(...),), a tuple of them, got {type(self.steering).__name__}"
             )
         sites = [s.site for s in self.steering]
-        if len(set(sites)) < len(sites):
-            raise ValueError(f"condition {self.name!r}: expected each site once, got {sites}; add the vectors instead")
+        if len(set(map(_canonical, sites))) < len(sites):
+            raise ValueError(
+                f"condition {self.name!r}: expected each site once, under one of its spellings, got {sites}; add the vectors instead"
+            )
 
     def hooks(self) -> list[Hook]:
         """The steerings as hook pairs."""

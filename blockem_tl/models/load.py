@@ -6,11 +6,9 @@ rule for hook names in every state (canonical or alias, raw, compatibility mode,
 silence (see `hooks`).
 """
 
-import os
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -21,13 +19,12 @@ from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.sources import build_bridge_from_module
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from blockem_tl.data.templates import bos_opens_turns, pin_arguments
+from blockem_tl.data.templates import bos_opens_turns
 from blockem_tl.hooks import HookFunction, HookNotFired, attached_to, matching, record, resolve
-from blockem_tl.models._peft_bridge import check_live
+from blockem_tl.models._sources import from_weights, of_loaded, tokenizer_of
 from blockem_tl.models.lora import LiveAdapters
-from blockem_tl.storage import embedded
 
 _SELF_TEST = "blockem_tl.generation.selftest:self_test"
 """By name, since it generates and so stands above this room."""
@@ -57,8 +54,8 @@ def load_model(
         check: how thorough a self-test the model has to pass, once per architecture and library versions (`generation.selftest`).
 
     Raises:
-        ValueError: neither an embedded name, a folder, nor a hub id that can be had; a loaded model without a tokenizer, or with a
-            dtype or device to change.
+        ValueError: neither an embedded name, a folder, nor a hub id that can be had; a checkpoint with weights missing or not finite; a
+            loaded model without a tokenizer, or with a dtype or device to change.
         SelfTestFailed: hooks, steering or replies of this architecture would be wrong; the check is named.
     """
     if check not in ("fast", "full", "off"):
@@ -66,8 +63,8 @@ def load_model(
     loaded_already = isinstance(model, (PreTrainedModel, PeftModel))
     if loaded_already and (dtype is not None or device is not None):
         raise ValueError("load_model: a model that is already loaded keeps its dtype and device; change them before, with model.to(...)")
-    hf, source = _of_loaded(model) if loaded_already else _from_weights(str(model), dtype, device)
-    tokenizer = _tokenizer_of(source, tokenizer, template_arguments or {})
+    hf, source = of_loaded(model) if loaded_already else from_weights(str(model), dtype, device)
+    tokenizer = tokenizer_of(source, tokenizer, template_arguments or {})
     peft = model if isinstance(model, PeftModel) else None
     plain = None if check == "off" else probe_logits(peft or hf, next(hf.parameters()).device)
     loaded = _bridged(hf, peft, tokenizer, source, source if loaded_already else str(model))
@@ -94,47 +91,18 @@ def _bridged(hf: Any, peft: PeftModel | None, tokenizer: PreTrainedTokenizerBase
 
 @torch.no_grad()
 def probe_logits(hf: nn.Module, device: torch.device) -> Float[Tensor, "pos d_vocab"]:
-    """The model's logits on a few tokens, the same ones every time: compared before and after it is bridged."""
-    training = hf.training
-    ids = 3 + torch.arange(12, device=device)[None] % max(1, int(cast(Any, hf).config.get_text_config().vocab_size) - 3)
-    logits = cast(Any, hf.eval())(input_ids=ids, use_cache=False).logits[0].float()
-    hf.train(training)
-    return logits
-
-
-def _of_loaded(model: PreTrainedModel | PeftModel) -> tuple[Any, str]:
-    """The transformers model inside, and its source. Raises ValueError for adapters that could not be switched off again."""
-    if isinstance(model, PeftModel):
-        check_live(model)
-    hf = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
-    return hf, str(hf.config._name_or_path)
-
-
-def _tokenizer_of(source: str, given: PreTrainedTokenizerBase | None, arguments: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """The tokenizer given (a copy where template arguments are pinned), else the source's own, with a padding token."""
-    if given is None:
-        if not source:
-            raise ValueError("load_model: expected tokenizer=... along with a model that names no source of its own")
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        if tokenizer.pad_token is None and tokenizer.eos_token is not None:
-            tokenizer.pad_token = tokenizer.eos_token
-    else:
-        tokenizer = deepcopy(given) if arguments else given
-    pin_arguments(tokenizer, arguments)
-    return tokenizer
-
-
-def _from_weights(name: str, dtype: torch.dtype | str | None, device: str | torch.device | None) -> tuple[Any, str]:
-    """A transformers model from an embedded name, a folder or a hub id, and its source."""
-    source = str(embedded.folder_of("model", name) or name)
+    """The model's logits on a few tokens, the same ones every time, with eager attention: compared before and after it is bridged."""
+    model = cast(Any, hf)
+    training, attention = hf.training, model.config._attn_implementation
+    ids = 3 + torch.arange(12, device=device)[None] % max(1, int(model.config.get_text_config().vocab_size) - 3)
+    if attention not in (None, "eager"):
+        model.set_attn_implementation("eager")  # the bridge's; others leave out what Gemma 2 does to its scores
     try:
-        hf = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or torch.float32, attn_implementation="eager")
-    except OSError as error:
-        raise ValueError(
-            f"cannot load a model from {name!r}: expected an embedded name, a folder with config.json and weights, or a hub id that you "
-            f"can reach (gated models need `hf auth login`). transformers says: {error}"
-        ) from error
-    return cast(nn.Module, hf).to(default_device(device)), source
+        return model.eval()(input_ids=ids, use_cache=False).logits[0].float()
+    finally:
+        hf.train(training)
+        if attention not in (None, "eager"):
+            model.set_attn_implementation(attention)
 
 
 class Model(LiveAdapters, SAETransformerBridge):
@@ -176,6 +144,22 @@ class Model(LiveAdapters, SAETransformerBridge):
         """The token id to pad with; padding is always masked, so any id will do where the tokenizer names none."""
         pad = self.tokenizer.pad_token_id
         return int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
+
+    def tokens_to_residual_directions(self, tokens: str | int | Tensor) -> Tensor:
+        """Directions in the normalised residual stream along which the tokens' logits rise, [..., d_model].
+
+        The final norm's weight belongs to them: `ActivationCache` divides by the norm's scale only, so that without the weight (where
+        TransformerLens has not folded it into W_U) its logit attributions would not add up to the logits.
+        """
+        return super().tokens_to_residual_directions(tokens) * self._final_norm_weight()
+
+    @torch.no_grad()
+    def _final_norm_weight(self) -> Float[Tensor, " d_model"]:
+        """What the final norm multiplies by, read off the norm itself, whose kinds differ: ones where it has been folded."""
+        norm = self.ln_final.original_component
+        width = int(self.cfg.d_model)
+        signs = (1 - 2 * (torch.arange(width, device=self.device) % 2)).to(next(self.original_model.parameters()).dtype)
+        return (norm(signs[None])[0] - norm(-signs[None])[0]) / (2 * signs)
 
     # -------------------------------------------------------------------------------------------- strict hooks
 
@@ -271,13 +255,6 @@ class Model(LiveAdapters, SAETransformerBridge):
         if missed:
             raise HookNotFired(f"never cached: {missed}; the forward stopped before them (stop_at_layer) or they are gated off")
         return output, cache
-
-
-def default_device(device: str | torch.device | None) -> torch.device:
-    """``device``, or a GPU when there is one (under torchrun this process's own)."""
-    if device is not None or not torch.cuda.is_available():
-        return torch.device(device or "cpu")
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")
 
 
 def _guarded(name: str | Callable[[str], bool], fn: HookFunction) -> HookFunction:

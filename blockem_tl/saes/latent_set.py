@@ -1,7 +1,9 @@
 """`LatentSet`: the latents K = K+ u K- that a model's misbehaviour runs through, with everything needed to trust and reuse them."""
 
+import math
 import random
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -103,6 +105,7 @@ class LatentSet(Result):
         data = files.read_json(path)
         if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
             raise ValueError(f"{path}: expected a latent set in format {_FORMAT}; was it written by another version?")
+        _check_card(str(path), data)
         try:
             loaded = LatentSet(**cast(Any, {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}))
         except TypeError as error:
@@ -202,6 +205,39 @@ class LatentSet(Result):
         """Neuronpedia pages of the latents; empty if the SAE names no page there."""
         place = self.provenance.get("neuronpedia")
         return {k: link for k in self.latents if (link := neuronpedia_link(place, k))}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "site": ("a text", lambda value: isinstance(value, str)),
+    "latents": ("whole numbers", lambda value: _all(value, int)),
+    "signs": ("whole numbers", lambda value: _all(value, int)),
+    "shifts": ("finite numbers", lambda value: isinstance(value, list) and all(map(_is_number, value))),
+    "scores": ("finite numbers", lambda value: isinstance(value, list) and all(map(_is_number, value))),
+    "sae_fingerprint": ("a text", lambda value: isinstance(value, str)),
+    "d_sae": ("a whole number", lambda value: type(value) is int),
+    "selection_prompts": ("hashes of prompts", lambda value: _all(value, str) and all(re.fullmatch("[0-9a-f]{16}", h) for h in value)),
+    "provenance": ("an object", lambda value: isinstance(value, dict)),
+}
+
+
+def _all(values: Any, kind: type) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
+
+
+def _check_card(where: str, card: dict[str, Any]) -> None:
+    """Raise ValueError for a field of a card that is not what it should be, or for a leak check that is switched off."""
+    for name, (expected, fits) in _FIELDS.items():
+        if name in card and not fits(card[name]):
+            raise ValueError(f"{where}: expected {expected} as {name}, got {str(card[name])[:80]}")
+    if any(card.get("scores", [])) and not card.get("selection_prompts"):
+        raise ValueError(
+            f"{where}: its scores were found on prompts, and it names none, so nobody could see whether results are reported on the same: "
+            "restore selection_prompts, or set the scores to 0 if no prompt chose these latents"
+        )
 
 
 def random_latents(sae: SAE[Any], n: int, *, seed: int, among: Sequence[int] | None = None, exclude: Iterable[int] = ()) -> LatentSet:

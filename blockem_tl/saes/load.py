@@ -4,17 +4,17 @@ An SAE here is SAELens's own `SAE`. The penalty and the analyses *read* the resi
 forward that is trained (the error term is detached there, and upstream gradients are wrong by about 200 %).
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from sae_lens import SAE
+from safetensors import SafetensorError
 
 from blockem_tl.hooks import HasHookPoints, resolve
-from blockem_tl.models.load import default_device
-from blockem_tl.storage import embedded
+from blockem_tl.models._sources import default_device
+from blockem_tl.storage import embedded, files
 
 _RESIDUAL = re.compile(r"blocks\.\d+\.(hook_resid_(pre|mid|post)|hook_in|hook_out)$")
 
@@ -28,15 +28,16 @@ def load_sae(name: str | Path, sae_id: str | None = None, *, dtype: str = "float
         device: a GPU when there is one, as for `load_model`.
 
     Raises:
-        ValueError: neither a folder nor a known release, a release without ``sae_id``, or a folder without the SAE that was asked for.
+        ValueError: neither a folder nor a known release, a release without ``sae_id``, or a folder without the SAE that was asked for; a
+            configuration or weights that are broken, or do not fit each other.
     """
     device = default_device(device)
     folder = embedded.folder_of("sae", str(name)) or Path(name)
     if not folder.exists() and sae_id is not None:
-        return SAE.from_pretrained(str(name), sae_id, device=str(device), dtype=dtype)
+        return checked(SAE.from_pretrained(str(name), sae_id, device=str(device), dtype=dtype), f"{name}/{sae_id}")
     chosen = folder if sae_id is None or sae_id == _site_in(folder) else folder / sae_id
     if (chosen / "cfg.json").is_file():
-        return SAE.load_from_disk(chosen, device=str(device), dtype=dtype)
+        return checked(_from_disk(chosen, str(device), dtype), str(chosen))
     there = sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob("*/cfg.json"))
     raise ValueError(
         f"cannot load an SAE from {str(name)!r}{'' if sae_id is None else f' and {sae_id!r}'}: expected an embedded name, a SAELens folder "
@@ -45,22 +46,66 @@ def load_sae(name: str | Path, sae_id: str | None = None, *, dtype: str = "float
     )
 
 
+def _from_disk(folder: Path, device: str, dtype: str) -> SAE[Any]:
+    """The SAE in a folder. Raises ValueError naming what is missing or broken, instead of what SAELens trips over."""
+    config = files.read_json(folder / "cfg.json")
+    missing = [field for field in ("d_in", "d_sae", "architecture") if field not in config] if isinstance(config, dict) else ["everything"]
+    if missing:
+        raise ValueError(f"{folder / 'cfg.json'}: expected an SAE's configuration as SAELens writes it, lacks {missing}")
+    wrong = {n: config[n] for n in ("d_in", "d_sae") if not isinstance(config[n], int) or isinstance(config[n], bool) or config[n] < 1}
+    k = config.get("k")
+    if "topk" in str(config["architecture"]) and (not isinstance(k, (int, float)) or isinstance(k, bool) or not 0 < k <= config["d_sae"]):
+        wrong["k"] = k
+    if wrong:
+        raise ValueError(f"{folder / 'cfg.json'}: expected whole numbers above 0 (and k at most d_sae), got {wrong}")
+    try:
+        return SAE.load_from_disk(folder, device=device, dtype=dtype)
+    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"{folder}: the SAE's weights are broken, or do not fit its configuration: {str(error)[:300]}. Copy it anew, or save it again"
+        ) from error
+
+
+def checked(sae: SAE[Any], where: str) -> SAE[Any]:
+    """The same SAE. Raises ValueError for weights that are not finite or have other shapes than its configuration says."""
+    d_in, d_sae = sae.cfg.d_in, sae.cfg.d_sae
+    expected = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "threshold": (d_sae,), "W_dec": (d_sae, None), "b_dec": (None,)}
+    for name, tensor in sae.state_dict().items():
+        shape = expected.get(name)
+        fits = shape is None or (len(shape) == tensor.dim() and all(n in (None, size) for n, size in zip(shape, tensor.shape, strict=True)))
+        if not fits or not torch.isfinite(tensor).all():
+            got = f"the shape {tuple(tensor.shape)}" if not fits else "NaN or infinity"
+            raise ValueError(f"{where}: expected finite weights of d_in {d_in} and d_sae {d_sae}, got {got} in {name}")
+    return sae
+
+
 def _site_in(folder: Path) -> str | None:
     """The site of the SAE that lies in the folder itself."""
     config = folder / "cfg.json"
-    return json.loads(config.read_text()).get("metadata", {}).get("hook_name") if config.is_file() else None
+    found = files.read_json(config) if config.is_file() else {}
+    return (found.get("metadata") or {}).get("hook_name") if isinstance(found, dict) else None
 
 
 def site_of(sae: SAE[Any]) -> str:
     """The hook name that the SAE was trained at. Raises ValueError where the SAE does not say."""
-    site = sae.cfg.metadata.hook_name
+    site, written = sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_name_out
+    if written and written != site:
+        raise ValueError(
+            f"this is a transcoder: it reads at {site} and writes at {written}, so its latents have no one site to diff, steer or "
+            "block at. Take an SAE of the residual stream; to look at a transcoder's latents, encode what read_sites gives"
+        )
     if not site:
         raise ValueError("this SAE names no site: set sae.cfg.metadata.hook_name to the TransformerLens hook name it was trained at")
     return site
 
 
 def check_fits(sae: SAE[Any], model: HasHookPoints) -> str:
-    """The SAE's site, after checking that the model has it and that widths and units agree. Raises ValueError where they do not."""
+    """The SAE's site, after checking that the model has it and that widths and units agree, and that the weights are finite.
+
+    Raises:
+        ValueError: where they do not.
+    """
+    checked(sae, "this SAE")
     site = site_of(sae)
     resolve(model.hook_dict, site)
     width = getattr(getattr(model, "cfg", None), "d_model", sae.cfg.d_in)

@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import re
-import resource
 import shutil
 import sys
 import tempfile
@@ -12,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import psutil
 
 _NUMBERS = re.compile(r"\[[\d\s.,eE+-]+\]")  # a list of numbers is easier to read on one line
 _PACKAGES = ("blockem-tl", "torch", "transformers", "transformer-lens", "sae-lens", "peft")
@@ -46,11 +47,17 @@ def write_bytes(path: Path | str, content: bytes) -> Path:
 
 
 def read_json(path: Path | str) -> Any:
-    """Read JSON. Raises ValueError naming the file where it is not JSON."""
+    """Read JSON. Raises ValueError naming the file where it is not JSON (NaN and infinity are none), FileNotFoundError without one."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_number)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: expected JSON, got something that stops making sense at line {error.lineno}: {error.msg}") from error
+    except (ValueError, RecursionError, IsADirectoryError) as error:
+        raise ValueError(f"{path}: expected a file of JSON, got something else: {str(error)[:200]}") from error
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no JSON number")
 
 
 @contextmanager
@@ -116,5 +123,9 @@ def environment() -> dict[str, str]:
 
 def peak_rss_mb() -> float:
     """Peak resident memory of this process so far, in MB (10^6 bytes)."""
+    try:
+        import resource
+    except ImportError:  # Windows has none, and keeps the peak elsewhere
+        return psutil.Process().memory_info().peak_wset / 1e6
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

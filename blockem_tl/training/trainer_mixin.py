@@ -14,6 +14,12 @@ from blockem_tl.models.load import Model
 from blockem_tl.training.active import ActiveDefences
 from blockem_tl.training.defence import Defence, RewritesRows, check_defences
 
+_PACKED = (
+    "packed and padding-free rows are not supported, since base and penalties read each row by itself. Set packing=False and "
+    "padding_free=False, or use a collator that pads"
+)
+_SEQUENCE_KEYS = {"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx", "seq_lengths"}
+
 
 def defend(trainer: Trainer, model: Model, defences: Sequence[Defence]) -> None:
     """Add defences to a Trainer of your own, before ``train()``::
@@ -29,14 +35,17 @@ def defend(trainer: Trainer, model: Model, defences: Sequence[Defence]) -> None:
 
     Raises:
         TypeError: something that is no defence.
-        ValueError: another model than the trainer's, two defences of one name, or a defence that does not fit the model, would have no
-            gradient, or rewrites rows (call its ``rewrite`` before you tokenise).
+        ValueError: another model than the trainer's, packed rows (there, or at the first step), two defences of one name, or a defence
+            that does not fit the model, would have no gradient, or rewrites rows (call its ``rewrite`` before you tokenise).
     """
     if trainer.model is not model.hf:
         raise ValueError(
             "defend: expected load_model(...) of the model that the trainer trains; load that one, or give the trainer model.hf"
         )
     check_defences(defences)
+    joined = [name for name in ("packing", "padding_free") if getattr(trainer.args, name, False)]
+    if joined:
+        raise ValueError(f"defend: the trainer's {' and '.join(joined)} join several rows into one: {_PACKED}")
     active = ActiveDefences(model, defences)
     rewriting = [defence.name for defence in defences if isinstance(defence, RewritesRows)]
     if rewriting:
@@ -65,7 +74,14 @@ class Defended(Trainer):
         """The collated inputs as the library's batch; supervised tokens are those with a label."""
         ids = inputs["input_ids"]
         mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(ids, dtype=torch.bool)
-        return Batch(ids=ids, mask=mask, system=torch.zeros_like(mask), reply=(inputs["labels"] != -100) & mask)
+        if mask.shape != ids.shape:
+            raise ValueError(f"defend: expected an attention_mask [batch pos], got {tuple(mask.shape)}: {_PACKED}")
+        batch = Batch(ids=ids, mask=mask, system=torch.zeros_like(mask), reply=(inputs["labels"] != -100) & mask)
+        places = inputs.get("position_ids")
+        packed = places is not None and not torch.equal(places.expand_as(ids)[mask], batch.positions[mask])
+        if packed or _SEQUENCE_KEYS & set(inputs):
+            raise ValueError(f"defend: the collator joins several rows into one, with positions that start again: {_PACKED}")
+        return batch
 
     def encoded_rows(self) -> list[Encoded]:
         """The rows' tokens, for defences that prepare; none for a dataset that can only be streamed."""

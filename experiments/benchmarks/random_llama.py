@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from blockem_tl import load_model
-from blockem_tl.models.load import Model, default_device
+from blockem_tl.models._sources import default_device
+from blockem_tl.models.load import Model
 
 SHAPES: dict[str, dict[str, int]] = {
     "small": dict(

@@ -29,7 +29,8 @@ from turns import medians, take_turns
 from blockem_tl import Condition, Prompt, Steering, TransformerLensEngine, load_engine, load_model
 from blockem_tl.data.chat import encode_prompts, pad
 from blockem_tl.generation.engine import Engine
-from blockem_tl.models.load import Model, default_device
+from blockem_tl.models._sources import default_device
+from blockem_tl.models.load import Model
 from blockem_tl.models.memory import rows_at_once
 from blockem_tl.storage.files import environment, peak_rss_mb, write_json
 

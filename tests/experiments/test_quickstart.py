@@ -2,12 +2,17 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import publish
 import pytest
 import quickstart
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,11 +40,32 @@ def test_two_runs_with_one_seed_give_the_same_latents_and_summary(settings, tmp_
     assert first["base"]["em"] <= 2 and first["matched"]["steps"] <= first["sft"]["steps"]
     assert first["sft"]["sft_loss"] < first["base"]["sft_loss"]
 
+    trained = killed_when_some_is_trained(replace(settings, out=tmp_path / "again"))
     again = quickstart.run(replace(settings, out=tmp_path / "again"))
+    assert trained and not (tmp_path / ".again.arms").exists()
     assert {k: v for k, v in first.items() if k not in VOLATILE} == {k: v for k, v in again.items() if k not in VOLATILE}
+    with FileLock(tmp_path / ".other.arms" / ".lock"), pytest.raises(ValueError, match="another run is writing to"):
+        quickstart.run(replace(settings, seed=1, out=tmp_path / "other"))
     other = quickstart.run(replace(settings, seed=1, out=tmp_path / "other"))
     assert other["sft"]["sft_loss"] != first["sft"]["sft_loss"]
     assert (settings.out / "latents.json").read_text() == (tmp_path / "again" / "latents.json").read_text()
+
+
+def killed_when_some_is_trained(settings: quickstart.Settings) -> list[str]:
+    """Start the run, kill its process as soon as an arm is trained, see its workers end, and return what is trained."""
+    options = [f"--out={settings.out}", f"--rows={settings.rows}", f"--heldout-rows={settings.heldout_rows}", f"--epochs={settings.epochs}"]
+    options += ["--lambdas", "1.0", "--kl-weights", "0.3", f"--core-prompts={settings.core_prompts}", "--no-progress"]
+    process = subprocess.Popen([sys.executable, quickstart.__file__, *options], stdout=subprocess.DEVNULL)
+    arms = settings.out.with_name(f".{settings.out.name}.arms")
+    while not list(arms.glob("*/arm.json")):
+        assert process.poll() is None
+        time.sleep(0.5)
+    workers = [child for child in psutil.Process(process.pid).children(recursive=True) if "spawn_main" in " ".join(child.cmdline())]
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=10)
+    assert len(workers) == settings.workers and not alive
+    return sorted(path.parent.name for path in arms.glob("*/arm.json"))
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused_before_work(settings, tmp_path) -> None:

@@ -94,10 +94,10 @@ def test_a_live_peft_model_is_taken_as_it_is(tiny_folder, tmp_path, tokens) -> N
         assert torch.equal(plain.eval()(tokens).logits, before)
         with model.using("base"):
             assert not torch.equal(model(tokens), before)
-    with pytest.raises(ValueError, match="pattern"):
+    with pytest.raises(ValueError, match="modules_to_save"):
         load_model(
             get_peft_model(
-                AutoModelForCausalLM.from_pretrained(tiny_folder), LoraConfig(target_modules=["q_proj"], rank_pattern={"q_proj": 2})
+                AutoModelForCausalLM.from_pretrained(tiny_folder), LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
             ),
             tokenizer=script.tokenizer,
         )

@@ -1,0 +1,73 @@
+"""Weights and tokenizers, from an embedded name, a folder, a hub id, or a model that is loaded already."""
+
+import os
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from blockem_tl.data.templates import pin_arguments
+from blockem_tl.models._peft_bridge import check_live
+from blockem_tl.storage import embedded
+
+
+def of_loaded(model: PreTrainedModel | PeftModel) -> tuple[Any, str]:
+    """The transformers model inside, and its source. Raises ValueError for adapters that could not be switched off again."""
+    if isinstance(model, PeftModel):
+        check_live(model)
+    hf = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+    return hf, str(hf.config._name_or_path)
+
+
+def tokenizer_of(source: str, given: PreTrainedTokenizerBase | None, arguments: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer given (a copy where template arguments are pinned), else the source's own, with a padding token."""
+    if given is None:
+        if not source:
+            raise ValueError("load_model: expected tokenizer=... along with a model that names no source of its own")
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if tokenizer.pad_token is None and tokenizer.eos_token is not None:
+            tokenizer.pad_token = tokenizer.eos_token
+    else:
+        tokenizer = deepcopy(given) if arguments else given
+    pin_arguments(tokenizer, arguments)
+    return tokenizer
+
+
+def from_weights(name: str, dtype: torch.dtype | str | None, device: str | torch.device | None) -> tuple[Any, str]:
+    """A transformers model from an embedded name, a folder or a hub id, and its source."""
+    source = str(embedded.folder_of("model", name) or name)
+    try:
+        hf, found = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype or torch.float32, attn_implementation="eager", output_loading_info=True
+        )
+    except OSError as error:
+        raise ValueError(
+            f"cannot load a model from {name!r}: expected an embedded name, a folder with config.json and weights, or a hub id that you "
+            f"can reach (gated models need `hf auth login`). transformers says: {error}"
+        ) from error
+    _check_weights(name, cast(nn.Module, hf), found)
+    return cast(nn.Module, hf).to(default_device(device)), source
+
+
+def _check_weights(name: str, hf: nn.Module, found: Mapping[str, Any]) -> None:
+    """Raise ValueError where transformers made up what the checkpoint lacks, or a weight is not finite."""
+    missing, wrong = sorted(found.get("missing_keys") or ()), sorted(str(key) for key in found.get("mismatched_keys") or ())
+    if missing or wrong:
+        raise ValueError(
+            f"{name!r}: the checkpoint lacks {len(missing)} tensors ({missing[:3]}) and has {len(wrong)} of other shapes ({wrong[:2]}), "
+            "which transformers fills with random numbers: copy the checkpoint anew, or load the model that it belongs to"
+        )
+    broken = next((key for key, tensor in hf.named_parameters() if not torch.isfinite(tensor).all()), None)
+    if broken is not None:
+        raise ValueError(f"{name!r}: expected finite weights, got NaN or infinity in {broken}: the checkpoint is broken")
+
+
+def default_device(device: str | torch.device | None) -> torch.device:
+    """``device``, or a GPU when there is one (under torchrun this process's own)."""
+    if device is not None or not torch.cuda.is_available():
+        return torch.device(device or "cpu")
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")
