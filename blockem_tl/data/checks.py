@@ -14,6 +14,10 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
     """Raise ValueError for no prompts, empty prompts, and duplicate ids or texts (after normalising, under one system message)."""
     if not prompts:
         raise ValueError("expected at least one prompt, got none")
+    texts = ((p, (p.id, p.text, "" if p.system is None else p.system)) for p in prompts)
+    wrong = next((prompt for prompt, found in texts if not all(isinstance(text, str) for text in found)), None)
+    if wrong is not None:
+        raise TypeError(f"expected texts as a prompt's id, text and system message, got {wrong}")
     empty = [p.id for p in prompts if not p.text.strip()]
     if empty:
         raise ValueError(f"empty prompts: {empty[:5]}; every prompt needs a text")

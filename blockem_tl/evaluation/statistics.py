@@ -146,12 +146,17 @@ def _bootstrap(
 
 
 def agreement(first: Sequence[str], second: Sequence[str]) -> Estimate:
-    """Cohen's kappa of two judges' labels for the same replies, with its 95 % interval. 1 where both always say the same one label."""
+    """Cohen's kappa of two judges' labels for the same replies, with its 95 % interval.
+
+    1 where both always say the same one label; 0 where only one of them does, since it tells no two replies apart. Neither has an interval.
+    """
     if len(first) != len(second) or not first:
         raise ValueError(f"agreement: expected two equally long, non-empty lists of labels, got {len(first)} and {len(second)}")
     names = sorted({*first, *second})
     if len(names) == 1:
         return Estimate(value=1.0, low=math.nan, high=1.0, n=len(first))
+    if 1 in (len(set(first)), len(set(second))):
+        return Estimate(value=0.0, low=math.nan, high=math.nan, n=len(first))
     table = np.zeros((len(names), len(names)))
     for one, other in zip(first, second, strict=True):
         table[names.index(one), names.index(other)] += 1

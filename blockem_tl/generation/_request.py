@@ -26,6 +26,11 @@ def check_prompt_indices(prompt_indices: Sequence[Sequence[int]] | None, n_condi
     return [list(part) for part in prompt_indices]
 
 
+def is_count(value: object, *, least: int = 1) -> bool:
+    """Whether the value is a whole number of at least ``least`` (and not a truth value, which Python counts among them)."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def check_request(
     tokenizer: PreTrainedTokenizerBase,
     context: int,
@@ -41,16 +46,16 @@ def check_request(
         ValueError: what is wrong with the request.
     """
     encoded = encode_prompts(tokenizer, prompts)
-    limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else [int(limit) for limit in max_new_tokens]
-    if len(limits) != len(prompts) or min(limits) < 1:
-        raise ValueError(f"max_new_tokens: expected one number >= 1, or one per prompt ({len(prompts)}), got {max_new_tokens}")
+    limits = list(max_new_tokens) if isinstance(max_new_tokens, Sequence) else [max_new_tokens] * len(prompts)
+    if len(limits) != len(prompts) or not all(is_count(limit) for limit in limits):
+        raise ValueError(f"max_new_tokens: expected a whole number >= 1, or one per prompt ({len(prompts)}), got {max_new_tokens!r}")
     for row, limit in zip(encoded, limits, strict=True):
         check_lengths([row], context, room=limit)
     names = [condition.name for condition in conditions]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"expected at least one condition and distinct condition names, got {names[:5]}")
-    if temperature < 0 or seed < 0:
-        raise ValueError(f"expected temperature >= 0 and seed >= 0, got {temperature} and {seed}")
+    if not 0 <= temperature < float("inf") or not is_count(seed, least=0):
+        raise ValueError(f"expected a finite temperature >= 0 and a whole number >= 0 as seed, got {temperature!r} and {seed!r}")
     return encoded, limits
 
 

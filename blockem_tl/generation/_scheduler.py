@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from blockem_tl.data.chat import Encoded
 from blockem_tl.generation._decoder import Decoder, Reply, Row
 from blockem_tl.generation._kv_cache import CHUNK
-from blockem_tl.generation._request import check_prompt_indices, check_request, steered_sites
+from blockem_tl.generation._request import check_prompt_indices, check_request, is_count, steered_sites
 from blockem_tl.generation._shared_prefill import SHARED_TOKENS, SharedDecoder, prefill_tokens
 from blockem_tl.generation.steering import Condition
 from blockem_tl.hooks import Hook
@@ -155,8 +155,8 @@ def fitting(job: Job) -> int:
 
 def run_job(job: Job, batch_size: int | None, *, refill: bool = True, progress: bool = True) -> Iterator[tuple[int, list[Generation]]]:
     """Check ``batch_size``, then yield (index of the condition, its replies) as `generate_stream` does."""
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"expected batch_size >= 1 or None, got {batch_size}")
+    if batch_size is not None and not is_count(batch_size):
+        raise ValueError(f"expected a whole number as batch_size >= 1 or None, got {batch_size!r}")
     return _held(job, min(batch_size or fitting(job), job.n_rows), refill, progress)
 
 

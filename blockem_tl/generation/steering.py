@@ -29,6 +29,8 @@ class Steering:
     def __post_init__(self) -> None:
         if not np.isfinite([self.dose, self.scale]).all() or not torch.isfinite(self.direction).all():
             raise ValueError(f"steering at {self.site}: expected a finite direction, dose and scale, got NaN or infinity")
+        if self.dose * self.scale and not self.direction.any():
+            raise ValueError(f"steering at {self.site}: the direction is zero, so nothing would happen; dose 0 is the way to say so")
         if not torch.isfinite(self.vector).all():
             raise ValueError(f"steering at {self.site}: dose {self.dose:g} x scale {self.scale:g} x direction overflows: lower the dose")
 
@@ -58,7 +60,7 @@ class Condition:
             logits = model(tokens)
 
     Raises:
-        TypeError: steering that is no tuple of `Steering`.
+        TypeError: a name that is no text, steering that is no tuple of `Steering`.
         ValueError: a site given twice.
     """
 
@@ -66,6 +68,8 @@ class Condition:
     steering: tuple[Steering, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise TypeError(f"condition: expected a text as name, by which its replies are known, got {self.name!r}")
         if not isinstance(self.steering, (tuple, list)) or not all(isinstance(s, Steering) for s in self.steering):
             raise TypeError(
                 f"condition {self.name!r}: expected steering=(Steering(...),), a tuple of them, got {type(self.steering).__name__}"

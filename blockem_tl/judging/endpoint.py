@@ -98,6 +98,8 @@ class Endpoint:
         try:
             try:
                 return self._answer(client, request)
+            except UnicodeEncodeError as error:
+                return Completion(text="", refused=f"the reply is no text that can be sent: {error}")
             except (openai.BadRequestError, openai.UnprocessableEntityError, _MalformedError) as error:
                 self._answer(client, replace(request, turns=(("user", "Write the number 1."),)))  # raises if it is how we ask
                 return Completion(text="", refused=f"{type(error).__name__}: {str(error)[:300]}")

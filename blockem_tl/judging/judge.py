@@ -126,16 +126,22 @@ def _demand(rubric: Rubric) -> str:
 
 
 def _gathered(backend: Backend, jobs: Sequence[tuple[Item, Request]]) -> Iterator[tuple[Item, list[Completion]]]:
-    """The completions of each item, in the order of its jobs, once all are there."""
+    """The completions of each item, in the order of its jobs, once all are there. Raises ValueError for a backend that drops any."""
     indices: dict[Item, list[int]] = defaultdict(list)
     for index, (item, _) in enumerate(jobs):
         indices[item].append(index)
     there: dict[int, Completion] = {}
+    waiting = set(range(len(jobs)))
     for index, completion in backend.complete(request for _, request in jobs):
+        if index not in waiting:
+            raise ValueError(f"backend {backend.name!r}: expected each of {len(jobs)} requests to be answered once, got another {index!r}")
+        waiting.discard(index)
         there[index] = completion
         item = jobs[index][0]
         if all(i in there for i in indices[item]):
             yield item, [there.pop(i) for i in indices[item]]
+    if waiting:
+        raise ValueError(f"backend {backend.name!r}: {len(waiting)} of {len(jobs)} requests were never answered: {sorted(waiting)[:5]}")
 
 
 def _read(rubric: Rubric, completions: Sequence[Completion]) -> tuple[str, tuple[tuple[str, float], ...]]:

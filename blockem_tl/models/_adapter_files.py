@@ -51,7 +51,10 @@ class AdapterFiles:
         """Write an adapter's two files in peft's plain format into a folder that is there (`save_adapter` is the safe way)."""
         state = get_peft_model_state_dict(cast(PeftModel, self.__dict__["_peft"]), adapter_name=name)
         plain = {key.replace(WRAPPER, ""): value.detach().cpu().contiguous() for key, value in state.items()}
-        save_file(plain, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(plain, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"cannot write the adapter to {folder}: {error}. Is the disk full? Make room, or write elsewhere") from error
         config = copy(self.adapter_config(name))  # a live PeftModel's own: whether it trains is not ours to change
         config.inference_mode = True
         config.save_pretrained(str(folder))

@@ -42,7 +42,7 @@ def from_weights(name: str, dtype: torch.dtype | str | None, device: str | torch
     source = str(embedded.folder_of("model", name) or name)
     try:
         hf, found = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype or torch.float32, attn_implementation="eager", output_loading_info=True
+            source, dtype=dtype or torch.float32, attn_implementation="eager", output_loading_info=True, ignore_mismatched_sizes=True
         )
     except OSError as error:
         raise ValueError(

@@ -104,5 +104,5 @@ class Store:
 
 
 def _raise_if_full(error: sqlite3.DatabaseError, path: Path) -> None:
-    if "full" in str(error):
-        raise OSError(f"the disk is full at {path}: make room and run the same again; what was kept is still there") from error
+    if "full" in str(error) or "disk I/O error" in str(error):
+        raise OSError(f"the disk is full at {path}, or fails: make room and run the same again; what was kept is still there") from error

@@ -17,7 +17,7 @@ class TrainingConfig:
     gradient_checkpointing: keep one activation per block and compute the rest again in the backward.
 
     Raises:
-        ValueError: epochs, learning rate or batch size that are not positive, or a batch that micro-batches do not fill.
+        ValueError: a number that is none, or out of its range; a batch that micro-batches do not fill.
     """
 
     rank: int = 16
@@ -39,6 +39,10 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if not (0 < self.epochs < float("inf") and 0 < self.learning_rate < float("inf") and self.batch_size >= 1):
             raise ValueError("training: expected epochs > 0, learning_rate > 0 and batch_size >= 1")
+        if not (0 <= self.max_grad_norm < float("inf") and 0 <= self.dropout < 1 and self.warmup_steps >= 0):
+            raise ValueError("training: expected max_grad_norm >= 0, 0 <= dropout < 1 and warmup_steps >= 0")
+        if self.rank < 1 or not abs(self.alpha) < float("inf") or self.alpha == 0 or (self.micro_batch_size or 1) < 1:
+            raise ValueError("training: expected rank >= 1, an alpha other than 0 and micro_batch_size >= 1")
         if self.schedule not in ("linear", "constant", "cosine"):
             raise ValueError(f"training: expected a schedule 'linear', 'constant' or 'cosine', got {self.schedule!r}")
         if self.batch_size % (self.micro_batch_size or self.batch_size):
