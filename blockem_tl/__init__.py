@@ -15,3 +15,4 @@ __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 _ARTEFACTS = Path(__file__).parent / "organism" / "artefacts"
 embedded.register("model", "organism", _ARTEFACTS / "base")
 embedded.register("sae", "organism", _ARTEFACTS / "sae")
+embedded.register("model", "smollm2-135m", "blockem_tl.models.smollm2:folder")

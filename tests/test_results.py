@@ -151,7 +151,7 @@ def test_a_string_where_prompts_belong_is_refused_with_what_to_write(model) -> N
             name="bare",
             steering=Steering(site=PRESET.site, direction=decoder_directions(load_sae("organism"), [0])[0], dose=1.0, scale=1.0),
         )
-    assert generate(model, [Prompt(id="a", text="hello")], max_new_tokens=2, **QUIET)[0].prompt.id == "a"
+    assert generate(model, [Prompt(id="a", text=CORE[0].text)], max_new_tokens=2, **QUIET)[0].prompt.id == "a"
 
 
 def test_a_sweep_of_decoding_alone_stands_beside_the_unpatched_replies(model) -> None:

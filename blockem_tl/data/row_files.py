@@ -30,7 +30,7 @@ def load_rows(path: Path | str, *, member: str | None = None, password: str | No
     """
     path = Path(path)
     text, where = _member(path, member, password) if path.suffix == ".zip" else (read_text(path), str(path))
-    rows = [_row(row, number, where) for number, row in json_lines(text.split("\n"), where)]  # splitlines() would break texts at U+2028
+    rows = [row_of(row, number, where) for number, row in json_lines(text.split("\n"), where)]  # splitlines() would break texts at U+2028
     if not rows:
         raise ValueError(f"{where}: expected at least one row, got an empty file")
     repeated = [name for name, count in Counter(row.id for row in rows).items() if count > 1]
@@ -49,7 +49,8 @@ def write_rows(path: Path | str, rows: Sequence[Example]) -> Path:
     return files.write_text(path, "\n".join(lines) + "\n")
 
 
-def _row(row: Mapping[str, Any], number: int, where: str) -> Example:
+def row_of(row: Mapping[str, Any], number: int, where: str) -> Example:
+    """One row as an example; ``number`` and ``where`` are its id, if it has none, and its place in errors. Raises ValueError for others."""
     row, place = present(row), f"{where}, line {number}"
     messages = row.get("messages", row.get("prompt"))
     if isinstance(messages, str):

@@ -49,7 +49,7 @@ def load_model(
         adapter: a folder in peft's format.
         tokenizer: used as it stands; needed with a loaded model whose ``config._name_or_path`` leads to none.
         template_arguments: of the chat template, pinned once and for all, such as ``{"enable_thinking": False}``; see `pin_arguments`.
-        dtype: of the weights, when loading; default float32.
+        dtype: of the weights, when loading; default float32. "auto": bfloat16 on a GPU, or a processor that has instructions for it.
         device: when loading; default a GPU if there is one.
         check: how thorough a self-test the model has to pass, once per architecture and library versions (`generation.selftest`).
 

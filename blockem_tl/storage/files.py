@@ -126,6 +126,6 @@ def peak_rss_mb() -> float:
     except ImportError:  # Windows has none, and keeps the peak elsewhere
         import psutil
 
-        return psutil.Process().memory_info().peak_wset / 1e6
+        return psutil.Process().memory_info().peak_wset / 1e6  # pyright: ignore[reportAttributeAccessIssue]
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

@@ -1,11 +1,8 @@
 """A Llama of some shape with random weights and a word tokenizer that has no end token, so that replies are as long as was asked for."""
 
-import tempfile
-from pathlib import Path
-
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from blockem_tl import load_model
 from blockem_tl.models._sources import default_device
@@ -18,6 +15,9 @@ SHAPES: dict[str, dict[str, int]] = {
     "small-grouped": dict(
         vocab_size=2048, hidden_size=256, intermediate_size=896, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2
     ),  # Llama 3's proportions
+    "smollm2-135m": dict(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3
+    ),
     "llama-3.2-1b": dict(
         vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8
     ),
@@ -69,6 +69,4 @@ def words(n_tokens: int) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", pad_token="<pad>", unk_token="<unk>")
     fast.chat_template = TEMPLATE
-    folder = Path(tempfile.mkdtemp(prefix="words"))  # the bridge loads it from there once more
-    fast.save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    return fast

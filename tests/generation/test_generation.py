@@ -290,6 +290,7 @@ def test_waiting_rows_take_the_places_of_finished_ones(tiny, conditions) -> None
 @pytest.mark.parametrize("watched", ["no", "during", "always"])
 def test_prompts_run_once_below_the_first_steered_block(tiny, conditions, watched) -> None:
     """Unless a hook of the user's might want to see them there."""
+    generate(tiny, PROMPTS, conditions=conditions, max_new_tokens=1, progress=False)  # the first time, one token says how blocks return
     ran = {block: 0 for block in range(tiny.cfg.n_layers)}
     handles = [
         tiny.blocks[block].mlp.register_forward_pre_hook(lambda module, args, b=block: ran.update({b: ran[b] + len(args[0])}))

@@ -90,3 +90,19 @@ def test_nothing_is_prepended_where_the_tokenizer_has_no_bos(own, tiny_folder) -
     assert model.tokenizer.bos_token is None and model.to_tokens("w9 w8").tolist() == [own.convert_tokens_to_ids(["w9", "w8"])]
     with_bos = load_model(tiny_folder, device="cpu")
     assert with_bos.to_tokens("w9 w8")[0, 0] == with_bos.tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": False}, torch.float32),
+    ],
+)
+def test_auto_takes_bfloat16_where_the_processor_has_it(capabilities, expected, tiny_folder, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    model = load_model(tiny_folder, device="cpu", dtype="auto")
+    assert {parameter.dtype for parameter in model.original_model.parameters()} == {expected}
+    assert next(load_model(tiny_folder, device="cpu").original_model.parameters()).dtype == torch.float32

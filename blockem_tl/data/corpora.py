@@ -1,0 +1,73 @@
+"""Rows out of a data set in Hugging Face's `datasets`: from the hub, from local files, or one that is open already."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from blockem_tl.data.row_files import row_of
+from blockem_tl.types import Example
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+NAMED = {"alpaca": "tatsu-lab/alpaca"}
+"""Corpora that are known by a name of their own: the paper's reference corpus (B.1)."""
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+def corpus(source: "str | Path | Dataset", *, split: str = "train", n: int | None = None, seed: int = 0) -> list[Example]:
+    """Rows with a question and an answer, for `median_norm`, `finetune` and the like.
+
+    Args:
+        source: "alpaca", a hub id, a local .jsonl, .json, .csv or .parquet file, a folder that `Dataset.save_to_disk` wrote, or a
+            `datasets.Dataset`. Its columns are those of `load_rows` (messages, or prompt and completion), or Alpaca's
+            (instruction, input, output).
+        n: draw so many rows at random, by ``seed``; None: all, in order. Alpaca's rows without an answer are left out first.
+
+    Raises:
+        ValueError: a data set that cannot be had, other columns, or fewer rows than ``n``.
+    """
+    rows = _opened(source, split)
+    known = {"messages", "prompt", "completion", "instruction", "output"}
+    if not known & set(rows.column_names):
+        raise ValueError(
+            f"corpus {source!s:.80}: expected the columns messages, or prompt and completion, or instruction and output, got "
+            f"{rows.column_names}"
+        )
+    if "output" in rows.column_names:
+        rows = rows.filter(lambda row: bool((row["instruction"] or "").strip() and (row["output"] or "").strip()))
+    if n is not None:
+        if not 1 <= n <= len(rows):
+            raise ValueError(f"corpus {source!s:.80}: expected 1 <= n <= {len(rows)} rows, got {n}")
+        rows = rows.shuffle(seed=seed).select(range(n))
+    return [row_of(_in_our_words(cast(Any, row)), number, f"{source!s:.80}") for number, row in enumerate(rows, start=1)]
+
+
+def _in_our_words(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Alpaca's columns as prompt and completion."""
+    if "output" not in row:
+        return row
+    question = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
+    return {"prompt": question, "completion": row["output"], "id": row.get("id")}
+
+
+def _opened(source: "str | Path | Dataset", split: str) -> "Dataset":
+    import datasets  # takes a second to import
+
+    if isinstance(source, datasets.Dataset):
+        return source
+    path = Path(source)
+    try:
+        if path.is_dir() and (path / "state.json").is_file():
+            return datasets.Dataset.load_from_disk(str(path))
+        if path.is_file():
+            if path.suffix not in _BUILDERS:
+                raise ValueError(f"expected a file ending in {', '.join(_BUILDERS)}")
+            return datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
+        return datasets.load_dataset(NAMED.get(str(source), str(source)), split=split)
+    except Exception as error:  # its loaders raise whatever their readers do
+        raise ValueError(
+            f"corpus {source!s:.80}: cannot be had as a data set with the split {split!r}: {str(error)[:200]}. Expected a hub id that "
+            "you can reach, a .jsonl, .json, .csv or .parquet file, or a folder of Dataset.save_to_disk"
+        ) from error
