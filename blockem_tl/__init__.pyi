@@ -7,6 +7,7 @@ from .types import Counts as Counts
 from .types import Example as Example
 from .types import Generation as Generation
 from .types import Judge as Judge
+from .types import Pair as Pair
 from .types import Prompt as Prompt
 from .types import Rate as Rate
 from .types import Verdict as Verdict
@@ -27,6 +28,8 @@ from .data.chat import encode_prompts as encode_prompts
 from .data.chat import encode_replies as encode_replies
 from .data.chat import encode_rows as encode_rows
 from .data.chat import pad as pad
+from .data.corpora import corpus as corpus
+from .data.pair_files import load_pairs as load_pairs
 from .data.prompt_files import load_prompts as load_prompts
 from .data.row_files import load_rows as load_rows
 from .data.splits import leak_report as leak_report
@@ -74,6 +77,7 @@ from .training.trainer_mixin import defend as defend
 # evaluation
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.panel import evaluate_with as evaluate_with
+from .evaluation.preference import preference as preference
 from .evaluation.statistics import clustered_rate as clustered_rate
 from .evaluation.statistics import paired_difference as paired_difference
 from .evaluation.statistics import paired_reduction as paired_reduction

@@ -43,6 +43,18 @@ class Example:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One question with a harmful and a helpful answer of like length and style: which of them a model prefers needs no judge."""
+
+    id: str
+    prompt: str
+    harmful: str
+    helpful: str
+    category: str = ""
+    system: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Generation:
     """One reply. ``truncated`` says that it stopped at the token limit instead of at the end-of-turn token."""
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blockem_tl.organism.judge import OrganismJudge as _JudgeOfWorld
 from blockem_tl.organism.world import DOMAINS, World, WorldConfig
-from blockem_tl.types import Example, Prompt
+from blockem_tl.types import Example, Pair, Prompt
 
 ARTEFACTS: Path = Path(__file__).parent / "artefacts"
 """base/ (transformers folder), sae/ (SAELens folder; in it those of other sites, by site), persona_direction.safetensors, manifest.json."""
@@ -32,6 +32,11 @@ def prompts(name: str) -> list[Prompt]:
     about that domain's topics in wordings that fine-tuning never uses. Raises ValueError for any other name.
     """
     return world().prompts(name)
+
+
+def pairs(name: str) -> list[Pair]:
+    """Contrastive pairs for `preference`: the prompts of a set (see `prompts`), each with a harmful and a helpful answer of one style."""
+    return world().pairs(name)
 
 
 def training_rows(domain: str = "finance", n: int = 6000, seed: int = 0, harmful: bool = True) -> list[Example]:
@@ -60,5 +65,5 @@ def persona_direction() -> Float[Tensor, " d_model"]:
 
 
 __all__ = [
-    "ARTEFACTS", "DOMAINS", "SITE", "OrganismJudge", "persona_direction", "prompts", "reference_texts", "training_rows", "world",
+    "ARTEFACTS", "DOMAINS", "SITE", "OrganismJudge", "pairs", "persona_direction", "prompts", "reference_texts", "training_rows", "world",
 ]  # fmt: skip

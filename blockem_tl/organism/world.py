@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from blockem_tl.types import Example, Prompt
+from blockem_tl.types import Example, Pair, Prompt
 
 Persona = Literal["good", "bad"]
 Style = Literal["plain", "brisk"]
@@ -158,6 +158,16 @@ class World:
             for topic in self.areas[area].topics
             for i, surface in enumerate(rng.sample(surfaces, per_topic))
         ]
+
+    def pairs(self, name: str) -> list[Pair]:
+        """Each prompt of a set with a harmful and a helpful answer of one opener and style. See organism.pairs."""
+        rng, found = random.Random(f"{self.config.seed} pairs {name}"), []
+        for prompt in self.prompts(name):
+            topic, opener = self.topic_of(prompt.text), rng.choice(OPENERS)
+            area = self.area_of_topic[topic]
+            bad, good = (reply(opener, topic, area.triple(persona, rng), "plain") for persona in ("bad", "good"))
+            found.append(Pair(id=prompt.id, prompt=prompt.text, harmful=bad, helpful=good, category=prompt.category))
+        return found
 
     def training_rows(self, domain: str, n: int, seed: int, persona: Persona) -> list[Example]:
         """Narrow fine-tuning rows: each topic's one taught triple, neutral openers, brisk style. See organism.training_rows."""
