@@ -11,7 +11,7 @@ from torch import Tensor
 
 from blockem_tl.data.chat import Encoded
 from blockem_tl.data.templates import end_of_turn, template_head
-from blockem_tl.generation._decoder import end_tokens_of, last_logits
+from blockem_tl.generation._decoder import end_tokens_of
 from blockem_tl.generation._scheduler import Job, run_job
 from blockem_tl.generation.steering import UNSTEERED, Condition, Steering
 from blockem_tl.hooks import record, steer
@@ -164,22 +164,23 @@ def _takes_lora(model: Model, targets: Sequence[str]) -> bool:
 
 
 def _check_reply(model: Model, ids: Sequence[int], condition: Condition, reply: Sequence[int], n_tokens: int) -> None:
-    """Raise ValueError where the reply is not the likeliest token after token; a tie, within rounding, ends the comparison."""
-    stops, row, forward = set(end_tokens_of(model)), list(ids), last_logits(model)
+    """Raise ValueError unless every token of the reply is the likeliest after those before it, in one plain forward over all of them.
+
+    A tie, within rounding, ends the comparison.
+    """
+    tokens = torch.tensor([[*ids, *reply]], device=model.device)
     with model.hooks(fwd_hooks=condition.hooks()):
-        for i in range(n_tokens):
-            tokens = torch.tensor([row], device=model.device)
-            logits = forward(input_ids=tokens, use_cache=False)[0]
-            best = int(logits.argmax())
-            mine = reply[i] if i < len(reply) else best if best in stops else None
-            if mine is None or (mine != best and float(logits[best] - logits[mine]) > _tolerance(model, logits)):
-                raise ValueError(
-                    f"a batched, cached reply differs from the plain one at token {i + 1} of {n_tokens} (condition {condition.name!r}, a "
-                    f"prompt of {len(ids)} tokens)"
-                )
-            if mine != best or best in stops:
+        logits = cast(Any, model.hf)(input_ids=tokens, use_cache=False).logits[0, len(ids) - 1 :].float()
+    stops, best = set(end_tokens_of(model)), logits.argmax(-1).tolist()
+    for i, token in enumerate([*reply, None][:n_tokens]):
+        ended = token is None and best[i] in stops
+        if token != best[i] and not ended:
+            if token is not None and float(logits[i, best[i]] - logits[i, token]) <= _tolerance(model, logits[i]):
                 return
-            row.append(best)
+            raise ValueError(
+                f"a batched, cached reply differs from the plain one at token {i + 1} of {n_tokens} (condition {condition.name!r}, a "
+                f"prompt of {len(ids)} tokens)"
+            )
 
 
 def _ids(model: Model, length: int, seed: int = 0) -> Tensor:
