@@ -168,8 +168,15 @@ class Model(LiveAdapters, SAETransformerBridge):
         """Every hook point under every spelling: canonical names and aliases, in every state.
 
         Where an SAE is attached, the site's names mean what flows on downstream: the SAE's output. After `reset_saes` they mean the
-        plain site again.
+        plain site again. The names are put together once per state.
         """
+        registry = self._hook_registry
+        state = (tuple(registry), tuple(map(id, registry.values())), tuple(self._acts_to_saes))
+        if self.__dict__.get("_points_of", (None, None))[0] != state:
+            self.__dict__["_points_of"] = (state, self._named_points())
+        return dict(self.__dict__["_points_of"][1])
+
+    def _named_points(self) -> dict[str, HookPoint]:
         points = dict(super().hook_dict)
         for alias, wrapper in self._acts_to_saes.items():
             points[self._resolve_hook_name(alias)] = wrapper.hook_sae_output

@@ -327,6 +327,23 @@ def test_with_an_sae_attached_the_site_means_what_flows_on(tiny, sae, tokens) ->
     assert torch.equal(store[SPELLINGS[0]], store["blocks.2.hook_in"])
 
 
+def test_names_are_put_together_once_per_state(tiny, sae, tokens, monkeypatch) -> None:
+    from blockem_tl.models.load import Model
+
+    made, original = [], Model._named_points
+    monkeypatch.setattr(Model, "_named_points", lambda self: made.append(1) or original(self))
+    for count, change in enumerate((lambda: None, lambda: tiny.add_sae(sae), tiny.reset_saes, tiny.enable_compatibility_mode), start=1):
+        change()
+        for site in SPELLINGS:
+            store = {}
+            tiny.run_with_hooks(tokens, fwd_hooks=[record(site, store)])
+            assert store[site].shape == (3, 11, 32)
+        assert len(made) <= count + 1  # a change may ask in between
+    before = len(made)
+    tiny.hook_dict.clear()  # what is given is the caller's own
+    assert SPELLINGS[0] in tiny.hook_dict and len(made) == before
+
+
 @pytest.mark.parametrize("call", ["run_with_hooks", "hooks", "add_hook", "run_with_cache"])
 def test_unknown_names_raise_everywhere(tiny, tokens, call) -> None:
     hook = record("blocks.1.hook_resid_pos", {})
