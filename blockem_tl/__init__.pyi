@@ -47,6 +47,8 @@ from .saes.latent_set import random_latents as random_latents
 from .saes.latents import decoder_directions as decoder_directions
 from .saes.latents import encode_latents as encode_latents
 from .saes.load import load_sae as load_sae
+from .saes.train import SAETraining as SAETraining
+from .saes.train import train_sae as train_sae
 
 # generation
 from .generation.engine import TransformerLensEngine as TransformerLensEngine

@@ -1,0 +1,193 @@
+"""`train_sae`: an SAE of one's own for any model and site, by SAELens's own trainer, with a card of what it is worth.
+
+Activations are streamed: memory holds one buffer of them, however many rows there are. The first token of every row is left out, and so
+are tokens whose norm is far above the median: attention sinks (norm 31,000 beside 187 in SmolLM2) would take most of an SAE's capacity.
+"""
+
+import random
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from sae_lens import (
+    SAE,
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
+    JumpReLUTrainingSAE,
+    JumpReLUTrainingSAEConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
+from sae_lens.config import SAETrainerConfig
+from sae_lens.saes.sae import SAEMetadata
+from sae_lens.training.mixing_buffer import mixing_buffer
+from sae_lens.training.sae_trainer import SAETrainer
+from torch import Tensor
+
+from blockem_tl.data.chat import Batch, Rows
+from blockem_tl.hooks import resolve
+from blockem_tl.models.activations import read_site
+from blockem_tl.models.load import Model
+from blockem_tl.models.lora import BASE
+from blockem_tl.saes.card import SAECard, measure
+from blockem_tl.saes.load import checked
+from blockem_tl.storage import files
+
+Kind = Literal["topk", "batchtopk", "jumprelu"]
+SINK = 10.0
+"""Tokens with a norm above so many medians are attention sinks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAETraining:
+    """Hyperparameters of one SAE.
+
+    kind: of activation.  d_sae: latents.  k: active at a token (JumpReLU finds a number of its own).  samples: tokens trained on, drawn
+    again and again from the rows.  batch_size: tokens per step.  buffer: tokens that are held and mixed.  heldout: share of each corpus's
+    rows that the card is measured on.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    kind: Kind = "topk"
+    d_sae: int = 2048
+    k: int = 32
+    samples: int = 1_000_000
+    batch_size: int = 1024
+    buffer: int = 65_536
+    learning_rate: float = 3e-4
+    heldout: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= self.d_sae or not 1 <= self.batch_size <= min(self.samples, self.buffer):
+            raise ValueError("SAE: expected 1 <= k <= d_sae, and 1 <= batch_size <= samples and buffer")
+        if not 0 < self.heldout < 1 or not 0 < self.learning_rate < float("inf") or self.seed < 0:
+            raise ValueError("SAE: expected 0 < heldout < 1, learning_rate > 0 and seed >= 0")
+
+
+def train_sae(
+    model: Model,
+    site: str,
+    corpora: Mapping[str, Rows],
+    *,
+    config: SAETraining = SAETraining(),
+    adapters: Sequence[str | Path] = (BASE,),
+    out: Path | str | None = None,
+    overwrite: bool = False,
+) -> SAECard:
+    """Train an SAE on a site's activations over the corpora, under each adapter, and measure it on rows held out.
+
+    Args:
+        corpora: rows by name: texts, chats, replies of base and of tuned; an SAE knows only what it has read.
+        adapters: the weights under which every corpus is read: "base", adapters by name or in folders.
+        out: a folder for the SAE (as SAELens saves one, for `load_sae`) and card.json.
+
+    Raises:
+        ValueError: an unknown site, corpora with fewer tokens than the SAE has latents, or an adapter that is none.
+        FileExistsError: ``out`` exists.
+    """
+    resolve(model.hook_dict, site)
+    if out is not None:
+        files.check_replaceable(out, "cfg.json" if overwrite else None)
+    torch.manual_seed(config.seed)
+    train, heldout = _split(corpora, config)
+    limit = SINK * _median_norm(model, site, train, adapters)
+    sae = _untrained(model, site, config)
+    steps = config.samples // config.batch_size
+    trainer = SAETrainerConfig(
+        total_training_samples=steps * config.batch_size,
+        train_batch_size_samples=config.batch_size,
+        device=str(model.device),
+        lr=config.learning_rate,
+        lr_end=config.learning_rate / 10,
+        lr_decay_steps=steps // 4,
+        lr_warm_up_steps=min(100, steps // 10),
+        dead_feature_window=max(50, steps // 10),
+        n_batches_for_norm_estimate=20,
+    )
+    states = _states(model, site, train, adapters, limit, config)
+    SAETrainer(trainer, sae, mixing_buffer(config.buffer, config.batch_size, states)).fit()
+    with tempfile.TemporaryDirectory() as nowhere, files.finished_folder(out or Path(nowhere) / "sae", replaces="cfg.json") as folder:
+        sae.save_inference_model(str(folder))
+        trained = checked(SAE.load_from_disk(folder, device=str(model.device)), "the trained SAE")
+        found = measure(model, trained, heldout, adapters=adapters, limit=limit)
+        about = {"model": model.name, "site": site, "training": asdict(config), "alive": found.alive, "heldout": list(found.rows)}
+        files.write_json(folder / "card.json", {**about, "environment": files.environment()})
+    return found
+
+
+def _split(corpora: Mapping[str, Rows], config: SAETraining) -> tuple[dict[str, Rows], dict[str, Rows]]:
+    """Training and held-out rows of every corpus, drawn by the seed."""
+    train, heldout = dict[str, Rows](), dict[str, Rows]()
+    for name, rows in corpora.items():
+        order = list(rows)
+        random.Random(f"{config.seed} {name}").shuffle(order)
+        n = max(1, round(config.heldout * len(order)))
+        if len(order) - n < 1:
+            raise ValueError(f"SAE: corpus {name!r} has {len(order)} rows, expected two at least, one of them to hold out")
+        train[name], heldout[name] = order[n:], order[:n]
+    if not corpora:
+        raise ValueError("SAE: expected at least one corpus of rows to read, got none")
+    return train, heldout
+
+
+def _read(model: Model, site: str, rows: Rows) -> Iterator[tuple[Float[Tensor, "tokens d_model"], Batch]]:
+    """Activations of all tokens but padding and the first of each row."""
+    for activations, batch in read_site(model, site, rows):
+        yield activations[batch.mask & (batch.positions > 0)].float(), batch
+
+
+def _median_norm(model: Model, site: str, corpora: Mapping[str, Rows], adapters: Sequence[str | Path]) -> float:
+    """The median norm over the first rows of each corpus."""
+    norms = []
+    for adapter in adapters:
+        with model.using(adapter):
+            for rows in corpora.values():
+                norms += [states.norm(dim=-1) for states, _ in _read(model, site, list(rows)[:32])]
+    return float(torch.cat(norms).median())
+
+
+def _states(
+    model: Model, site: str, corpora: Mapping[str, Rows], adapters: Sequence[str | Path], limit: float, config: SAETraining
+) -> Iterator[Float[Tensor, "tokens d_model"]]:
+    """Activations without sinks, without end, a few rows of one kind under one adapter at a time, in an order drawn by the seed."""
+    parts = [(adapter, list(rows)[i : i + 32]) for adapter in adapters for rows in corpora.values() for i in range(0, len(rows), 32)]
+    draw, n_tokens = random.Random(config.seed), 0
+    while True:
+        draw.shuffle(parts)
+        for adapter, rows in parts:
+            with model.using(adapter):
+                found = [states[states.norm(dim=-1) <= limit] for states, _ in _read(model, site, rows)]
+            n_tokens += sum(map(len, found))
+            yield from found
+        if n_tokens < config.d_sae:
+            raise ValueError(
+                f"SAE: the corpora have {n_tokens} tokens for {config.d_sae} latents; pass more rows (some hundred tokens per latent are "
+                "little), or a smaller d_sae"
+            )
+
+
+def _untrained(model: Model, site: str, config: SAETraining) -> Any:
+    """A fresh SAE of SAELens's training classes."""
+    common: dict[str, Any] = {
+        "d_in": int(model.cfg.d_model),
+        "d_sae": config.d_sae,
+        "device": str(model.device),
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "expected_average_only_in",  # folded into the weights at the end of training
+        "metadata": SAEMetadata(model_name=model.name, hook_name=site, prepend_bos=False),
+    }
+    if config.kind == "jumprelu":
+        return JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**common, l0_coefficient=1.0))
+    kinds: dict[str, Any] = {
+        "topk": (TopKTrainingSAE, TopKTrainingSAEConfig),
+        "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig),
+    }
+    make, config_of = kinds[config.kind]
+    return make(config_of(**common, k=config.k, rescale_acts_by_decoder_norm=True))
