@@ -27,7 +27,8 @@ class SAECard(Result):
 
     rows: corpus, adapter, tokens, explained_variance (of tokens that are no sinks), l0 (latents active at a token), loss (nats per token,
     of replies where there are any), loss_spliced (with the reconstruction in the stream's place, sinks left as they are), loss_ablated
-    (with the stream's mean there), loss_recovered (1: as good as the stream itself; 0: as bad as its mean; None where the mean is no worse).
+    (with the stream's mean there), loss_recovered (1: as good as the stream itself; 0: as bad as its mean; None if the mean is no
+    worse).
     alive: share of latents active anywhere on these rows.
     """
 

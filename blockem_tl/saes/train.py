@@ -99,20 +99,8 @@ def train_sae(
     train, heldout = _split(corpora, config)
     limit = SINK * _median_norm(model, site, train, adapters)
     sae = _untrained(model, site, config)
-    steps = config.samples // config.batch_size
-    trainer = SAETrainerConfig(
-        total_training_samples=steps * config.batch_size,
-        train_batch_size_samples=config.batch_size,
-        device=str(model.device),
-        lr=config.learning_rate,
-        lr_end=config.learning_rate / 10,
-        lr_decay_steps=steps // 4,
-        lr_warm_up_steps=min(100, steps // 10),
-        dead_feature_window=max(50, steps // 10),
-        n_batches_for_norm_estimate=20,
-    )
     states = _states(model, site, train, adapters, limit, config)
-    SAETrainer(trainer, sae, mixing_buffer(config.buffer, config.batch_size, states)).fit()
+    SAETrainer(_schedule(config, str(model.device)), sae, mixing_buffer(config.buffer, config.batch_size, states)).fit()
     with tempfile.TemporaryDirectory() as nowhere, files.finished_folder(out or Path(nowhere) / "sae", replaces="cfg.json") as folder:
         sae.save_inference_model(str(folder))
         trained = checked(SAE.load_from_disk(folder, device=str(model.device)), "the trained SAE")
@@ -120,6 +108,22 @@ def train_sae(
         about = {"model": model.name, "site": site, "training": asdict(config), "alive": found.alive, "heldout": list(found.rows)}
         files.write_json(folder / "card.json", {**about, "environment": files.environment()})
     return found
+
+
+def _schedule(config: SAETraining, device: str) -> SAETrainerConfig:
+    """SAELens's settings: a short warm-up, and a linear decay over the last quarter."""
+    steps = config.samples // config.batch_size
+    return SAETrainerConfig(
+        total_training_samples=steps * config.batch_size,
+        train_batch_size_samples=config.batch_size,
+        device=device,
+        lr=config.learning_rate,
+        lr_end=config.learning_rate / 10,
+        lr_decay_steps=steps // 4,
+        lr_warm_up_steps=min(100, steps // 10),
+        dead_feature_window=max(50, steps // 10),
+        n_batches_for_norm_estimate=20,
+    )
 
 
 def _split(corpora: Mapping[str, Rows], config: SAETraining) -> tuple[dict[str, Rows], dict[str, Rows]]:
