@@ -28,20 +28,24 @@ def corpus(source: "str | Path | Dataset", *, split: str = "train", n: int | Non
     Raises:
         ValueError: a data set that cannot be had, other columns, or fewer rows than ``n``.
     """
-    rows = _opened(source, split)
+    rows, name = _opened(source, split), _name(source)
     known = {"messages", "prompt", "completion", "instruction", "output"}
     if not known & set(rows.column_names):
         raise ValueError(
-            f"corpus {source!s:.80}: expected the columns messages, or prompt and completion, or instruction and output, got "
-            f"{rows.column_names}"
+            f"corpus {name}: expected the columns messages, or prompt and completion, or instruction and output, got {rows.column_names}"
         )
     if "output" in rows.column_names:
         rows = rows.filter(lambda row: bool((row["instruction"] or "").strip() and (row["output"] or "").strip()))
     if n is not None:
         if not 1 <= n <= len(rows):
-            raise ValueError(f"corpus {source!s:.80}: expected 1 <= n <= {len(rows)} rows, got {n}")
+            raise ValueError(f"corpus {name}: expected 1 <= n <= {len(rows)} rows, got {n}")
         rows = rows.shuffle(seed=seed).select(range(n))
-    return [row_of(_in_our_words(cast(Any, row)), number, f"{source!s:.80}") for number, row in enumerate(rows, start=1)]
+    return [row_of(_in_our_words(cast(Any, row)), number, name) for number, row in enumerate(rows, start=1)]
+
+
+def _name(source: object) -> str:
+    """The source in errors."""
+    return str(source) if isinstance(source, (str, Path)) else f"a {type(source).__name__}"
 
 
 def _in_our_words(row: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -68,6 +72,6 @@ def _opened(source: "str | Path | Dataset", split: str) -> "Dataset":
         return datasets.load_dataset(NAMED.get(str(source), str(source)), split=split)
     except Exception as error:  # its loaders raise whatever their readers do
         raise ValueError(
-            f"corpus {source!s:.80}: cannot be had as a data set with the split {split!r}: {str(error)[:200]}. Expected a hub id that "
+            f"corpus {_name(source)}: cannot be had as a data set with the split {split!r}: {str(error)[:200]}. Expected a hub id that "
             "you can reach, a .jsonl, .json, .csv or .parquet file, or a folder of Dataset.save_to_disk"
         ) from error
