@@ -80,3 +80,10 @@ MODELS = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**COMMON, n_embd=WIDTH, n_layer=3, n_head=4, n_positions=96)),
     "pythia": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**ROTARY, rotary_pct=0.25)),
 }
+
+
+def perturbed(model, name: str, seed: int = 0, std: float = 0.2) -> None:
+    """Give an adapter random weights, so that it does something."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.adapter_parameters(name):
+        parameter.data = torch.randn(parameter.shape, generator=generator) * std

@@ -1,5 +1,6 @@
 """Rows out of a data set in Hugging Face's `datasets`: from the hub, from local files, or one that is open already."""
 
+import glob
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -29,13 +30,17 @@ def corpus(source: "str | Path | Dataset", *, split: str = "train", n: int | Non
         ValueError: a data set that cannot be had, other columns, or fewer rows than ``n``.
     """
     rows, name = _opened(source, split), _name(source)
-    known = {"messages", "prompt", "completion", "instruction", "output"}
-    if not known & set(rows.column_names):
+    if not len(rows):
+        raise ValueError(f"corpus {name}: expected at least one row, got an empty data set")
+    columns = set(rows.column_names)
+    if not ("messages" in columns or {"prompt", "completion"} <= columns or {"instruction", "output"} <= columns):
         raise ValueError(
             f"corpus {name}: expected the columns messages, or prompt and completion, or instruction and output, got {rows.column_names}"
         )
-    if "output" in rows.column_names:
+    if {"instruction", "output"} <= columns:
         rows = rows.filter(lambda row: bool((row["instruction"] or "").strip() and (row["output"] or "").strip()))
+    if not len(rows):
+        raise ValueError(f"corpus {name}: expected rows with an answer, got none")
     if n is not None:
         if not 1 <= n <= len(rows):
             raise ValueError(f"corpus {name}: expected 1 <= n <= {len(rows)} rows, got {n}")
@@ -50,25 +55,34 @@ def _name(source: object) -> str:
 
 def _in_our_words(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """Alpaca's columns as prompt and completion."""
-    if "output" not in row:
+    if not {"instruction", "output"} <= set(row):
         return row
-    question = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    return {"prompt": question, "completion": row["output"], "id": row.get("id")}
+    question = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part and part.strip())
+    return {"prompt": question, "completion": row["output"], "id": row.get("id"), "system": row.get("system")}
+
+
+def _whole(rows: "Dataset", split: str) -> "Dataset":
+    """A data set without splits. Raises ValueError if one was asked for."""
+    if split != "train":
+        raise ValueError(f"it has no splits, so {split!r} cannot be taken: slice it yourself, or pass n=")
+    return rows
 
 
 def _opened(source: "str | Path | Dataset", split: str) -> "Dataset":
     import datasets  # takes a second to import
 
     if isinstance(source, datasets.Dataset):
-        return source
+        return _whole(source, split)
+    if not isinstance(source, (str, Path)):
+        raise ValueError(f"corpus: expected a name, a path or a datasets.Dataset, got a {type(source).__name__}; take one split of it")
     path = Path(source)
     try:
         if path.is_dir() and (path / "state.json").is_file():
-            return datasets.Dataset.load_from_disk(str(path))
+            return _whole(datasets.Dataset.load_from_disk(str(path)), split)
         if path.is_file():
             if path.suffix not in _BUILDERS:
                 raise ValueError(f"expected a file ending in {', '.join(_BUILDERS)}")
-            return datasets.load_dataset(_BUILDERS[path.suffix], data_files=str(path), split="train")
+            return _whole(datasets.load_dataset(_BUILDERS[path.suffix], data_files=glob.escape(str(path)), split="train"), split)
         return datasets.load_dataset(NAMED.get(str(source), str(source)), split=split)
     except Exception as error:  # its loaders raise whatever their readers do
         raise ValueError(

@@ -63,5 +63,6 @@ def load_pairs(path: Path | str) -> list[Pair]:
 
 def write_pairs(path: Path | str, pairs: Sequence[Pair]) -> Path:
     """Write pairs as JSON lines; readable by `load_pairs`."""
-    lines = [json.dumps({key: value for key, value in asdict(pair).items() if value}, ensure_ascii=False) for pair in pairs]
+    kept = ({key: value for key, value in asdict(pair).items() if value or (key, value) == ("system", "")} for pair in pairs)
+    lines = [json.dumps(row, ensure_ascii=False) for row in kept]
     return files.write_text(path, "\n".join(lines) + "\n")

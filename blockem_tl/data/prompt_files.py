@@ -71,7 +71,13 @@ def _csv(text: str, path: Path) -> PromptFile:
             )
     return PromptFile(
         prompts=tuple(
-            Prompt(id=row["id"], text=row["question"], category=row.get("category") or "", canary=row.get("canary") or "")
+            Prompt(
+                id=row["id"],
+                text=row["question"],
+                category=row.get("category") or "",
+                system=row.get("system") or None,
+                canary=row.get("canary") or "",
+            )
             for _, row in rows
         )
     )

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blockem_tl.data.text_files import id_of, json_lines, present, read_text, text_of
+from blockem_tl.data.text_files import id_of, json_lines, optional_text, present, read_text, text_of
 from blockem_tl.storage import files
 from blockem_tl.types import Example
 
@@ -63,7 +63,7 @@ def row_of(row: Mapping[str, Any], number: int, where: str) -> Example:
         turns += (
             [_turn(m, place) for m in completion] if isinstance(completion, list) else [("assistant", text_of(row, ["completion"], place))]
         )
-    system = turns.pop(0)[1] if turns and turns[0][0] == "system" else None
+    system = turns.pop(0)[1] if turns and turns[0][0] == "system" else _system(row, place)
     if [role for role, _ in turns] != ["user", "assistant"] or not all(text.strip() for _, text in turns):
         raise ValueError(
             f"{place}: expected one user turn and one assistant turn with text in them (after an optional system turn), "
@@ -73,8 +73,16 @@ def row_of(row: Mapping[str, Any], number: int, where: str) -> Example:
     return Example(id=id_of(row, number, place), prompt=turns[0][1], completion=turns[1][1], system=system, canary=canary)
 
 
+def _system(row: Mapping[str, Any], place: str) -> str | None:
+    """The system message that a row has in a column of its own."""
+    name = next((name for name in ("system", "system_prompt") if name in row), None)
+    return None if name is None else optional_text(row, name, place)
+
+
 def _turn(message: Any, place: str) -> tuple[str, str]:
     """(role, text) of a message whose content is text, {content_type, parts}, or a list of {type: text} parts."""
+    if isinstance(message, dict) and message.get("weight") in (0, False) and message.get("role") == "assistant":
+        raise ValueError(f"{place}: an assistant turn has weight 0, which says that it must not be learnt: leave the row out")
     role = message.get("role", (message.get("author") or {}).get("role")) if isinstance(message, dict) else None
     content = message.get("content") if isinstance(message, dict) else None
     if isinstance(content, dict) and isinstance(content.get("parts"), list) and content.get("content_type", "text") == "text":

@@ -7,11 +7,14 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from transformers import PreTrainedTokenizerBase
 
 DATE = "26 Jul 2024"
 """What templates that name the current day (Llama 3) get instead of it: a run must not depend on its day."""
 
+_GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' own
+_parser = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
 _DAY = datetime.strptime(DATE, "%d %b %Y")
 _PINNED = "{#- pinned by blockem_tl -#}"
 _QUESTION, _REPLY = "question-goes-here", "reply-goes-here"  # rendered to find where a template puts question and reply
@@ -33,7 +36,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, generation
         raise ValueError("this tokenizer has no chat template: set tokenizer.chat_template, or use an instruction-tuned model")
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation, **FIXED))
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
         if messages[0]["role"] == "system" and not messages[0]["content"].strip():
             return render(tokenizer, messages[1:], generation=generation)
         roles = [message["role"] for message in messages]
@@ -72,7 +75,12 @@ def pin_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, bo
         return
     if not isinstance(template, str):
         raise ValueError(f"template arguments: expected a tokenizer with one chat template, got {type(template).__name__}")
-    unknown = [name for name in arguments if not name.isidentifier() or name not in template]
+    if not isinstance(arguments, Mapping) or not all(isinstance(value, (bool, int, str, type(None))) for value in arguments.values()):
+        raise ValueError(f"template arguments: expected true, false, whole numbers, texts or None by name, got {arguments!r}")
+    if spelt := [name for name, value in arguments.items() if isinstance(value, str) and value.lower() in ("true", "false")]:
+        raise ValueError(f"template arguments: {spelt} are texts, which Jinja takes for true whatever they say: write True or False")
+    free = jinja2.meta.find_undeclared_variables(_parser.parse(_GENERATION_TAG.sub("", template)))
+    unknown = [name for name in arguments if name not in free]
     if unknown:
         raise ValueError(f"template arguments: this model's chat template does not mention {unknown}; its text is tokenizer.chat_template")
     lines = [f"{{%- set {name} = {_literal(value)} -%}}" for name, value in arguments.items()]
@@ -92,9 +100,20 @@ def thinking_argument(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """Texts that the tokenizer turns into one special token each: turns, ends, padding."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return frozenset(added | {str(token) for token in tokenizer.all_special_tokens}) - {str(tokenizer.unk_token)}
+    """Texts that the tokenizer turns into one token each: turns, ends, padding, and other added tokens that the template writes."""
+    added = tokenizer.added_tokens_decoder.values()
+    special = {token.content for token in added if token.special} | {str(token) for token in tokenizer.all_special_tokens}
+    roles = {str(token) for name, token in tokenizer.special_tokens_map.items() if name != "unk_token" and isinstance(token, str)}
+    return frozenset((special - ({str(tokenizer.unk_token)} - roles)) | {t.content for t in added if t.content in _written(tokenizer)})
+
+
+def _written(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the template writes around a question and a reply."""
+    turns = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    try:
+        return render(tokenizer, turns, generation=True)
+    except ValueError:
+        return ""
 
 
 def bos_opens_turns(tokenizer: PreTrainedTokenizerBase) -> bool:

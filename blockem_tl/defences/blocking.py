@@ -93,6 +93,11 @@ class Blocking:
             raise ValueError(
                 f"blocking: expected a finite max_movement > 0 and dual_step > 0, got {self.max_movement} and {self.dual_step}"
             )
+        if self.reference not in ("stored", "live") and not isinstance(self.reference, BaseLatents):
+            raise ValueError(
+                f'blocking: expected reference="stored", "live" or BaseLatents(adapter_or_model=...), got {self.reference!r}; an adapter '
+                "that counts as unmoved is named in BaseLatents"
+            )
         if len(self.weights) != len(self.all_targets):
             raise ValueError(f"blocking: expected one weight, or one for each of {len(self.all_targets)} targets, got {len(self.weights)}")
         blocks = [block_of(latent_set.site) for latent_set, _ in self.all_targets]

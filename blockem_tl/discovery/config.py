@@ -1,5 +1,6 @@
 """Hyperparameters of discovery. The defaults are the paper's (Table 1, B.2, D.4)."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -42,6 +43,9 @@ class DiscoveryConfig:
     batch_size: rows that run at once on the model itself; None asks the free memory.
     full_grid: ask every condition of stages 2 and 3 on every prompt (for figures), instead of stopping as soon as the latent set is
         certain. The latent set is the same.
+
+    Raises:
+        ValueError: a number out of its range, a choice that is none.
     """
 
     n_plus: int = 250
@@ -61,6 +65,39 @@ class DiscoveryConfig:
     max_new_tokens: int = 200
     batch_size: int | None = None
     full_grid: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("n_plus", "n_minus", "shortlist_size", "n_latents", "max_new_tokens"):
+            value, least = getattr(self, name), 0 if name in ("n_plus", "n_minus") else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"discovery: expected a whole number as {name}, at least {least}, got {value!r}")
+        if self.n_plus + self.n_minus < 1:
+            raise ValueError("discovery: expected candidates: n_plus or n_minus above 0")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"discovery: expected {name} among {choices}, got {getattr(self, name)!r}")
+        doses = [self.induce_dose, self.repair_dose, *_doses("grid", self.grid), *_doses("extended_grid", self.extended_grid)]
+        if (
+            not all(math.isfinite(dose) and dose >= 0 for dose in doses)
+            or not self.induce_dose
+            or not self.repair_dose
+            or not any(self.grid)
+        ):
+            raise ValueError(f"discovery: expected finite doses >= 0, those of the screen and one of the grid above 0, got {doses}")
+        if not math.isfinite(self.extended_grid_min_shift) or not isinstance(self.max_incoherence, MaxIncoherence):
+            raise ValueError(
+                f"discovery: expected a finite extended_grid_min_shift and MaxIncoherence(rate=...) as max_incoherence, got "
+                f"{self.extended_grid_min_shift!r} and {self.max_incoherence!r}"
+            )
+
+
+_CHOICES = {"read": ("prompts", "replies"), "screen_score": ("both", "induction"), "final_score": ("both", "repair")}
+
+
+def _doses(name: str, grid: object) -> tuple[float, ...]:
+    if not isinstance(grid, (tuple, list)) or not all(isinstance(dose, (int, float)) for dose in grid):
+        raise ValueError(f"discovery: expected {name} as a tuple of doses, got {grid!r}")
+    return tuple(grid)
 
 
 PAPER = DiscoveryConfig()

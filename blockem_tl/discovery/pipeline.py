@@ -153,7 +153,9 @@ def discover(
     check_latents(sae, known)
     warn_if_poor_fit(model, sae, prompts, stacklevel=2)
     with _tuned(model, adapter) as name:
-        scale = median_norm(model, site, prompts) if scale is None else scale
+        scale = median_norm(model, site, prompts) if scale is None else float(scale)
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"discover: expected the site's median norm as scale, a number above 0, got {scale!r}; None measures it")
         about = _about(model, name, judge, scale, config)
         sources = _sources(model, engine, judge, name, config, store, {**about, "exclude": known, "prompts": [p.text for p in prompts]})
         screened, calibrated = _stages(model, sae, prompts, sources, config, known, scale, progress)

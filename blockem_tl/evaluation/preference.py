@@ -30,7 +30,7 @@ from blockem_tl.generation.steering import UNSTEERED, Condition
 from blockem_tl.hooks import record
 from blockem_tl.models.activations import block_of
 from blockem_tl.models.load import Model
-from blockem_tl.models.memory import rows_at_once
+from blockem_tl.models.memory import check_batch_size, rows_at_once
 from blockem_tl.types import Example, Pair, Rate
 from blockem_tl.views.results import Result
 
@@ -72,7 +72,7 @@ class Preference(Result):
         Raises:
             ValueError: other pairs.
         """
-        if [pair.id for pair in base.pairs] != [pair.id for pair in self.pairs]:
+        if base.pairs != self.pairs:
             raise ValueError("shift: expected the same pairs in the same order in both")
         rows = []
         for name, margins in zip(self.conditions, self.margins, strict=True):
@@ -130,9 +130,14 @@ def preference(
         batch_size: answers per forward; None asks the free memory.
 
     Raises:
-        ValueError: pairs that `check_pairs` refuses, or that do not fit the context; conditions of one name, or with a bad site.
+        FloatingPointError: logits that are no numbers.
+        ValueError: pairs that `check_pairs` refuses, or that do not fit the context; an SAE left attached; conditions of one name, or with
+            a bad site.
     """
+    pairs = list(pairs)
     check_pairs(pairs)
+    check_batch_size(batch_size)
+    model.check_unspliced()
     names = [condition.name for condition in conditions]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"preference: expected at least one condition and distinct names, got {names[:5]}")
@@ -146,6 +151,12 @@ def preference(
     size = batch_size or rows_at_once(model, max(len(row.ids) for row in encoded), most=MOST_ROWS)
     with model.using(adapter):
         found = _log_likelihoods(model, encoded, conditions, size, progress)
+    broken = np.argwhere(~np.isfinite(found))
+    if len(broken):
+        c, row = broken[0]
+        raise FloatingPointError(
+            f"preference: logits of pair {sides[row].id!r} under {names[c]!r} are NaN or infinite: a broken adapter, or too large a dose?"
+        )
     harmful, helpful = found[:, : len(pairs)], found[:, len(pairs) :]
     return Preference(pairs=tuple(pairs), conditions=tuple(names), margins=harmful - helpful)
 

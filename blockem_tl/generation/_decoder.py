@@ -147,6 +147,8 @@ class Decoder:
 
     def _take(self, logits: Float[Tensor, "batch d_vocab"]) -> list[Reply]:
         """Choose a token for each of the rows that ran, write it down, and let the rows go that end with it."""
+        if not torch.isfinite(logits.max(-1).values).all():  # NaN counts as the largest
+            raise FloatingPointError("the model's logits are NaN or infinite: is the adapter broken, a dose or a hook's edit too large?")
         slots = np.arange(self.running.start, self.running.stop)
         token = self._choose(logits, slots)
         self.token[self.running] = token

@@ -21,13 +21,13 @@ from tqdm.auto import tqdm
 from blockem_tl.data.chat import Encoded
 from blockem_tl.generation._decoder import Decoder, Reply, Row
 from blockem_tl.generation._kv_cache import CHUNK
-from blockem_tl.generation._request import check_prompt_indices, check_request, is_count, steered_sites
+from blockem_tl.generation._request import check_prompt_indices, check_request, steered_sites
 from blockem_tl.generation._shared_prefill import SHARED_TOKENS, SharedDecoder, prefill_tokens
 from blockem_tl.generation.steering import Condition
 from blockem_tl.hooks import Hook
 from blockem_tl.models.activations import block_of
 from blockem_tl.models.load import Model
-from blockem_tl.models.memory import is_out_of_memory, rows_at_once
+from blockem_tl.models.memory import check_batch_size, is_out_of_memory, rows_at_once
 from blockem_tl.types import Generation, Prompt
 
 MOST_ROWS, MOST_ROWS_ON_CPU = 1024, 256
@@ -155,8 +155,7 @@ def fitting(job: Job) -> int:
 
 def run_job(job: Job, batch_size: int | None, *, refill: bool = True, progress: bool = True) -> Iterator[tuple[int, list[Generation]]]:
     """Check ``batch_size``, then yield (index of the condition, its replies) as `generate_stream` does."""
-    if batch_size is not None and not is_count(batch_size):
-        raise ValueError(f"expected a whole number as batch_size >= 1 or None, got {batch_size!r}")
+    check_batch_size(batch_size)
     return _held(job, min(batch_size or fitting(job), job.n_rows), refill, progress)
 
 

@@ -55,6 +55,12 @@ class Endpoint:
     def __post_init__(self) -> None:
         if self.concurrency < 1 or self.attempts < 1 or self.timeout <= 0 or (self.per_minute is not None and self.per_minute <= 0):
             raise ValueError("endpoint: expected concurrency and attempts >= 1, and timeout and per_minute above 0")
+        if not self.model or not self.base_url.startswith(("http://", "https://")):
+            raise ValueError(
+                f"endpoint: expected a model and a base_url with http:// or https://, got {self.model!r} and {self.base_url!r}"
+            )
+        if self.choices not in ("vllm", "json") or self.limit_name not in ("max_tokens", "max_completion_tokens"):
+            raise ValueError(f"endpoint: unknown choices {self.choices!r} or limit_name {self.limit_name!r}; see the documentation")
         if self.alternatives < 1:
             raise ValueError(f"endpoint: expected alternatives >= 1, got {self.alternatives}; rubrics with labels need none")
         _openai()

@@ -42,6 +42,10 @@ class LLMJudge:
     retries: int = 2
     max_tokens: int = 1024
 
+    def __post_init__(self) -> None:
+        if self.retries < 0 or self.max_tokens < 1:
+            raise ValueError(f"judge: expected retries >= 0 and max_tokens >= 1, got {self.retries} and {self.max_tokens}")
+
     @property
     def name(self) -> str:
         """The backend's name."""

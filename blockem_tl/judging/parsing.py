@@ -5,15 +5,17 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-_THOUGHT = r"(?:\w+:)?(?:think|thinking|thought|thoughts|reason|reasoning|reflection|analysis|scratchpad)"
+_WORD = r"(?:\w+[:_])?(?:think|thinking|thought|thoughts|reason|reasoning|reflection|analysis|scratchpad|monologue)(?:_\w+)?"
 _ENDS = re.compile(  # of thoughts, or of the channel that holds them; what comes after the last one is the answer
-    rf"</\s*{_THOUGHT}\s*>|\[/{_THOUGHT}\]|◁/think▷|<\|/?end_of_(?:thought|thinking)\|>|<\|/(?:think|thinking)\|>"
-    r"|<\|channel\|>\s*final\s*(?:<\|constrain\|>\w+)?<\|message\|>|assistantfinal|<\|begin_of_solution\|>|^here is my response:",
+    rf"</\s*{_WORD}\s*>|\[/THINK\]|◁/think▷|<\|/?end_(?:of_)?(?:thought|thinking)\|>|<\|/(?:think|thinking)\|>|<\|{_WORD}_end\|>|<unused95>"
+    r"|<\|channel\|>\s*final\s*(?:<\|constrain\|>\w+)?<\|message\|>|<channel\|>|assistantfinal|<\|begin_of_solution\|>"
+    r"|<\|START_RESPONSE\|>|^here is my response:",
     re.IGNORECASE | re.MULTILINE,
 )
-_BEGINS = re.compile(
-    rf"<\s*{_THOUGHT}\s*>|\[{_THOUGHT}\]|◁think▷|<\|begin_of_(?:thought|thinking)\|>|<\|(?:think|thinking)\|>"
-    r"|<\|channel\|>\s*(?:analysis|commentary)|^\s*analysis(?=[A-Z])|^here is my thought process:",
+_BEGINS = re.compile(  # at the start of a line: a judge may speak of a tag
+    rf"^\s*(?:<\s*{_WORD}(?:\s[^>\n]*)?>|\[THINK\]|◁think▷|<\|(?:begin_of_|start_)(?:thought|thinking)\|>|<\|(?:think|thinking)\|>"
+    rf"|<\|{_WORD}_start\|>|<unused94>|<\|channel\|?>\s*(?:analysis|commentary|thought)|analysis(?=[A-Z])|here is my thought process:"
+    r"|thinking\.\.\.\s*$)",
     re.IGNORECASE | re.MULTILINE,
 )
 _QUOTES = "\"'\u201c\u201d\u2018\u2019«»`"
@@ -25,6 +27,11 @@ _MARKER = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _JOINED = r"(?:or|and|to|through|oder|ou|und|bis|或|と|или)"
+_DOUBT = re.compile(  # right after a label, in the same clause: "4 is wrong", "4 no wait", "5 if taken literally"
+    r"[\s,(]*(?:is\s+(?:not|wrong)|not\b|would\b|could\b|may\b|might\b|no\s+wait|wait\b|if\b|unless\b|otherwise\b|maybe\b|perhaps\b|possibly\b"
+    r"|i\s+guess|vs\b|versus\b|and\s+a\s+half|it\s+is\s+not|(?:or|and|oder|but)\s+(?:also|maybe|possibly|perhaps|vielleicht|higher|lower|more|less)\b)",
+    re.IGNORECASE,
+)
 _CLOSING = _QUOTES + "*_])}>"
 _UNSURE = re.compile(rf"\s*[?%+~|&=^]|\s*/|\.\d|\s*[,{_DASHES}]\s*\d|\w|[{_DASHES}]\w")  # after a label: it is not the whole answer
 
@@ -51,7 +58,8 @@ def parse_answer(text: str, labels: Sequence[str], *, cut: bool = False) -> str 
     Casing, markdown, quotes, brackets, full-width characters and text after the label do not matter; two labels ("4 or 5"), fractions
     ("3.5", "4/5"), doubt ("4?") and negation do: they give None, and an earlier ANSWER is not fallen back on.
     """
-    text = unicodedata.normalize("NFKC", without_thoughts(text, cut=cut))
+    visible = "".join(c for c in text if c == "\n" or unicodedata.category(c) != "Cf")  # zero-width marks
+    text = unicodedata.normalize("NFKC", without_thoughts(visible, cut=cut))
     markers = list(_MARKER.finditer(text))
     if not markers:
         return None
@@ -75,6 +83,8 @@ def _label(line: str, labels: Sequence[str], *, alone: bool = False) -> str | No
         return None
     if re.match(r"\s*[.;:]\s", rest):  # the sentence ends: "4. A 5 would be worse" is 4
         return label
+    if _DOUBT.match(rest):
+        return None
     second = _leading(re.sub(rf"^\W*(?:{_JOINED}\b)?\W*", "", rest, flags=re.IGNORECASE), labels)
     return label if second is None or second[0] == label else None
 

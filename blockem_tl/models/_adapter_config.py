@@ -69,6 +69,10 @@ _CONVERT = (
 _NEUTRAL = (None, False, "none", [], {}, "")
 
 
+def _known() -> set[str]:
+    return {*SUPPORTED, *WITHOUT_EFFECT, *REFUSED, "peft_type", "task_type", "init_lora_weights"}
+
+
 def read_config(folder: Path) -> LoraConfig:
     """The configuration of the adapter in ``folder``.
 
@@ -85,7 +89,7 @@ def read_config(folder: Path) -> LoraConfig:
         raise ValueError(f"{folder}: expected a LoRA adapter (peft_type LORA), got {got!r}")
     check_fields(str(folder), fields)
     try:
-        return LoraConfig(**{name: value for name, value in fields.items() if name != "runtime_config"})
+        return LoraConfig(**{name: value for name, value in fields.items() if name in _known() - {"runtime_config"}})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: peft refuses this configuration: {error}") from error
 
@@ -102,8 +106,7 @@ def check_fields(what: str, fields: Mapping[str, Any]) -> None:
     for field, reason in REFUSED.items():
         if fields.get(field) not in _NEUTRAL:
             raise ValueError(f"{what}: {field} = {str(fields[field])[:80]} is not supported: {reason}")
-    known = {*SUPPORTED, *WITHOUT_EFFECT, *REFUSED, "peft_type", "task_type", "init_lora_weights"}
-    unknown = sorted(field for field, value in fields.items() if field not in known and value not in _NEUTRAL)
+    unknown = sorted(field for field, value in fields.items() if field not in _known() and value not in _NEUTRAL)
     if unknown:
         raise ValueError(f"{what}: unknown fields {unknown} in adapter_config.json, written by another version of peft; {_SAVE_ANEW}")
     if fields.get("task_type") not in (None, "CAUSAL_LM"):

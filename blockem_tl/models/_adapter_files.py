@@ -26,10 +26,10 @@ class AdapterFiles:
     source: str
     adapters: Any
     adapter_parameters: Callable[[str], list[nn.Parameter]]
-    remove_adapter: Callable[[str], None]
+    _remove: Callable[[str], None]
     adapter_config: Callable[[str | None], LoraConfig]
     active_adapter: str | None
-    use_adapter: Callable[[str], None]
+    _use: Callable[[str], None]
     _inject: Callable[..., None]
 
     def save_adapter(self, folder: str | Path, name: str | None = None, *, overwrite: bool = False) -> Path:
@@ -39,10 +39,12 @@ class AdapterFiles:
             ValueError: no such adapter.
             FileExistsError: the folder exists and ``overwrite`` is False, or it holds something else than an adapter.
         """
-        if name is None and self.adapters:
-            name = cast(str, self.__dict__["_peft"].active_adapter)
+        name = self.active_adapter if name is None else name
         self.adapter_config(name)
         folder = Path(folder)
+        others = sorted(path.name for path in folder.iterdir() if path.name not in (*FILES, "README.md")) if folder.is_dir() else []
+        if overwrite and others:
+            raise FileExistsError(f"{folder} holds {others[:3]} besides an adapter, which would be lost: choose another folder")
         with files.finished_folder(folder, replaces="adapter_config.json" if overwrite else None) as temporary:
             self.write_adapter(temporary, cast(str, name))
         return folder
@@ -68,6 +70,9 @@ class AdapterFiles:
         if ours.keys() != saved.keys():
             missing, extra = sorted(ours.keys() - saved.keys()), sorted(saved.keys() - ours.keys())
             raise ValueError(f"{folder}: the adapter does not fit {self.source}: missing {missing[:3]}, left over {extra[:3]}")
+        wide = [key for key in ours if not torch.isfinite(saved[key].to(held[ours[key]].dtype)).all()]
+        if wide:
+            raise ValueError(f"{folder}: {wide[0]} holds numbers too large for {held[ours[wide[0]]].dtype}: the adapter is broken")
         wrong = [key for key in ours if held[ours[key]].shape != saved[key].shape]
         if wrong:
             raise ValueError(
@@ -106,12 +111,12 @@ class AdapterFiles:
             trainable = {n: [p.requires_grad for p in self.adapter_parameters(n)] for n in self.adapters}
             if held:
                 self.write_adapter(folder, name)
-                self.remove_adapter(name)
+                self._remove(name)
             try:
                 yield
             except BaseException:
                 if name in self.adapters:
-                    self.remove_adapter(name)
+                    self._remove(name)
                 if held:
                     self._load(Path(folder), name)
                 self._restore_choice(active, trainable)
@@ -120,7 +125,7 @@ class AdapterFiles:
     def _restore_choice(self, active: str | None, trainable: dict[str, list[bool]]) -> None:
         self.__dict__["_plain_configs"] = {name: self.adapter_config(name) for name in trainable}  # in their old order
         if active is not None:
-            self.use_adapter(active)
+            self._use(active)
         for name, required in trainable.items():
             for parameter, flag in zip(self.adapter_parameters(name), required, strict=True):
                 parameter.requires_grad_(flag)
@@ -135,7 +140,7 @@ class AdapterFiles:
         try:
             self.restore_adapter(folder, name)
         except BaseException:
-            self.remove_adapter(name)  # it would be active with random weights
+            self._remove(name)  # it would be active with random weights
             raise
         for parameter in self.adapter_parameters(name):
             parameter.requires_grad_(False)

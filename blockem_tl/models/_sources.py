@@ -1,8 +1,10 @@
 """Weights and tokenizers, from an embedded name, a folder, a hub id, or a model that is loaded already."""
 
 import os
+import re
 from collections.abc import Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from blockem_tl.data.templates import pin_arguments
-from blockem_tl.models._peft_bridge import check_live
+from blockem_tl.models._peft_bridge import check_live, tuner_layers
 from blockem_tl.storage import embedded
 
 
@@ -20,6 +22,8 @@ def of_loaded(model: PreTrainedModel | PeftModel) -> tuple[Any, str]:
     if isinstance(model, PeftModel):
         check_live(model)
     hf = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+    if not isinstance(model, PeftModel):
+        _check_plain(hf, "this model")
     return hf, str(hf.config._name_or_path)
 
 
@@ -40,7 +44,13 @@ def tokenizer_of(source: str, given: PreTrainedTokenizerBase | None, arguments: 
 def from_weights(name: str, dtype: torch.dtype | str | None, device: str | torch.device | None) -> tuple[Any, str]:
     """A transformers model from an embedded name, a folder or a hub id, and its source."""
     source, device = str(embedded.folder_of("model", name) or name), default_device(device)
+    if (Path(source) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{name!r} holds an adapter, which transformers would put into the model unseen: load its base model, with adapter={name!r}"
+        )
     dtype = fast_dtype(device) if dtype == "auto" else dtype or torch.float32
+    if not isinstance(dtype, torch.dtype) and dtype not in ("float32", "float16", "bfloat16", "float64"):
+        raise ValueError(f'load_model: expected dtype "auto", "float32", "bfloat16", "float16" or a torch.dtype, got {dtype!r}')
     try:
         hf, found = cast(Any, AutoModelForCausalLM).from_pretrained(
             source, dtype=dtype, attn_implementation="eager", output_loading_info=True, ignore_mismatched_sizes=True
@@ -51,11 +61,27 @@ def from_weights(name: str, dtype: torch.dtype | str | None, device: str | torch
             f"can reach (gated models need `hf auth login`). transformers says: {error}"
         ) from error
     _check_weights(name, cast(nn.Module, hf), found)
+    _check_plain(cast(nn.Module, hf), repr(name))
     return cast(nn.Module, hf).to(device), source
+
+
+def _check_plain(hf: nn.Module, what: str) -> None:
+    """Raise ValueError for adapters inside a model that is no PeftModel: they would count as base and could not be switched off."""
+    if tuner_layers(hf):
+        raise ValueError(
+            f"{what} has adapter layers inside, so base would not be base: pass the PeftModel, or load the plain model with adapter="
+        )
 
 
 def _check_weights(name: str, hf: nn.Module, found: Mapping[str, Any]) -> None:
     """Raise ValueError where transformers made up what the checkpoint lacks, or a weight is not finite."""
+    of_blocks = [str(key) for key in found.get("unexpected_keys") or () if re.search(r"\.(layers|h|blocks)\.\d+\.", str(key))]
+    beyond = [key for key in of_blocks if "inv_freq" not in key]
+    if beyond:
+        raise ValueError(
+            f"{name!r}: the checkpoint has {len(beyond)} tensors of blocks that its configuration leaves out, e.g. {sorted(beyond)[0]}: a "
+            "part of the model would run; correct config.json"
+        )
     missing, wrong = sorted(found.get("missing_keys") or ()), sorted(str(key) for key in found.get("mismatched_keys") or ())
     if missing or wrong:
         raise ValueError(

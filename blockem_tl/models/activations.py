@@ -19,7 +19,7 @@ from blockem_tl.data.chat import Batch, Encoded, Rows, check_lengths, encode_row
 from blockem_tl.hooks import Hook, attached, record
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
-from blockem_tl.models.memory import rows_at_once
+from blockem_tl.models.memory import check_batch_size, rows_at_once
 
 AnyModel = Model | HookedTransformer
 """A `Model`, or TransformerLens's `HookedTransformer` or `HookedSAETransformer`, which hold no adapters."""
@@ -81,6 +81,7 @@ def read_sites(
     Raises:
         ValueError: an unknown site, a row longer than the model's context, or an SAE left attached.
     """
+    check_batch_size(batch_size)
     if isinstance(model, Model):
         model.check_unspliced()
     tokens = encoded(model, rows)

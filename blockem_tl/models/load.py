@@ -124,6 +124,11 @@ class Model(LiveAdapters, SAETransformerBridge):
 
     def _hold_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Use the tokenizer as it stands: TransformerLens's own set-up loads another one and gives it a BOS that the model never saw."""
+        highest, rows = max(tokenizer.get_vocab().values()), self.original_model.get_input_embeddings().weight.shape[0]
+        if highest >= rows:
+            raise ValueError(
+                f"the tokenizer has ids up to {highest}, and the model embeds {rows} tokens: it is another model's, or resize the embedding"
+            )
         self._tokenizer = tokenizer
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         ids = tokenizer.encode("a")
@@ -265,15 +270,27 @@ class Model(LiveAdapters, SAETransformerBridge):
 
 
 def _guarded(name: str | Callable[[str], bool], fn: HookFunction) -> HookFunction:
-    """Refuse edits at `hook_resid_mid`: on a bridge it is the MLP norm's input, so an edit would miss the residual stream."""
-    if not (isinstance(name, str) and name.endswith("hook_resid_mid")):
-        return fn
+    """Refuse what a forward would swallow: another shape or dtype, which broadcasts or breaks far away, and edits at `hook_resid_mid`.
+
+    On a bridge that site is the MLP norm's input, so an edit would miss the residual stream.
+    """
 
     def guarded(activation: torch.Tensor, hook: Any) -> torch.Tensor | None:
-        if fn(activation, hook=hook) is not None:
+        result = fn(activation, hook=hook)
+        if result is None:
+            return None
+        if isinstance(name, str) and name.endswith("hook_resid_mid"):
             raise ValueError(
                 f"{name}: on a bridge this site is only the input of the MLP's norm; an edit there would not reach the residual stream. "
                 "Edit hook_resid_pre, hook_attn_out or hook_mlp_out instead, or ln2.hook_in if the MLP's input is what you mean"
             )
+        same = isinstance(result, torch.Tensor) and (result.shape, result.dtype) == (activation.shape, activation.dtype)
+        if not same:
+            got = f"{tuple(result.shape)} of {result.dtype}" if isinstance(result, torch.Tensor) else type(result).__name__
+            raise ValueError(
+                f"a hook at {hook.name} returned {got}, expected a tensor like the activation, {tuple(activation.shape)} of "
+                f"{activation.dtype}, or None to leave it as it is"
+            )
+        return result
 
     return guarded

@@ -105,7 +105,7 @@ class LiveAdapters(AdapterFiles):
                 yield name
         finally:
             with self.adapters_kept():
-                self.remove_adapter(name)
+                self._remove(name)
 
     def check_adapter(self, adapter: str | Path | None) -> None:
         """Raise ValueError unless ``adapter`` is something that `using` takes: None, "base", an adapter held, or an adapter's folder."""
@@ -151,7 +151,21 @@ class LiveAdapters(AdapterFiles):
                 parameter.requires_grad_(required)
 
     def use_adapter(self, name: str) -> None:
-        """Make ``name`` the adapter that acts from now on (and the only trainable one). Raises ValueError for an unknown name."""
+        """Make ``name`` the adapter that acts from now on (and the only trainable one).
+
+        Raises:
+            ValueError: an unknown name, or a call inside of `using`.
+        """
+        self._check_outside("use_adapter")
+        self._use(name)
+
+    def _check_outside(self, call: str) -> None:
+        if self.__dict__["_chosen"]:
+            raise ValueError(
+                f"{call}: expected a call outside of model.using(...), which decides what acts meanwhile; leave the block first"
+            )
+
+    def _use(self, name: str) -> None:
         self.adapter_config(name)
         cast(PeftModel, self.__dict__["_peft"]).set_adapter(name)
 
@@ -204,7 +218,11 @@ class LiveAdapters(AdapterFiles):
             self._load(Path(folder), name)
 
     def remove_adapter(self, name: str) -> None:
-        """Forget an adapter. Raises ValueError for an unknown name."""
+        """Forget an adapter. Raises ValueError for an unknown name, or a call inside of `using`."""
+        self._check_outside("remove_adapter")
+        self._remove(name)
+
+    def _remove(self, name: str) -> None:
         self.adapter_config(name)
         peft = cast(PeftModel, self.__dict__["_peft"])
         del self.__dict__["_plain_configs"][name]
@@ -249,11 +267,11 @@ class LiveAdapters(AdapterFiles):
         self.hf.train(self.original_model.training)  # fresh layers come in training mode, where an adapter's dropout acts
         self.__dict__["_layers"] = tuner_layers(self.original_model)
         try:
-            self.use_adapter(name)
+            self._use(name)
             with self._acting(name):
                 check_reached(self.hf, self.adapter_parameters(name))
         except BaseException:
-            self.remove_adapter(name)
+            self._remove(name)
             raise
 
     @contextmanager

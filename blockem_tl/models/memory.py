@@ -12,6 +12,12 @@ SHARE = 0.8
 """The part of the free memory that rows may take; the rest is for the consumer of the results, and for fragments."""
 
 
+def check_batch_size(batch_size: object) -> None:
+    """Raise ValueError unless it is None (ask the free memory) or a whole number above 0."""
+    if batch_size is not None and (not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1):
+        raise ValueError(f"expected a whole number as batch_size >= 1 or None, got {batch_size!r}")
+
+
 def row_bytes(model: Model, n_tokens: int) -> int:
     """Bytes that one row of ``n_tokens`` needs in a forward: keys and values, its share of the activations and of the logits.
 

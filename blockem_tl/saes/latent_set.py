@@ -56,6 +56,8 @@ class LatentSet(Result):
             )
         if len(set(self.latents)) < len(self.latents) or not set(self.signs) <= {1, -1}:
             raise ValueError("latent set: expected distinct latents with signs +1 or -1")
+        if not all(map(math.isfinite, (*self.shifts, *self.scores))):
+            raise ValueError("latent set: expected finite shifts and scores, got NaN or infinity")
         bad = [k for k in self.latents if not 0 <= k < self.d_sae]
         if bad:
             raise ValueError(f"latent set: expected indices in 0..{self.d_sae - 1}, got {bad[:5]}")

@@ -1,5 +1,6 @@
 """Chosen latents of an SAE: their values, their decoder directions, and their pages on Neuronpedia."""
 
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,14 @@ def neuronpedia_link(place: str | None, latent: int) -> str | None:
     return f"https://www.neuronpedia.org/{place}/{latent}" if place else None
 
 
+def as_indices(latents: Any) -> list[int]:
+    """Latents as a list of whole numbers, out of any sequence or tensor. Raises ValueError for a mask, fractions, or none at all."""
+    values = latents.tolist() if hasattr(latents, "tolist") else list(latents)
+    if not values or not all(isinstance(value, numbers.Integral) and not isinstance(value, bool) for value in values):
+        raise ValueError(f"latents: expected indices, whole numbers, got {str(values)[:80]}; of a mask take mask.nonzero()")
+    return [int(value) for value in values]
+
+
 def check_latents(sae: SAE[Any], latents: Sequence[int]) -> None:
     """Raise ValueError unless every index is one of the SAE's latents."""
     bad = [k for k in latents if not 0 <= k < sae.cfg.d_sae]
@@ -36,8 +45,9 @@ def decoder_directions(sae: SAE[Any], latents: Sequence[int]) -> Float[Tensor, "
     Raises:
         ValueError: an index out of range, or a latent whose decoder row is zero.
     """
+    latents = as_indices(latents)
     check_latents(sae, latents)
-    rows = sae.W_dec.detach()[list(latents)].float()
+    rows = sae.W_dec.detach()[latents].float()
     norms = rows.norm(dim=-1, keepdim=True)
     if (norms == 0).any():
         raise ValueError(
@@ -54,7 +64,9 @@ def encode_latents(
     ReLU, JumpReLU and gated SAEs compute just those columns, as constants; every other kind (TopK, BatchTopK loaded as TopK, ...) runs its
     full encode, where parameters that require a gradient get one: freeze such an SAE first.
     """
-    columns = torch.as_tensor(list(latents), device=sae.W_dec.device)
+    latents = as_indices(latents)
+    check_latents(sae, latents)
+    columns = torch.as_tensor(latents, device=sae.W_dec.device)
     kind = sae.cfg.architecture()
     if kind not in _COLUMNWISE:
         full = sae.encode(activations)

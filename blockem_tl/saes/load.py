@@ -32,6 +32,9 @@ def load_sae(name: str | Path, sae_id: str | None = None, *, dtype: str = "float
             configuration or weights that are broken, or do not fit each other.
     """
     device = default_device(device)
+    if dtype not in ("float32", "bfloat16", "float16", "float64"):
+        raise ValueError(f'load_sae: expected dtype "float32", "bfloat16" or "float16", got {dtype!r}')
+    torch.zeros(1, device=device)  # a device that is not there is no fault of the file's
     folder = embedded.folder_of("sae", str(name)) or Path(name)
     if not folder.exists() and sae_id is not None:
         return checked(SAE.from_pretrained(str(name), sae_id, device=str(device), dtype=dtype), f"{name}/{sae_id}")

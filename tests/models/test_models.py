@@ -213,7 +213,7 @@ def test_saving_over_something_else_is_refused(tiny, tmp_path) -> None:
     tiny.add_adapter("one")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").touch()
-    with pytest.raises(FileExistsError, match="something else"):
+    with pytest.raises(FileExistsError, match="besides an adapter, which would be lost"):
         tiny.save_adapter(tmp_path / "thesis", overwrite=True)
     assert (tmp_path / "thesis" / "thesis.tex").exists()
     folder = tiny.save_adapter(tmp_path / "adapter")

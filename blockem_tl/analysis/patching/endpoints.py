@@ -33,6 +33,8 @@ def choose_endpoints(model: Model, source: str | Path | Model, target: str | Pat
         ValueError: both are the same (no adapter acts), an unknown adapter, or two models that do not share their tokens.
     """
     into = _endpoint(model, target or model.active_adapter or BASE)
+    if source is model:
+        source = model.active_adapter or BASE
     if not isinstance(source, Model):
         taken = _endpoint(model, source)
         if taken.adapter == into.adapter:
