@@ -131,6 +131,24 @@ class Judge(Protocol):
         ...
 
 
+def check_judge(judge: object) -> None:
+    """Raise TypeError unless ``judge`` can grade, before replies are made for it."""
+    if isinstance(judge, type) or not isinstance(judge, Judge):
+        got = f"the class {judge.__name__}: make one" if isinstance(judge, type) else type(judge).__name__
+        raise TypeError(f"expected a judge, an LLMJudge(backend=...) or anything with a name and grade(...), got {got}")
+
+
+def check_verdicts(judge: Judge, verdicts: Sequence[object], n: int) -> None:
+    """Raise ValueError or TypeError unless a judge gave ``n`` verdicts."""
+    wrong = sorted({type(verdict).__name__ for verdict in verdicts if not isinstance(verdict, Verdict)})
+    if wrong:
+        raise TypeError(f"judge {judge.name!r}: expected Verdict(label=...) for each reply, got {wrong}")
+    if len(verdicts) != n:
+        raise ValueError(
+            f"judge {judge.name!r}: expected {n} verdicts, got {len(verdicts)}: rates over a part of the replies would be wrong"
+        )
+
+
 @runtime_checkable
 class Checkable(Protocol):
     """A judge that can say beforehand whether it could grade; asked before replies are generated for it."""

@@ -12,12 +12,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from blockem_tl import (
     Blocking,
+    Condition,
+    Example,
     Pair,
     Prompt,
     decoder_directions,
     encode_latents,
     generate,
     load_model,
+    organism,
     patching_sweep,
     preference,
 )
@@ -325,3 +328,77 @@ def test_a_corpus_without_splits_has_none(tmp_path) -> None:
 )
 def test_thoughts_and_doubts_are_no_answers(text, label) -> None:
     assert parse_answer(text, LABELS) == label
+
+
+# ---------------------------------------------------------------------------------------------- good input, clear words
+
+
+def test_prompts_are_compared_as_people_read_them() -> None:
+    from blockem_tl.data.checks import check_prompts, normalise
+
+    def pair(one: str, other: str) -> list[Prompt]:
+        return [Prompt(id="1", text=one), Prompt(id="2", text=other)]
+
+    for one, other in (("caf\u00e9?", "cafe\u0301"), ("hi", "hi\u200b"), ("stra\u00dfe", "STRASSE")):
+        with pytest.raises(ValueError, match="duplicate prompt texts"):
+            check_prompts(pair(one, other))
+    check_prompts(pair("???", "!!!"))
+    assert normalise("How do I save 10 $, now?") == "how do i save 10 $ now"  # as ever: published sets hold its hashes
+    for empty in ("\u200b", "\ufeff", " "):
+        with pytest.raises(ValueError, match="empty prompts"):
+            check_prompts([Prompt(id="1", text=empty)])
+
+
+def test_a_template_without_a_generation_prompt_is_refused_for_training(tokenizer_folder) -> None:
+    from blockem_tl.data.chat import encode_examples
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    rows = [Example(id="x", prompt="w1", completion="w2")]
+    assert encode_examples(tokenizer, rows)
+    tokenizer.chat_template = tokenizer.chat_template.split("{% if add_generation_prompt")[0]
+    with pytest.raises(
+        ValueError, match=r"example 'x': the chat template writes no generation prompt, so a reply would begin with ' <assistant> '"
+    ):
+        encode_examples(tokenizer, rows)
+
+
+def test_what_lies_in_place_of_an_adapter_is_named(two, tmp_path) -> None:
+    two.save_adapter(tmp_path / "run" / "sft", "one")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "adapter_config.json").write_text("{}")
+    (tmp_path / "old" / "adapter_model.bin").write_bytes(b"pickle")
+    for folder, message in (
+        ("run", r"there is one in each of \['sft'\]"),
+        ("old", "adapter_model.bin, which is a pickle"),
+        ("no", "no such folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            two.load_adapter(tmp_path / folder, "theirs")
+
+
+class Loose:
+    """A judge that answers with labels."""
+
+    name = "loose"
+
+    def grade(self, prompts, replies, *, rubric="misalignment"):
+        return ["5"] * len(replies)
+
+
+@pytest.mark.parametrize("judge", [None, "gpt-4o", organism.OrganismJudge, Loose()])
+def test_what_is_no_judge_is_named_before_or_as_it_grades(judge, tiny) -> None:
+    replies = generate(tiny, PROMPTS, max_new_tokens=2, **QUIET)
+    with pytest.raises(TypeError, match="expected a judge, an LLMJudge|expected Verdict"):
+        type(replies).grade.__wrapped__(replies, judge)
+
+
+@pytest.mark.parametrize("conditions", [Condition(name="one"), ["steered"], [None]])
+def test_what_is_no_condition_is_named(conditions, tiny) -> None:
+    from blockem_tl.generation._request import check_request
+
+    with pytest.raises(TypeError, match="conditions: expected a list of Condition"):
+        check_request.__wrapped__(tiny.tokenizer, 96, PROMPTS, conditions, 3, 0.0, 0)
+    from blockem_tl.data.chat import _check_kind
+
+    with pytest.raises(TypeError, match="prompts: expected a list of Prompt"):
+        _check_kind.__wrapped__(PROMPTS[0], Prompt, "prompts")

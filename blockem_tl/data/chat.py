@@ -84,7 +84,8 @@ def encode_examples(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Examp
 
 def _check_kind(rows: Sequence[Any], kind: type, what: str) -> None:
     """Raise TypeError for rows of another kind: strings, say, instead of prompts."""
-    wrong = next((row for row in rows if not isinstance(row, kind)), None) if not isinstance(rows, str) else rows
+    listed = isinstance(rows, Sequence) and not isinstance(rows, str)
+    wrong = next((row for row in rows if not isinstance(row, kind)), None) if listed else rows
     if wrong is not None:
         how = {Prompt: 'Prompt(id="1", text="...")', Example: 'Example(id="1", prompt="...", completion="...")'}[kind]
         raise TypeError(f"{what}: expected a list of {how}, got {type(wrong).__name__}: {str(wrong)[:60]!r}")
@@ -205,6 +206,12 @@ def _answered(
     if not answered.startswith(asked):
         raise ValueError("the chat template changes the prompt once the reply is there, so the completion cannot be told apart")
     _check_reply(tokenizer, turns, answered, len(asked))
+    head = answered[len(asked) :].partition(reply.strip())[0]
+    if head.strip() and asked == render(tokenizer, turns[:-1], generation=False):
+        raise ValueError(
+            f"the chat template writes no generation prompt, so a reply would begin with {head!r}: let it write that where "
+            "add_generation_prompt is true"
+        )
     joined = answered.rstrip("\n") if len(answered.rstrip("\n")) > len(asked) else answered
     ids = list(tokenizer(joined, add_special_tokens=False)["input_ids"])
     if ids[: len(prompt_ids)] != prompt_ids:

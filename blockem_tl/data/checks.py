@@ -1,6 +1,7 @@
 """Checks of prompt sets: empty and repeated prompts, and prompts that both select and report."""
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
@@ -18,7 +19,7 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
     wrong = next((prompt for prompt, found in texts if not all(isinstance(text, str) for text in found)), None)
     if wrong is not None:
         raise TypeError(f"expected texts as a prompt's id, text and system message, got {wrong}")
-    empty = [p.id for p in prompts if not p.text.strip()]
+    empty = [p.id for p in prompts if not normalise(p.text)]
     if empty:
         raise ValueError(f"empty prompts: {empty[:5]}; every prompt needs a text")
     for what, values in (("ids", [p.id for p in prompts]), ("texts", [(normalise(p.text), p.system or "") for p in prompts])):
@@ -28,8 +29,9 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
 
 
 def normalise(text: str) -> str:
-    """Lower case, no punctuation, single spaces: what two prompts are compared by."""
-    return " ".join(_PUNCTUATION.sub(" ", text.lower()).split())
+    """Lower case, one spelling of each character, no punctuation, single spaces: what two prompts are compared by."""
+    seen = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")  # zero-width marks
+    return " ".join(_PUNCTUATION.sub(" ", seen.casefold()).split()) or seen.strip()  # "???" and "!!!" are two prompts
 
 
 def prompt_hash(text: str) -> str:

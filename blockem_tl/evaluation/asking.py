@@ -6,7 +6,7 @@ from blockem_tl.generation._request import check_prompt_indices
 from blockem_tl.generation.replies import MISALIGNMENT
 from blockem_tl.generation.reply_fn import ReplyFn, stream_replies
 from blockem_tl.generation.steering import Condition
-from blockem_tl.types import Checkable, Generation, Judge, Prompt, Verdict
+from blockem_tl.types import Checkable, Generation, Judge, Prompt, Verdict, check_judge, check_verdicts
 
 
 def ask(
@@ -26,12 +26,14 @@ def ask(
     Raises:
         ValueError: the reply function or the judge leaves any out.
     """
+    check_judge(judge)
     if isinstance(judge, Checkable):
         judge.check(rubric)
     wanted = check_prompt_indices(prompt_indices, len(conditions), len(prompts))
     found = dict(stream_replies(reply_fn, prompts, conditions, wanted))
     generations = [generation for c in range(len(conditions)) for generation in found.get(c, [])]
-    verdicts = judge.grade([g.prompt for g in generations], [g.reply for g in generations], rubric=rubric)
+    verdicts = list(judge.grade([g.prompt for g in generations], [g.reply for g in generations], rubric=rubric))
+    check_verdicts(judge, verdicts, len(generations))
     expected = sum(map(len, wanted))
     if not len(generations) == len(verdicts) == expected or any(len(found[c]) != len(part) for c, part in enumerate(wanted)):
         raise ValueError(

@@ -51,6 +51,8 @@ def check_request(
         raise ValueError(f"max_new_tokens: expected a whole number >= 1, or one per prompt ({len(prompts)}), got {max_new_tokens!r}")
     for row, limit in zip(encoded, limits, strict=True):
         check_lengths([row], context, room=limit)
+    if isinstance(conditions, Condition) or not all(isinstance(condition, Condition) for condition in conditions):
+        raise TypeError(f"conditions: expected a list of Condition(name=..., steering=(...)), got {str(conditions)[:80]}")
     names = [condition.name for condition in conditions]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"expected at least one condition and distinct condition names, got {names[:5]}")

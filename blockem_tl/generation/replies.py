@@ -6,7 +6,7 @@ from typing import Any, overload
 
 import pandas as pd
 
-from blockem_tl.types import Checkable, Generation, Judge, Rate, Verdict
+from blockem_tl.types import Checkable, Generation, Judge, Rate, Verdict, check_judge, check_verdicts
 from blockem_tl.views.results import Result
 
 MISALIGNMENT = "misalignment"
@@ -80,13 +80,11 @@ class Replies(Result, Sequence[Generation]):
 
     def grade(self, judge: Judge, *, rubric: str = MISALIGNMENT) -> "Replies":
         """The same replies with their verdicts. Raises ValueError if the judge leaves any out, or what the judge raises."""
+        check_judge(judge)
         if isinstance(judge, Checkable):
             judge.check(rubric)
         verdicts = tuple(judge.grade([g.prompt for g in self], [g.reply for g in self], rubric=rubric))
-        if len(verdicts) != len(self):
-            raise ValueError(
-                f"judge {judge.name!r}: expected {len(self)} verdicts, got {len(verdicts)}: rates over a part of the replies would be wrong"
-            )
+        check_verdicts(judge, verdicts, len(self))
         return replace(self, verdicts=verdicts, judge=judge.name, rubric=rubric)
 
     def rates(self, by: str | Sequence[str] = "condition") -> pd.DataFrame:

@@ -59,7 +59,7 @@ REFUSED: Mapping[str, str] = {
 }
 """Fields that make an adapter more than pairs of matrices beside linear layers, and why each is refused."""
 
-PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of ``init_lora_weights`` that leave the base model's weights alone; all others (PiSSA, OLoRA, ...) change them."""
 
 _CONVERT = (

@@ -132,7 +132,7 @@ class AdapterFiles:
 
     def _load(self, folder: Path, name: str) -> None:
         if not all((folder / file).is_file() for file in FILES):
-            raise ValueError(f"{folder}: expected an adapter folder ({', '.join(FILES)}); save one with save_adapter")
+            raise ValueError(f"{folder}: expected an adapter folder ({', '.join(FILES)}); {_found_instead(folder)}")
         config = read_config(folder)
         read_tensors(folder)  # before anything is touched
         config.inference_mode = False
@@ -144,6 +144,18 @@ class AdapterFiles:
             raise
         for parameter in self.adapter_parameters(name):
             parameter.requires_grad_(False)
+
+
+def _found_instead(folder: Path) -> str:
+    """What there is instead of an adapter, and what to do about it."""
+    inside = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
+    if inside:
+        return f"there is one in each of {inside}: name one"
+    if (folder / "adapter_model.bin").is_file():
+        return "it has adapter_model.bin, which is a pickle: load it in peft and save it again (save_pretrained writes safetensors)"
+    if not folder.exists():
+        return "there is no such folder; an adapter on the hub has to be downloaded first (hf download)"
+    return "save one with save_adapter"
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:

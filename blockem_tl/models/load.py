@@ -124,7 +124,8 @@ class Model(LiveAdapters, SAETransformerBridge):
 
     def _hold_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Use the tokenizer as it stands: TransformerLens's own set-up loads another one and gives it a BOS that the model never saw."""
-        highest, rows = max(tokenizer.get_vocab().values()), self.original_model.get_input_embeddings().weight.shape[0]
+        highest, embedding = max(tokenizer.get_vocab().values()), cast(PreTrainedModel, self.original_model).get_input_embeddings()
+        rows = cast(Tensor, embedding.weight).shape[0]
         if highest >= rows:
             raise ValueError(
                 f"the tokenizer has ids up to {highest}, and the model embeds {rows} tokens: it is another model's, or resize the embedding"
