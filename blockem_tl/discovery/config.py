@@ -94,6 +94,13 @@ class DiscoveryConfig:
 _CHOICES = {"read": ("prompts", "replies"), "screen_score": ("both", "induction"), "final_score": ("both", "repair")}
 
 
+def checked_scale(scale: float) -> float:
+    """Raise ValueError unless it can be the unit of doses."""
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"discover: expected the site's median norm as scale, a number above 0, got {scale!r}; None measures it")
+    return scale
+
+
 def _doses(name: str, grid: object) -> tuple[float, ...]:
     if not isinstance(grid, (tuple, list)) or not all(isinstance(dose, (int, float)) for dose in grid):
         raise ValueError(f"discovery: expected {name} as a tuple of doses, got {grid!r}")

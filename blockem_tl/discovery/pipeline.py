@@ -12,7 +12,7 @@ from sae_lens import SAE
 
 from blockem_tl.data.checks import check_prompts
 from blockem_tl.discovery.calibration import Calibrated, Selection, calibrate, select
-from blockem_tl.discovery.config import PAPER, DiscoveryConfig
+from blockem_tl.discovery.config import PAPER, DiscoveryConfig, checked_scale
 from blockem_tl.discovery.diffing import candidate_pool, shifts
 from blockem_tl.discovery.racing import SteeringTests, steering_tests
 from blockem_tl.discovery.screening import Screened, Shortlisting, screen, shortlist
@@ -153,9 +153,7 @@ def discover(
     check_latents(sae, known)
     warn_if_poor_fit(model, sae, prompts, stacklevel=2)
     with _tuned(model, adapter) as name:
-        scale = median_norm(model, site, prompts) if scale is None else float(scale)
-        if not 0 < scale < float("inf"):
-            raise ValueError(f"discover: expected the site's median norm as scale, a number above 0, got {scale!r}; None measures it")
+        scale = checked_scale(median_norm(model, site, prompts) if scale is None else scale)
         about = _about(model, name, judge, scale, config)
         sources = _sources(model, engine, judge, name, config, store, {**about, "exclude": known, "prompts": [p.text for p in prompts]})
         screened, calibrated = _stages(model, sae, prompts, sources, config, known, scale, progress)

@@ -209,7 +209,7 @@ def test_speakers_and_judges_that_leave_replies_out_are_refused() -> None:
     table = Table(seed=0)
     short = Table(seed=0)
     short.grade = lambda *args, **options: table.grade(*args, **options)[:-1]
-    with pytest.raises(ValueError, match="expected 20 replies and as many verdicts from judge 'table', got 20 and 19"):
+    with pytest.raises(ValueError, match="judge 'table': expected 20 verdicts, got 19"):
         steering_tests(table.reply_fn("base"), table.reply_fn("tuned"), short, QUESTIONS)
 
 
