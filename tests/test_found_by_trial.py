@@ -16,6 +16,7 @@ from blockem_tl import (
     Example,
     Pair,
     Prompt,
+    TrainingConfig,
     decoder_directions,
     encode_latents,
     generate,
@@ -402,3 +403,12 @@ def test_what_is_no_condition_is_named(conditions, tiny) -> None:
 
     with pytest.raises(TypeError, match="prompts: expected a list of Prompt"):
         _check_kind.__wrapped__(PROMPTS[0], Prompt, "prompts")
+
+
+@pytest.mark.parametrize("changes", [{"seed": "0"}, {"seed": None}, {"batch_size": 8.0}, {"rank": True}, {"warmup_steps": 1.5}])
+def test_whole_numbers_of_a_training_are_whole(changes) -> None:
+    config = TrainingConfig()
+    for name, value in changes.items():
+        object.__setattr__(config, name, value)
+    with pytest.raises(ValueError, match="training: expected a whole number as"):
+        config.__post_init__()

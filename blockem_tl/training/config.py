@@ -37,6 +37,9 @@ class TrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("rank", "batch_size", "warmup_steps", "seed"):
+            if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
+                raise ValueError(f"training: expected a whole number as {name}, got {getattr(self, name)!r}")
         if not (0 < self.epochs < float("inf") and 0 < self.learning_rate < float("inf") and self.batch_size >= 1):
             raise ValueError("training: expected epochs > 0, learning_rate > 0 and batch_size >= 1")
         if not (0 <= self.max_grad_norm < float("inf") and 0 <= self.dropout < 1 and self.warmup_steps >= 0):
