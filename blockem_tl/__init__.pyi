@@ -102,8 +102,9 @@ from .analysis.rerouting.depth import returning_sites as returning_sites
 from .analysis.rerouting.depth import shift_by_site as shift_by_site
 from .analysis.rerouting.latents import diagnose_rerouting as diagnose_rerouting
 
-# presets and views
+# presets, studies and views
 from .presets import get_preset as get_preset
+from .study.setting import Setting as Setting
 from .views import plots as plots
 
 __version__: str

