@@ -23,6 +23,7 @@ from .hooks import record as record
 from .hooks import steer as steer
 
 # data
+from .data.chat import Batch as Batch
 from .data.chat import encode_examples as encode_examples
 from .data.chat import encode_prompts as encode_prompts
 from .data.chat import encode_replies as encode_replies

@@ -42,6 +42,21 @@ class Batch:
     system: Bool[Tensor, "batch pos"]
     reply: Bool[Tensor, "batch pos"]
 
+    @classmethod
+    def from_labels(cls, input_ids: Tensor, labels: Tensor, attention_mask: Tensor | None = None) -> "Batch":
+        """What another training script has collated, each [batch pos]: supervised tokens, with a label that is not -100, are the reply's.
+
+        Raises:
+            ValueError: shapes that differ: packed rows have no such mask.
+        """
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if not input_ids.shape == labels.shape == mask.shape:
+            raise ValueError(
+                f"expected input_ids, labels and attention_mask of one shape [batch pos], got {tuple(input_ids.shape)}, "
+                f"{tuple(labels.shape)} and {tuple(mask.shape)}"
+            )
+        return cls(ids=input_ids, mask=mask, system=torch.zeros_like(mask), reply=(labels != -100) & mask)
+
     @property
     def positions(self) -> Int[Tensor, "batch pos"]:
         """Index of each token in its unpadded row (0 at padding)."""

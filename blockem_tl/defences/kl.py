@@ -45,7 +45,11 @@ class KLToBase:
         predicts = batch.reply[:, 1:]  # position t predicts token t + 1
         anchor = base[:, :-1][predicts].float().log_softmax(-1)  # only these positions are copied to float32
 
-        def penalty(logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
+        def penalty(logits: Float[Tensor, "batch pos d_vocab"] | None) -> Float[Tensor, " batch"]:
+            if logits is None:
+                raise ValueError(
+                    f"{self.name}: it reads logits, and this trainer's loss builds none; use transformers' Trainer, or finetune"
+                )
             tuned = logits[:, :-1][predicts].float().log_softmax(-1)
             kl = torch.zeros(predicts.shape, device=logits.device)
             kl[predicts] = (tuned.exp() * (tuned - anchor)).sum(-1)

@@ -16,7 +16,7 @@ from blockem_tl.types import Example
 
 _TAKEN = ("step", "epoch", "loss", "sft", "grad_norm", "learning_rate")
 Kind = TypeVar("Kind")
-Penalties = Callable[[Tensor, int], dict[str, Tensor]]
+Penalties = Callable[[Tensor | None, int], dict[str, Tensor]]
 """From the tuned model's logits and the step's number of examples to each penalty's part of its mean over the step."""
 
 
@@ -67,6 +67,7 @@ class ActiveDefences:
 
         Raises:
             FloatingPointError: a loss that is NaN or infinite.
+            ValueError: a penalty with a weight and without a gradient.
         """
         weighted = sum(weight_of(defence) * penalties[defence.name] for defence in self.defences if defence.name in penalties)
         loss = sft + scale * weighted
@@ -74,6 +75,12 @@ class ActiveDefences:
         if not torch.isfinite(loss):
             listed = ", ".join(f"{name} {float(value.detach()):.4g}" for name, value in parts.items())
             raise not_finite(f"the loss became {float(loss.detach())} ({listed})", where())
+        idle = [d.name for d in self.defences if d.name in penalties and weight_of(d) and not penalties[d.name].requires_grad]
+        if idle and sft.requires_grad:
+            raise ValueError(
+                f"the penalty of {idle} has no gradient {where()}, so it would not act: was what it reads recorded in a forward without "
+                "gradient, or detached?"
+            )
         for name, value in parts.items():
             self._parts[name] = self._parts.get(name, 0.0) + value.detach()
         return loss

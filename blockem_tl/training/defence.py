@@ -11,8 +11,8 @@ from blockem_tl.data.chat import Batch, Encoded
 from blockem_tl.models.load import Model
 from blockem_tl.types import Example
 
-PenaltyFn = Callable[[Float[Tensor, "batch pos d_vocab"]], Float[Tensor, " batch"]]
-"""From the tuned model's logits to one penalty per example."""
+PenaltyFn = Callable[[Any], Float[Tensor, " batch"]]
+"""From the tuned model's logits [batch pos d_vocab] to one penalty per example. They are None in TRL's SFTTrainer, which builds none."""
 
 
 @runtime_checkable

@@ -1,7 +1,7 @@
 """Defences in any of transformers' Trainers: a mixin that adds their penalties to the Trainer's own loss, and their numbers to its log."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,13 +72,12 @@ class Defended(Trainer):
 
     def batch_of(self, inputs: Mapping[str, Any]) -> Batch:
         """The collated inputs as the library's batch; supervised tokens are those with a label."""
-        ids = inputs["input_ids"]
-        mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(ids, dtype=torch.bool)
-        if mask.shape != ids.shape:
-            raise ValueError(f"defend: expected an attention_mask [batch pos], got {tuple(mask.shape)}: {_PACKED}")
-        batch = Batch(ids=ids, mask=mask, system=torch.zeros_like(mask), reply=(inputs["labels"] != -100) & mask)
+        try:
+            batch = Batch.from_labels(inputs["input_ids"], inputs["labels"], inputs.get("attention_mask"))
+        except ValueError as error:
+            raise ValueError(f"defend: {error}: {_PACKED}") from error
         places = inputs.get("position_ids")
-        packed = places is not None and not torch.equal(places.expand_as(ids)[mask], batch.positions[mask])
+        packed = places is not None and not torch.equal(places.expand_as(batch.ids)[batch.mask], batch.positions[batch.mask])
         if packed or _SEQUENCE_KEYS & set(inputs):
             raise ValueError(f"defend: the collator joins several rows into one, with positions that start again: {_PACKED}")
         return batch
@@ -114,11 +113,22 @@ class Defended(Trainer):
         batch = self.batch_of(inputs)
         with self.accelerator.autocast():
             penalties = self._contexts.enter_context(self.active.during_step(batch))
-            sft, outputs = cast(Any, super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch))
-            parts = penalties(outputs.logits, self._examples)
+            with _forwards(self.active.model) as forwards:  # not return_outputs: TRL runs the model again for it, without gradient
+                sft = cast(Tensor, super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch))
+            outputs = self._only(forwards)
+            parts = penalties(getattr(outputs, "logits", None), self._examples)
         scale = self._still_divided_by(num_items_in_batch) * self.accelerator.num_processes  # gradients are averaged over the processes
         loss = self.active.loss(sft, parts, scale, lambda: self._where(batch))
         return (loss, outputs) if return_outputs else loss
+
+    def _only(self, forwards: Sequence[Any]) -> Any:
+        """What the micro-batch's one forward gave. Raises ValueError if there was not one: penalties belong to a single forward."""
+        if len(forwards) != 1:
+            raise ValueError(
+                f"defend: expected the trainer's loss to run the model once on a micro-batch, it did {len(forwards)} times: a penalty "
+                "could not tell which of them is trained. Leave out what runs it again (label smoothing, a loss function of your own)"
+            )
+        return forwards[0]
 
     def _still_divided_by(self, num_items: Any) -> int:
         """Divisor of our loss in `training_step`: the accumulation steps, unless the loss counts the whole step's tokens already."""
@@ -162,6 +172,17 @@ def _encoded(row: Mapping[str, Any]) -> Encoded:
     """A row with labels as ours: the completion begins at the first label."""
     supervised = [i for i, label in enumerate(row["labels"]) if int(label) != -100] if "labels" in row else []
     return Encoded(ids=tuple(int(token) for token in row["input_ids"]), n_system=0, n_prompt=supervised[0] if supervised else 0)
+
+
+@contextmanager
+def _forwards(model: Model) -> Iterator[list[Any]]:
+    """What the model gives in each of its forwards meanwhile, those without gradient included."""
+    seen: list[Any] = []
+    handle = cast(torch.nn.Module, model.hf).register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 class _AfterSteps(TrainerCallback):
