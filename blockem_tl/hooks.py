@@ -111,10 +111,7 @@ def steer(
 def clamp(site: str, direction: Float[Tensor, " d_model"], low: float | None = None, high: float | None = None) -> Hook:
     """h <- h + (clip(<h, d>, low, high) - <h, d>) d: move h along d just so far that its coordinate lies in [low, high].
 
-    d is the unit direction; everything orthogonal to it is untouched.
-
-    Raises:
-        ValueError: neither bound given, low > high, or a zero direction.
+    d is the unit direction; everything orthogonal to it is untouched. Raises ValueError without bounds, for low > high, or a zero direction.
     """
     if (low is None and high is None) or (low is not None and high is not None and low > high):
         raise ValueError(f"clamp at {site}: expected low <= high with at least one of them, got low={low}, high={high}")
@@ -269,6 +266,7 @@ class Step:
     positions: [batch pos], index of each token in its unpadded sequence.
     is_prompt: True during the prefill, False at generated tokens.
     rows: [batch], index into the whole stream of rows: condition index x number of prompts + prompt index.
+    made: [batch], tokens of each row's reply so far: 0 when its prompt runs, t when its reply token t - 1 runs and chooses the next.
     number: counts the forwards of this stream from 0; the first prefill is 0.
     """
 
@@ -276,6 +274,7 @@ class Step:
     positions: Int[Tensor, "batch pos"]
     is_prompt: bool
     rows: Int[Tensor, " batch"]
+    made: Int[Tensor, " batch"]
     number: int = 0
 
 

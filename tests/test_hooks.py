@@ -182,7 +182,8 @@ def test_bf16_edits_are_computed_in_float32() -> None:
 def test_threads_do_not_see_each_others_step() -> None:
     import threading
 
-    now = Step(mask=torch.ones(1, 1, dtype=torch.bool), positions=torch.zeros(1, 1).long(), is_prompt=True, rows=torch.zeros(1).long())
+    none = torch.zeros(1).long()
+    now = Step(mask=torch.ones(1, 1, dtype=torch.bool), positions=none[None], is_prompt=True, rows=none, made=none)
     seen = []
 
     def other() -> None:
@@ -201,8 +202,7 @@ def test_threads_do_not_see_each_others_step() -> None:
 def test_step_is_known_only_inside_generate() -> None:
     with pytest.raises(RuntimeError, match="inside generate"):
         current_step()
-    now = Step(
-        mask=torch.ones(1, 1, dtype=torch.bool), positions=torch.zeros(1, 1, dtype=torch.long), is_prompt=True, rows=torch.zeros(1).long()
-    )
+    none = torch.zeros(1).long()
+    now = Step(mask=torch.ones(1, 1, dtype=torch.bool), positions=none[None], is_prompt=True, rows=none, made=none)
     with step(now):
         assert current_step() is now

@@ -165,6 +165,11 @@ def test_a_figure_is_written_in_the_format_of_its_name(results, tmp_path) -> Non
     assert plots.save(figure, tmp_path / "x.png").read_bytes()[1:4] == b"PNG"
 
 
+def test_a_figure_shows_itself_though_nobody_imported_pyplot(results) -> None:
+    figure = results["sweep"].plot()
+    assert figure._repr_png_()[1:4] == b"PNG" and not hasattr(Figure(), "_repr_png_")  # matplotlib's own shows its name and size
+
+
 def test_a_plot_is_along_one_column(results) -> None:
     with pytest.raises(TypeError, match=r"one column to draw along.*rates\(by="):
         type(results["graded"]).plot.__wrapped__(results["graded"], ["condition"])  # without the tests' own type checks

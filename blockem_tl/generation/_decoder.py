@@ -139,8 +139,8 @@ class Decoder:
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, *, is_prompt: bool) -> Float[Tensor, "batch d_vocab"]:
         real = mask if is_prompt else torch.ones_like(ids, dtype=torch.bool)
-        rows = self.index[self.running].clone()
-        now = Step(mask=real, positions=positions, is_prompt=is_prompt, rows=rows, number=self.n_forwards)
+        rows, made = self.index[self.running].clone(), torch.tensor(self.made[self.running], device=ids.device)
+        now = Step(mask=real, positions=positions, is_prompt=is_prompt, rows=rows, made=made, number=self.n_forwards)
         self.n_forwards += 1
         with step(now):
             return self.forward(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True)

@@ -1,6 +1,7 @@
 """The SFT loss: cross-entropy of the completion tokens."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -35,10 +36,13 @@ def check_examples(model: object, examples: object) -> None:
 
 
 @torch.no_grad()
-def completion_loss(model: Model, examples: Sequence[Example], *, batch_size: int | None = None) -> float:
+def completion_loss(
+    model: Model, examples: Sequence[Example], *, adapter: str | Path | None = None, batch_size: int | None = None
+) -> float:
     """Mean cross-entropy (nats) of the completion tokens of ``examples``, teacher-forced, over all tokens together.
 
     Args:
+        adapter: which weights act: "base", an adapter by name or in a folder; None: the model as it stands.
         batch_size: rows per forward; None: 64.
 
     Raises:
@@ -48,9 +52,10 @@ def completion_loss(model: Model, examples: Sequence[Example], *, batch_size: in
     check_examples(model, examples)
     encoded, size = encode_examples(model.tokenizer, examples), batch_size or BATCH_SIZE
     total, tokens = 0.0, 0
-    for start in range(0, len(encoded), size):
-        batch = pad(encoded[start : start + size], model.pad_id, side="right", device=model.device)
-        logits = cast(Any, model.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
-        total += float(summed_cross_entropy(logits, batch))
-        tokens += int(batch.reply[:, 1:].sum())
+    with model.using(adapter):
+        for start in range(0, len(encoded), size):
+            batch = pad(encoded[start : start + size], model.pad_id, side="right", device=model.device)
+            logits = cast(Any, model.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
+            total += float(summed_cross_entropy(logits, batch))
+            tokens += int(batch.reply[:, 1:].sum())
     return total / tokens

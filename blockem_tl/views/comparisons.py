@@ -4,7 +4,8 @@ from typing import cast
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+
+from blockem_tl.views.figures import Figure
 
 _CURVES = {
     "em": ("emergent misalignment", "#c0392b"),
@@ -25,7 +26,7 @@ def tradeoff(sweep: pd.DataFrame, arms: pd.DataFrame) -> Figure:
             per cent with its interval (em, em_low, em_high, ...).
         arms: one row per arm: kind, label, sft_loss, em, em_low, em_high.
     """
-    figure = Figure(figsize=(11, 4.2), layout="constrained")  # no pyplot: nothing global, and any backend can show it
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     _against_lambda(left, sweep.sort_values("lambda"))
     _against_loss(right, arms)

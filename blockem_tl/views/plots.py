@@ -6,10 +6,10 @@ from typing import cast
 
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from blockem_tl.storage import files
+from blockem_tl.views.figures import Figure
 
 _LINES = ("#555555", "#2471a3", "#1e8449", "#b9770e", "#7d3c98", "#a93226")
 

@@ -309,7 +309,7 @@ def test_prompts_run_once_below_the_first_steered_block(tiny, conditions, watche
 
 
 def test_hooks_never_see_a_row_twice_or_one_that_has_finished(eager_ends, conditions) -> None:
-    seen: dict[int, list[int]] = {}
+    seen, chosen = dict[int, list[int]](), dict[int, list[int]]()
 
     def watch(activation, hook):
         now = current_step()
@@ -317,11 +317,14 @@ def test_hooks_never_see_a_row_twice_or_one_that_has_finished(eager_ends, condit
         for row, mask, positions in zip(now.rows.tolist(), now.mask, now.positions, strict=True):
             assert now.is_prompt == (row not in seen)
             seen.setdefault(row, []).extend(positions[mask].tolist())
+        for row, made in zip(now.rows.tolist(), now.made.tolist(), strict=True):
+            chosen.setdefault(row, []).append(made)
 
     found = generate(eager_ends, PROMPTS, conditions=conditions, hooks=[(SITE, watch)], max_new_tokens=12, batch_size=4, progress=False)
     for row, generation in enumerate(found):
         tokens = len(generation.prompt.text.split()) + 3 + len(generation.reply_ids) - generation.truncated  # the last is never run
         assert seen[row] == list(range(tokens))
+        assert chosen[row] == list(range(len(generation.reply_ids) + (not generation.truncated)))  # the end token is chosen too
 
 
 def test_a_row_that_overflows_leaves_nothing_behind(tiny, directions) -> None:

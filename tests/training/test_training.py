@@ -338,6 +338,16 @@ def test_completion_loss_is_over_completion_tokens(tiny) -> None:
     assert completion_loss(tiny, EXAMPLES, batch_size=5) == pytest.approx(total / tokens, rel=1e-5)
 
 
+def test_completion_loss_of_an_adapter_that_does_not_act(tiny) -> None:
+    base = completion_loss(tiny, EXAMPLES)
+    tiny.add_adapter("tuned")
+    perturb(tiny, "tuned")
+    tuned = completion_loss(tiny, EXAMPLES)
+    with tiny.using("base"):
+        assert completion_loss(tiny, EXAMPLES, adapter="tuned") == tuned != base
+    assert completion_loss(tiny, EXAMPLES, adapter="base") == base and tiny.active_adapter == "tuned"
+
+
 def test_stop_when_ends_the_run(tiny) -> None:
     run = finetune(tiny, EXAMPLES, config=CONFIG, stop_when=lambda model, step: step == 2, progress=False)
     assert run.steps == 2
