@@ -111,7 +111,7 @@ def steer(
 def clamp(site: str, direction: Float[Tensor, " d_model"], low: float | None = None, high: float | None = None) -> Hook:
     """h <- h + (clip(<h, d>, low, high) - <h, d>) d: move h along d just so far that its coordinate lies in [low, high].
 
-    d is the unit direction; everything orthogonal to it is untouched. Raises ValueError without bounds, for low > high, or a zero direction.
+    d is the unit direction; everything orthogonal to it is untouched. Raises ValueError for no bounds, low > high, or a zero direction.
     """
     if (low is None and high is None) or (low is not None and high is not None and low > high):
         raise ValueError(f"clamp at {site}: expected low <= high with at least one of them, got low={low}, high={high}")
