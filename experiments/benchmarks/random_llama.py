@@ -12,9 +12,6 @@ SHAPES: dict[str, dict[str, int]] = {
     "small": dict(
         vocab_size=1024, hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8
     ),
-    "small-4096": dict(
-        vocab_size=4096, hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4
-    ),  # the shape of the first measurements in docs/generation.md
     "small-grouped": dict(
         vocab_size=2048, hidden_size=256, intermediate_size=896, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2
     ),  # Llama 3's proportions

@@ -47,7 +47,7 @@ class Settings:
     json: where to write all numbers.
     """
 
-    shape: Literal["small", "small-4096", "small-grouped", "llama-3.2-1b", "llama-3.1-8b"] = "small"
+    shape: Literal["small", "small-grouped", "llama-3.2-1b", "llama-3.1-8b"] = "small"
     conditions: int = 32
     prompts: int = 16
     tokens: int = 48
