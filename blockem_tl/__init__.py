@@ -9,7 +9,7 @@ import lazy_loader
 
 from blockem_tl.storage import embedded
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 _ARTEFACTS = Path(__file__).parent / "organism" / "artefacts"
