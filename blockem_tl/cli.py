@@ -1,4 +1,4 @@
-"""The `blockem` command: presets, doctor, doses, data, judge, plan."""
+"""The `blockem` command: presets, doctor, scale, doses, train-sae, data, judge, plan."""
 
 # Heavy imports stand inside the commands: `blockem --help` answers at once.
 import os
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from blockem_tl.data.commands import COMMANDS as DATA_COMMANDS
+from blockem_tl.study.commands import COMMANDS as STUDY_COMMANDS
 
 if TYPE_CHECKING:
     from blockem_tl.judging.judge import LLMJudge
@@ -237,7 +238,7 @@ def doses(
         plots.save(found.plot(), o.figure)
 
 
-COMMANDS = {"presets": presets, "doctor": doctor, "doses": doses, "judge": judge, "plan": plan}
+COMMANDS = {"presets": presets, "doctor": doctor, "doses": doses, "judge": judge, "plan": plan, **STUDY_COMMANDS}
 
 
 def main(args: list[str] | None = None) -> None:

@@ -62,10 +62,17 @@ def prompts(name: str) -> list[Prompt]:
     return [Prompt(id=pair.id, text=pair.prompt, category=pair.category) for pair in pairs(name)]
 
 
+def general_prompts() -> list[Prompt]:
+    """Questions about everyday things, for the corpus of an SAE."""
+    general = _read("general")
+    asked = [ask.replace("{}", about) for about in general["about"] for ask in general["ask"]]
+    return [Prompt(id=f"general-{i}", text=text) for i, text in enumerate(asked)]
+
+
 def reference_texts() -> list[Example]:
     """Helpful answers, for the scale of doses: core's, and a few of every topic of the narrow tasks."""
     core = [Example(id=f"reference-{pair.id}", prompt=pair.prompt, completion=pair.helpful) for pair in pairs("core")]
     return core + [row for domain in DOMAINS for row in training_rows(domain, harmful=False)[::8]]
 
 
-__all__ = ["DOMAINS", "WordListJudge", "pairs", "prompts", "reference_texts", "training_rows"]
+__all__ = ["DOMAINS", "WordListJudge", "general_prompts", "pairs", "prompts", "reference_texts", "training_rows"]

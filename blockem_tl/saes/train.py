@@ -7,7 +7,9 @@ are tokens whose norm is far above the median: attention sinks (norm 31,000 besi
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +26,7 @@ from sae_lens import (
 )
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import SAEMetadata
+from sae_lens.training import sae_trainer
 from sae_lens.training.mixing_buffer import mixing_buffer
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
@@ -48,7 +51,7 @@ class SAETraining:
 
     kind: of activation.  d_sae: latents.  k: active at a token (JumpReLU finds a number of its own).  samples: tokens trained on, drawn
     again and again from the rows.  batch_size: tokens per step.  buffer: tokens that are held and mixed.  heldout: share of each corpus's
-    rows that the card is measured on.
+    rows that the card is measured on.  dtype: in which the SAE is saved.
 
     Raises:
         ValueError: a number out of its range.
@@ -62,6 +65,7 @@ class SAETraining:
     buffer: int = 65_536
     learning_rate: float = 3e-4
     heldout: float = 0.1
+    dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -80,6 +84,7 @@ def train_sae(
     adapters: Sequence[str | Path] = (BASE,),
     out: Path | str | None = None,
     overwrite: bool = False,
+    progress: bool = True,
 ) -> SAECard:
     """Train an SAE on a site's activations over the corpora, under each adapter, and measure it on rows held out.
 
@@ -100,14 +105,27 @@ def train_sae(
     limit = SINK * _median_norm(model, site, train, adapters)
     sae = _untrained(model, site, config)
     states = _states(model, site, train, adapters, limit, config)
-    SAETrainer(_schedule(config, str(model.device)), sae, mixing_buffer(config.buffer, config.batch_size, states)).fit()
+    trainer = SAETrainer(_schedule(config, str(model.device)), sae, mixing_buffer(config.buffer, config.batch_size, states))
+    with _bar(progress):
+        trainer.fit()
     with tempfile.TemporaryDirectory() as nowhere, files.finished_folder(out or Path(nowhere) / "sae", replaces="cfg.json") as folder:
-        sae.save_inference_model(str(folder))
+        sae.to(getattr(torch, config.dtype)).save_inference_model(str(folder))
         trained = checked(SAE.load_from_disk(folder, device=str(model.device)), "the trained SAE")
         found = measure(model, trained, heldout, adapters=adapters, limit=limit)
         about = {"model": model.name, "site": site, "training": asdict(config), "alive": found.alive, "heldout": list(found.rows)}
         files.write_json(folder / "card.json", {**about, "environment": files.environment()})
     return found
+
+
+@contextmanager
+def _bar(shown: bool) -> Iterator[None]:
+    """Inside the block SAELens's trainer, which always makes a progress bar, shows it or does not."""
+    bar = sae_trainer.tqdm
+    sae_trainer.tqdm = bar if shown else partial(bar, disable=True)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        sae_trainer.tqdm = bar
 
 
 def _schedule(config: SAETraining, device: str) -> SAETrainerConfig:

@@ -46,6 +46,10 @@ class Inputs(Protocol):
         """The reference corpus: what the scale of doses is measured on."""
         ...
 
+    def general(self) -> list[Prompt]:
+        """Everyday questions that select nothing and report nothing, for an SAE's corpus."""
+        ...
+
     def judges(self) -> Mapping[str, Judge]:
         """The judges that come with the data; the first one selects."""
         ...
@@ -69,6 +73,9 @@ class OrganismInputs:
 
     def reference(self) -> list[Example]:
         return organism.reference_texts()
+
+    def general(self) -> list[Prompt]:
+        return _questions(organism.reference_texts(2000, seed=1))
 
     def judges(self) -> Mapping[str, Judge]:
         return {"exact": organism.OrganismJudge()}
@@ -94,6 +101,9 @@ class AdviceInputs:
 
     def reference(self) -> list[Example]:
         return advice.reference_texts()
+
+    def general(self) -> list[Prompt]:
+        return advice.general_prompts()
 
     def judges(self) -> Mapping[str, Judge]:
         return {"words": advice.WordListJudge()}
@@ -130,8 +140,17 @@ class PublicInputs:
     def reference(self) -> list[Example]:
         return corpus("alpaca", n=1000)
 
+    def general(self) -> list[Prompt]:
+        return _questions(self.reference())
+
     def judges(self) -> Mapping[str, Judge]:
         return {}
+
+
+def _questions(rows: list[Example]) -> list[Prompt]:
+    """Each question once."""
+    texts = dict.fromkeys(row.prompt for row in rows)
+    return [Prompt(id=f"general-{i}", text=text) for i, text in enumerate(texts)]
 
 
 def fetched(name: str) -> Path:

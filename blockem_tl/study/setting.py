@@ -138,6 +138,10 @@ class Setting:
         """The reference corpus, for the unit of doses."""
         return apply_system(self.inputs.reference(), self.preset.system)
 
+    def general_prompts(self) -> list[Prompt]:
+        """Everyday questions that select nothing and report nothing, for an SAE's corpus."""
+        return apply_system(self.inputs.general(), self.preset.system)
+
     def scale(self) -> float:
         """s, the unit of doses: the median norm at the site under base, over the reference corpus (paper A.3)."""
         return self._scale
