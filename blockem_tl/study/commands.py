@@ -1,0 +1,124 @@
+"""The `blockem` commands on a preset's experiments: scale, train-sae."""
+
+# Heavy imports stand inside the commands: `--help` answers at once.
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from blockem_tl.data.chat import Rows
+    from blockem_tl.study.setting import Setting
+    from blockem_tl.types import Prompt
+
+Preset = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PRESET")]
+_PIECE = 800  # characters of a text that are read as one row
+
+
+def scale(preset: Preset, /) -> None:
+    """Measure s, the unit of doses: the median norm at the preset's site, over its reference corpus.
+
+    Args:
+        preset: one of those that `blockem presets` lists.
+    """
+    from blockem_tl.study.setting import Setting
+
+    setting = Setting.of(preset)
+    print(f"{setting.scale():.6g}  {setting.preset.model} at {setting.site}, {len(setting.reference())} reference rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAEOptions:
+    """Options of `blockem train-sae`.
+
+    site: a hook name; the preset's own by default.
+    adapters: folders of tuned adapters: states of base and of each are read, and replies of each.
+    prompts: prompt files whose replies are read; by default the preset's general questions.
+    texts: plain text files, for prose.
+    kind: of SAE.
+    d_sae: latents.
+    k: latents active at a token.
+    samples: tokens to train on.
+    learning_rate: of the SAE's training.
+    dtype: in which the SAE is saved.
+    max_new_tokens: of a reply that is read.
+    overwrite: replace an SAE in the folder.
+    seed: of all draws.
+    """
+
+    site: str | None = None
+    adapters: tuple[Path, ...] = ()
+    prompts: tuple[Path, ...] = ()
+    texts: tuple[Path, ...] = ()
+    kind: Literal["topk", "batchtopk", "jumprelu"] = "topk"
+    d_sae: int = 4096
+    k: int = 64
+    samples: int = 2_000_000
+    learning_rate: float = 3e-4
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_new_tokens: int = 80
+    overwrite: bool = False
+    seed: int = 0
+
+
+def train_sae(
+    preset: Preset,
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")],
+    /,
+    *,
+    options: tyro.conf.OmitArgPrefixes[SAEOptions] = SAEOptions(),
+) -> None:
+    """Train an SAE for a preset's model on chats, replies and texts, and print its card: what it is worth on rows held out.
+
+    Args:
+        preset: the model; its rows and questions are read.
+        out: a folder for the SAE, as SAELens saves one, with card.json.
+    """
+    from blockem_tl.saes.train import SAETraining
+    from blockem_tl.saes.train import train_sae as train
+    from blockem_tl.storage import files
+    from blockem_tl.study.setting import Setting
+
+    files.check_replaceable(out, "cfg.json" if options.overwrite else None)
+    setting = Setting.of(preset, seed=options.seed)
+    config = SAETraining(**{name: getattr(options, name) for name in ("kind", "d_sae", "k", "samples", "learning_rate", "seed", "dtype")})
+    card = train(
+        setting.model,
+        options.site or setting.site,
+        corpora(setting, options),
+        config=config,
+        adapters=["base", *options.adapters],
+        out=out,
+        overwrite=options.overwrite,
+    )
+    print(card)
+
+
+def corpora(setting: "Setting", options: SAEOptions) -> "dict[str, Rows]":
+    """What the SAE reads: the preset's rows, replies of base and of each adapter, and texts."""
+    from blockem_tl.data.prompt_files import load_prompts
+    from blockem_tl.generation.engine import generate
+
+    asked = [prompt for path in options.prompts for prompt in load_prompts(path)] or setting.general_prompts()
+    found: dict[str, Any] = {"chats": [*setting.reference(), *setting.rows(), *setting.rows(harmful=False)]}
+    for adapter in ("base", *options.adapters):
+        rows = generate(setting.model, asked, adapter=adapter, max_new_tokens=options.max_new_tokens)
+        found[f"replies of {Path(adapter).name}"] = [row for row in rows if row.reply.strip()]
+    if options.texts:
+        found["texts"] = _pieces(options.texts)
+    return found
+
+
+def _pieces(paths: Sequence[Path]) -> "list[Prompt]":
+    """Texts in pieces of like length."""
+    from blockem_tl.data.text_files import read_text
+    from blockem_tl.types import Prompt
+
+    texts = {path: " ".join(read_text(path).split()) for path in paths}
+    found = {text[i : i + _PIECE]: f"{path.name}-{i}" for path, text in texts.items() for i in range(0, len(text), _PIECE)}
+    return [Prompt(id=f"{number} {name}", text=piece) for number, (piece, name) in enumerate(found.items()) if piece.strip()]
+
+
+COMMANDS = {"scale": scale, "train-sae": train_sae}
