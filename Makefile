@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow test-vllm install install-vllm lint types readme organism clean
+.PHONY: demo test test-slow test-vllm install install-vllm lint types docs readme organism clean
 
 demo: install  ## misalign the embedded organism, find its latents, block them, show that it worked
 	$(BIN)/python experiments/quickstart.py
@@ -20,7 +20,7 @@ test-slow: install  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 test-vllm: install-vllm  ## the tests on real vLLM (its CPU build), in an environment of its own
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m slow tests/generation/test_vllm_engine.py tests/judging/test_vllm_judge.py "tests/test_docs.py::test_a_page_runs[generation-vllm]"
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m slow tests/generation/test_vllm_engine.py tests/judging/test_vllm_judge.py "tests/test_docs.py::test_a_page_runs[generation-vllm]" "tests/test_docs.py::test_a_page_runs[howto/vllm-vllm]"
 
 install-vllm: .venv-vllm/.installed
 
@@ -50,6 +50,9 @@ lint: install
 types: install
 	$(BIN)/pyright
 
+docs: install  ## the documentation as a site in site/; a warning or a dead link ends it
+	$(BIN)/python -m mkdocs build --strict --config-file .mkdocs.yml
+
 readme: install  ## put the last demo (and the runs of other seeds) into README and docs
 	$(BIN)/python experiments/publish.py --seeds results/quickstart $(wildcard results/quickstart-seed*)
 
@@ -57,4 +60,4 @@ organism: install  ## train the embedded organism again, from nothing
 	$(BIN)/python -m blockem_tl.organism.build --seed 0 --out build/organism
 
 clean:
-	rm -rf $(VENV) .venv-vllm build results *.egg-info
+	rm -rf $(VENV) .venv-vllm build results site *.egg-info

@@ -19,7 +19,7 @@ from blockem_tl import cli
 from blockem_tl.data import commands
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # A page's hidden `<!-- setup ... -->` comments make what its blocks talk about; `<!-- test: slow -->` stands before a block of minutes,
 # `<!-- test: vllm -->` before one that needs vLLM. All of them run from top to bottom in one namespace, as a reader would run them.
@@ -53,9 +53,8 @@ def cases() -> list:
     found = []
     for page in PAGES:
         marks = {mark for _, mark, _ in parts(page)} - {"setup"}
-        found += [
-            pytest.param(page, mark, id=f"{page.stem}-{mark or 'blocks'}", marks=[pytest.mark.slow] if mark else []) for mark in marks
-        ]
+        name = page.relative_to(ROOT).with_suffix("").as_posix().removeprefix("docs/")
+        found += [pytest.param(page, mark, id=f"{name}-{mark or 'blocks'}", marks=[pytest.mark.slow] if mark else []) for mark in marks]
     return found
 
 

@@ -200,6 +200,8 @@ class Model(LiveAdapters, SAETransformerBridge):
     def recording(self, sites: Iterable[str], *, detach: bool = True) -> Iterator[dict[str, torch.Tensor]]:
         """Inside the block every forward leaves its activations at ``sites`` in the dict that is given; each forward overwrites the last.
 
+        Their shape is the site's own, [batch pos d_model] for the residual stream.
+
         Raises:
             ValueError: an unknown site.  HookNotFired: a site that no forward reached.
         """

@@ -235,7 +235,7 @@ class LiveAdapters(AdapterFiles):
             self.__dict__.update(_peft=None, _layers=[])
 
     def adapter_parameters(self, name: str) -> list[nn.Parameter]:
-        """The tensors of one adapter: every one that acts, so also DoRA's magnitudes and LoRA's biases."""
+        """The tensors of one adapter: A [rank in], B [out rank], and what else acts, DoRA's magnitudes and LoRA's biases [out]."""
         own = re.compile(rf"\.lora_\w+\.{re.escape(name)}(\.|$)")
         return [parameter for key, parameter in self.hf.named_parameters() if own.search(key)]
 

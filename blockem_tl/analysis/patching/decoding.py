@@ -61,7 +61,7 @@ def decode_patching(
         steps: the window [start, stop) of patched decoding steps; stop None is the end of the reply. Step 0 runs on the last prompt token
             and chooses the first reply token; step t > 0 runs on reply token t - 1.
         last_prompt_position: patch step 0, the procedure as the paper describes it; False is its formula (only t > T_pref).
-        source, target, and the rest: as for `patching_sweep`.
+        source, target, max_new_tokens, batch_size, temperature, seed: as for `patching_sweep`.
 
     Raises ValueError as `patching_sweep`, or for a window without a step; HookNotFired if every reply ended before it.
     """

@@ -57,7 +57,7 @@ def prompt_patching_stream(
 
     Args:
         groups: sites that are patched together; () gives the target's own replies, for comparison.
-        source, target, and the rest: as for `patching_sweep`.
+        source, target, max_new_tokens, batch_size, temperature, seed: as for `patching_sweep`.
 
     Raises:
         ValueError: what `patching_sweep` refuses; before any work.
