@@ -81,6 +81,8 @@ from .training.trainer_mixin import defend as defend
 from .evaluation.evaluate import evaluate as evaluate
 from .evaluation.panel import evaluate_with as evaluate_with
 from .evaluation.preference import preference as preference
+from .evaluation.publishing import pull_adapter as pull_adapter
+from .evaluation.publishing import push_adapter as push_adapter
 from .evaluation.statistics import clustered_rate as clustered_rate
 from .evaluation.statistics import paired_difference as paired_difference
 from .evaluation.statistics import paired_reduction as paired_reduction

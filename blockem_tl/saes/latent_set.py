@@ -116,6 +116,24 @@ class LatentSet(Result):
             loaded.check_sae(sae)
         return loaded
 
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload the set, with a card, to the Hugging Face hub as user/name; returns its address.
+
+        Raises:
+            ValueError: a name that is no repository's.
+            ConnectionError: the hub cannot be reached, or refuses.
+        """
+        from blockem_tl.saes import hub
+
+        return hub.push(self, repo_id, private=private, token=token)
+
+    @staticmethod
+    def from_hub(repo_id: str, sae: SAE[Any] | None = None, *, revision: str | None = None, token: str | None = None) -> "LatentSet":
+        """Download a set from the Hugging Face hub and check it as `load` does. Raises as `load` and `push_to_hub`."""
+        from blockem_tl.saes import hub
+
+        return LatentSet.load(hub.pull_file(repo_id, hub.FILE, revision=revision, token=token), sae)
+
     # -------------------------------------------------------------------------------------------- variants
 
     def _take(self, indices: Sequence[int], note: str) -> "LatentSet":

@@ -26,7 +26,7 @@ from sae_lens import (
 )
 from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import SAEMetadata
-from sae_lens.training import sae_trainer
+from sae_lens.training import activation_scaler, sae_trainer
 from sae_lens.training.mixing_buffer import mixing_buffer
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
@@ -106,7 +106,7 @@ def train_sae(
     sae = _untrained(model, site, config)
     states = _states(model, site, train, adapters, limit, config)
     trainer = SAETrainer(_schedule(config, str(model.device)), sae, mixing_buffer(config.buffer, config.batch_size, states))
-    with _bar(progress):
+    with _bars(progress):
         trainer.fit()
     with tempfile.TemporaryDirectory() as nowhere, files.finished_folder(out or Path(nowhere) / "sae", replaces="cfg.json") as folder:
         sae.to(getattr(torch, config.dtype)).save_inference_model(str(folder))
@@ -118,14 +118,17 @@ def train_sae(
 
 
 @contextmanager
-def _bar(shown: bool) -> Iterator[None]:
-    """Inside the block SAELens's trainer, which always makes a progress bar, shows it or does not."""
-    bar = sae_trainer.tqdm
-    sae_trainer.tqdm = bar if shown else partial(bar, disable=True)  # pyright: ignore[reportAttributeAccessIssue]
+def _bars(shown: bool) -> Iterator[None]:
+    """Inside the block SAELens's trainer, which always makes progress bars, shows them or does not."""
+    modules: list[Any] = [sae_trainer, activation_scaler]
+    bars = [module.tqdm for module in modules]
+    for module, bar in zip(modules, bars, strict=True):
+        module.tqdm = bar if shown else partial(bar, disable=True)
     try:
         yield
     finally:
-        sae_trainer.tqdm = bar
+        for module, bar in zip(modules, bars, strict=True):
+            module.tqdm = bar
 
 
 def _schedule(config: SAETraining, device: str) -> SAETrainerConfig:

@@ -1,6 +1,7 @@
 """The `blockem` commands on a preset's experiments: scale, train-sae."""
 
 # Heavy imports stand inside the commands: `--help` answers at once.
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ class SAEOptions:
     site: a hook name; the preset's own by default.
     adapters: folders of tuned adapters: states of base and of each are read, and replies of each.
     prompts: prompt files whose replies are read; by default the preset's general questions.
+    n_prompts: at most so many of them, drawn by the seed.
     texts: plain text files, for prose.
     kind: of SAE.
     d_sae: latents.
@@ -51,6 +53,7 @@ class SAEOptions:
     site: str | None = None
     adapters: tuple[Path, ...] = ()
     prompts: tuple[Path, ...] = ()
+    n_prompts: int = 200
     texts: tuple[Path, ...] = ()
     kind: Literal["topk", "batchtopk", "jumprelu"] = "topk"
     d_sae: int = 4096
@@ -58,7 +61,7 @@ class SAEOptions:
     samples: int = 2_000_000
     learning_rate: float = 3e-4
     dtype: Literal["float32", "bfloat16"] = "float32"
-    max_new_tokens: int = 80
+    max_new_tokens: int = 60
     overwrite: bool = False
     seed: int = 0
 
@@ -102,6 +105,7 @@ def corpora(setting: "Setting", options: SAEOptions) -> "dict[str, Rows]":
     from blockem_tl.generation.engine import generate
 
     asked = [prompt for path in options.prompts for prompt in load_prompts(path)] or setting.general_prompts()
+    asked = random.Random(options.seed).sample(asked, min(options.n_prompts, len(asked)))
     found: dict[str, Any] = {"chats": [*setting.reference(), *setting.rows(), *setting.rows(harmful=False)]}
     for adapter in ("base", *options.adapters):
         rows = generate(setting.model, asked, adapter=adapter, max_new_tokens=options.max_new_tokens)
