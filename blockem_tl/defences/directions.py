@@ -46,10 +46,23 @@ def repair(latent_set: LatentSet, sae: SAE[Any], *, dose: float, scale: float, c
     Raises:
         ValueError: a dose that is not a positive number, or another SAE than the set's.
     """
+    return _along("repair", -1, latent_set, sae, dose, scale, combine)
+
+
+def induce(latent_set: LatentSet, sae: SAE[Any], *, dose: float, scale: float, combine: Combine = "best") -> Condition:
+    """A condition that steers towards misalignment, the induce arm of eq. 6: h <- h + dose * scale * (misaligned direction).
+
+    Arguments and errors as of `repair`.
+    """
+    return _along("induce", +1, latent_set, sae, dose, scale, combine)
+
+
+def _along(name: str, sign: int, latent_set: LatentSet, sae: SAE[Any], dose: float, scale: float, combine: Combine) -> Condition:
     if not 0 < dose < float("inf"):
-        raise ValueError(f"repair: expected a finite dose > 0 (it is subtracted), got {dose}")
-    steering = Steering(site=latent_set.site, direction=misaligned_direction(latent_set, sae, combine=combine), dose=-dose, scale=scale)
-    return Condition(name=f"repair, {combine}, dose {dose:g}", steering=(steering,))
+        raise ValueError(f"{name}: expected a finite dose > 0 (the sign is this function's), got {dose}")
+    direction = misaligned_direction(latent_set, sae, combine=combine)
+    steering = Steering(site=latent_set.site, direction=direction, dose=sign * dose, scale=scale)
+    return Condition(name=f"{name}, {combine}, dose {dose:g}", steering=(steering,))
 
 
 def check_direction(who: str, directions: object, model: Model | None = None, site: str = "") -> None:

@@ -11,7 +11,7 @@ from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from blockem_tl import Example, HookNotFired, LatentSet, Prompt, TrainingConfig, finetune, generate
 from blockem_tl.data.chat import encode_examples, pad
 from blockem_tl.defences.caft import ConceptAblation
-from blockem_tl.defences.directions import check_direction, misaligned_direction, repair
+from blockem_tl.defences.directions import check_direction, induce, misaligned_direction, repair
 from blockem_tl.defences.inoculation import Inoculation
 from blockem_tl.defences.interleave import Interleaving
 from blockem_tl.defences.kl import KLToBase
@@ -354,6 +354,8 @@ def test_repair_subtracts_the_direction_while_the_model_replies(tuned, sae, late
     replies = generate(tuned, prompts, conditions=[condition, by_hand, UNSTEERED], max_new_tokens=8, progress=False)
     found, expected, unsteered = ([g.reply_ids for g in replies[i : i + 6]] for i in (0, 6, 12))
     assert found == expected != unsteered
+    other_way = induce(latent_set, sae, dose=3.0, scale=2.0)
+    assert torch.equal(other_way.steering[0].vector, -condition.steering[0].vector) and other_way.name != condition.name
 
 
 # ---------------------------------------------------------------------------------------------- one interface, and what it refuses
@@ -427,6 +429,7 @@ def test_defences_that_do_not_fit_the_model_are_refused_before_training(tiny, sa
         with pytest.raises(ValueError, match=message):
             train(tiny, "refused", defence)
         assert tiny.adapters == []
-    for bad in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match="finite dose > 0"):
-            repair(latent_set, sae, dose=bad, scale=1.0)
+    for make in (repair, induce):
+        for bad in (0.0, -1.0, float("nan")):
+            with pytest.raises(ValueError, match=rf"{make.__name__}: expected a finite dose > 0"):
+                make(latent_set, sae, dose=bad, scale=1.0)
