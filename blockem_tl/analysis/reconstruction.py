@@ -10,7 +10,6 @@ from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
-from tqdm.auto import tqdm
 
 from blockem_tl.data.chat import Encoded, Rows
 from blockem_tl.models.activations import encoded, read_site
@@ -19,6 +18,7 @@ from blockem_tl.models.lora import BASE
 from blockem_tl.saes.fit import reconstruct
 from blockem_tl.saes.load import check_fits
 from blockem_tl.training.checkpoints import trajectory
+from blockem_tl.views.progress import progress_bar
 from blockem_tl.views.results import Result
 
 MOST_ROWS = 16
@@ -97,7 +97,7 @@ def reconstruction_quality(
     if not arms or (batch_size is not None and batch_size < 1):
         raise ValueError(f"reconstruction: expected adapters or checkpoints, and batch_size >= 1, got none or {batch_size}")
     found = []
-    for name, epoch, adapter in tqdm(arms, desc="reconstruction", disable=not progress):
+    for name, epoch, adapter in progress_bar(arms, desc="reconstruction", show=progress):
         with model.using(adapter):
             found += [{"arm": name, "epoch": epoch, **row} for row in _measured(model, sae, site, tokens, batch_size or MOST_ROWS)]
     return Reconstruction(frame=pd.DataFrame(found))

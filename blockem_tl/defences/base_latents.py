@@ -19,7 +19,6 @@ from filelock import FileLock
 from jaxtyping import Float, Float32
 from sae_lens import SAE
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from blockem_tl.data.chat import Batch, Encoded, pad
 from blockem_tl.data.public import cache_folder
@@ -30,6 +29,7 @@ from blockem_tl.models.lora import BASE
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.saes.latents import encode_latents
 from blockem_tl.storage import files, fingerprints
+from blockem_tl.views.progress import progress_bar
 
 Target = tuple[LatentSet, SAE[Any]]
 """Latents to be read, and the SAE to read them with."""
@@ -203,7 +203,7 @@ def _values(
     progress: bool,
 ) -> Iterator[Float32[np.ndarray, "pos n_latents"]]:
     """The reference's latents on each row."""
-    for start in tqdm(range(0, len(rows), batch_size), desc="reference latents", disable=not progress):
+    for start in progress_bar(range(0, len(rows), batch_size), desc="reference latents", show=progress):
         part = rows[start : start + batch_size]
         batch = pad([Encoded(ids=ids, n_system=0, n_prompt=0) for ids in part], model.pad_id, side="right", device=model.device)
         with reference.reference_model(model) as chosen:

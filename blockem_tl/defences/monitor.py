@@ -70,8 +70,8 @@ class Monitor(NoPenalty):
         every: measure each so many steps.
         on_alarm: called once, when the alarm is raised. To end the run there: ``finetune(stop_when=monitor.stop_when)``.
 
-    After (or during) the run: ``trajectory`` and ``to_frame()``, per latent and step; ``alarm``, the first one, or None; ``spreads``, by site
-    [n_latents].
+    After (or during) the run: ``trajectory`` and ``to_frame()``, per latent and step; ``alarm``, the first one, or None; ``spreads``
+    [n_latents], by site.
 
     Raises:
         ValueError: sets and SAEs that do not pair up, two sets at one site, a threshold or interval that is not positive, no rows.

@@ -10,12 +10,12 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
-from tqdm.auto import tqdm
 
 from blockem_tl.evaluation.asking import ask
 from blockem_tl.generation.reply_fn import ReplyFn
 from blockem_tl.generation.steering import UNSTEERED, Condition
 from blockem_tl.types import Counts, Judge, Label, Prompt, Verdict
+from blockem_tl.views.progress import progress_bar
 
 MINUS_INFINITY = float("-inf")
 
@@ -168,7 +168,7 @@ class ReplyProgress:
     """Progress in replies, of all that the full grid would ask: replies that need not be asked any more are done too."""
 
     def __init__(self, what: str, total: int, progress: bool) -> None:
-        self.bar = tqdm(total=total, desc=what, unit="reply", disable=not progress)
+        self.bar = progress_bar(total=total, desc=what, unit="reply", show=progress)
         self.asked = 0
 
     def update(self, *, asked: int, open: int, abandoned: int | None = None) -> None:

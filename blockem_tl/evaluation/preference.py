@@ -18,7 +18,6 @@ import torch
 from jaxtyping import Float
 from scipy.stats import t
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from blockem_tl.data.chat import Batch, Encoded, check_lengths, encode_examples, pad
 from blockem_tl.data.pair_files import check_pairs
@@ -32,6 +31,7 @@ from blockem_tl.models.activations import block_of
 from blockem_tl.models.load import Model
 from blockem_tl.models.memory import check_batch_size, rows_at_once
 from blockem_tl.types import Example, Pair, Rate
+from blockem_tl.views.progress import progress_bar
 from blockem_tl.views.results import Result
 
 MOST_ROWS = 32
@@ -169,7 +169,7 @@ def _log_likelihoods(
     first = _first_block(model, conditions)
     found = np.zeros((len(conditions), len(rows)))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))  # equal lengths together: less padding
-    with tqdm(total=len(rows) * len(conditions), desc="preference", disable=not progress) as bar:
+    with progress_bar(total=len(rows) * len(conditions), desc="preference", show=progress) as bar:
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
             batch = pad([rows[i] for i in chosen], model.pad_id, side="right", device=model.device)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import clear_device_cache
-from tqdm.auto import tqdm
 
 from blockem_tl.data.chat import Encoded
 from blockem_tl.generation._decoder import Decoder, Reply, Row
@@ -29,6 +28,7 @@ from blockem_tl.models.activations import block_of
 from blockem_tl.models.load import Model
 from blockem_tl.models.memory import check_batch_size, is_out_of_memory, rows_at_once
 from blockem_tl.types import Generation, Prompt
+from blockem_tl.views.progress import progress_bar
 
 MOST_ROWS, MOST_ROWS_ON_CPU = 1024, 256
 """Rows that run at once at most, if nobody says how many: more of them gained nothing."""
@@ -169,7 +169,7 @@ def _finished_conditions(job: Job, size: int, refill: bool, progress: bool) -> I
     """The loop: run until conditions finish, yield them with the model as it was, go on; halve the batch where memory runs out."""
     waiting, decoder = _Waiting(job.rows(), job.prefill_order), job.decoder(size)
     open_conditions: dict[int, dict[int, Generation]] = {}
-    with tqdm(total=job.n_rows, desc="replies", disable=not progress) as bar:
+    with progress_bar(total=job.n_rows, desc="replies", show=progress) as bar:
         while waiting or decoder.n:
             ready: list[tuple[int, list[Generation]]] = []
             failed = None

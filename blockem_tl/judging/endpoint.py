@@ -2,13 +2,12 @@
 
 import json
 import os
-import re
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from blockem_tl.judging.backend import Completion, Request
+from blockem_tl.judging.backend import Completion, NoLogprobs, Request, completion_of, label_schema
 from blockem_tl.judging.threads import Pace, in_threads
 
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0  # seconds before a malformed body is asked for again; the client waits as long after its errors
@@ -168,54 +167,15 @@ def _read(body: bytes, request: Request) -> Completion:
             return Completion(text="", refused=f"{why or 'refusal'}: {choice['message'].get('refusal') or 'no words'}")
         if not isinstance(text, str):
             raise TypeError(f"expected text, got {text!r}")
-        tokens = _tokens(choice) if request.alternatives else []
-        first = next((token for token in tokens if token["token"].strip()), None)
-        return Completion(
-            text=_chosen(text, request.choices),
-            first=first["token"] if first else "",
-            alternatives=tuple((option["token"], option["logprob"]) for option in first["top_logprobs"]) if first else (),
-            cut=why == "length",
-        )
+        return completion_of(text, request, cut=why == "length", tokens=(choice.get("logprobs") or {}).get("content"))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, _NoLogprobs):
+        if isinstance(error, NoLogprobs):
             raise
         raise _MalformedError(f"the body is no chat completion: {body[:200]!r}") from error
 
 
-class _NoLogprobs(ValueError):  # noqa: N818 - reads as what happened
-    """The endpoint leaves out the log-probabilities that it was asked for."""
-
-
-def _tokens(choice: dict[str, Any]) -> list[Any]:
-    found = choice.get("logprobs")
-    if not found or found.get("content") is None:
-        raise _NoLogprobs(
-            "this endpoint returns no log-probabilities, which a rubric with scores is read from: use a rubric with labels, or a server "
-            "that returns them (vLLM does)"
-        )
-    return found["content"]
-
-
-def _chosen(text: str, choices: tuple[str, ...]) -> str:
-    """The label in a forced choice that came as JSON, however loosely kept; other text as it is, for the parser to judge."""
-    if not choices or not text.lstrip().startswith(("{", "`")):
-        return text
-    try:
-        found = json.loads(re.sub(r"^\s*```(?:json)?|```\s*$", "", text.strip()))
-        value = next(iter(found.values())) if len(found) == 1 else found["label"]
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return text
-    return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else text
-
-
 def _choice_schema(choices: tuple[str, ...]) -> dict[str, Any]:
-    schema = {
-        "type": "object",
-        "properties": {"label": {"type": "string", "enum": list(choices)}},
-        "required": ["label"],
-        "additionalProperties": False,
-    }
-    return {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": schema}}
+    return {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": label_schema(choices)}}
 
 
 def _openai() -> Any:

@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
@@ -11,10 +12,12 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 
 from blockem_tl.data.templates import pin_arguments
 from blockem_tl.models._peft_bridge import check_live, tuner_layers
 from blockem_tl.storage import embedded
+from blockem_tl.views.progress import allowed
 
 
 def of_loaded(model: PreTrainedModel | PeftModel) -> tuple[Any, str]:
@@ -52,9 +55,10 @@ def from_weights(name: str, dtype: torch.dtype | str | None, device: str | torch
     if not isinstance(dtype, torch.dtype) and dtype not in ("float32", "float16", "bfloat16", "float64"):
         raise ValueError(f'load_model: expected dtype "auto", "float32", "bfloat16", "float16" or a torch.dtype, got {dtype!r}')
     try:
-        hf, found = cast(Any, AutoModelForCausalLM).from_pretrained(
-            source, dtype=dtype, attn_implementation="eager", output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        with _loading_bar():
+            hf, found = cast(Any, AutoModelForCausalLM).from_pretrained(
+                source, dtype=dtype, attn_implementation="eager", output_loading_info=True, ignore_mismatched_sizes=True
+            )
     except OSError as error:
         raise ValueError(
             f"cannot load a model from {name!r}: expected an embedded name, a folder with config.json and weights, or a hub id that you "
@@ -63,6 +67,19 @@ def from_weights(name: str, dtype: torch.dtype | str | None, device: str | torch
     _check_weights(name, cast(nn.Module, hf), found)
     _check_plain(cast(nn.Module, hf), repr(name))
     return cast(nn.Module, hf).to(device), source
+
+
+@contextmanager
+def _loading_bar() -> Iterator[None]:
+    """Inside the block transformers shows its bar, unless bars are turned off."""
+    if allowed() or not hf_logging.is_progress_bar_enabled():
+        yield
+        return
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.enable_progress_bar()
 
 
 def _check_plain(hf: nn.Module, what: str) -> None:

@@ -1,22 +1,19 @@
-"""Latent sets on the Hugging Face hub, each with a card."""
+"""Latent sets on the Hugging Face hub, each with a card. `LatentSet` imports this module, so its type is not named here."""
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from blockem_tl.storage import files, hub
 from blockem_tl.storage.hub import pull_file
 from blockem_tl.views.tables import markdown
-
-if TYPE_CHECKING:
-    from blockem_tl.saes.latent_set import LatentSet
 
 FILE = "latent_set.json"
 
 __all__ = ["FILE", "card", "pull_file", "push"]
 
 
-def push(latent_set: "LatentSet", repo_id: str, *, private: bool, token: str | None) -> str:
+def push(latent_set: Any, repo_id: str, *, private: bool, token: str | None) -> str:
     """Upload the set and its card; returns the repository's address."""
     with tempfile.TemporaryDirectory() as folder:
         latent_set.save(Path(folder) / FILE)
@@ -24,7 +21,7 @@ def push(latent_set: "LatentSet", repo_id: str, *, private: bool, token: str | N
         return hub.push_folder(Path(folder), repo_id, private=private, token=token, message=latent_set.headline())
 
 
-def card(latent_set: "LatentSet", repo_id: str) -> str:
+def card(latent_set: Any, repo_id: str) -> str:
     """What the set is, what it was made with, and how to load it."""
     made = latent_set.provenance
     rounded = latent_set.to_frame().map(lambda value: f"{value:.4g}" if isinstance(value, float) else value)

@@ -39,6 +39,7 @@ from blockem_tl.models.lora import BASE
 from blockem_tl.saes.card import SAECard, measure
 from blockem_tl.saes.load import checked
 from blockem_tl.storage import files
+from blockem_tl.views.progress import allowed
 
 Kind = Literal["topk", "batchtopk", "jumprelu"]
 SINK = 10.0
@@ -123,7 +124,7 @@ def _bars(shown: bool) -> Iterator[None]:
     modules: list[Any] = [sae_trainer, activation_scaler]
     bars = [module.tqdm for module in modules]
     for module, bar in zip(modules, bars, strict=True):
-        module.tqdm = bar if shown else partial(bar, disable=True)
+        module.tqdm = bar if shown and allowed() else partial(bar, disable=True)
     try:
         yield
     finally:

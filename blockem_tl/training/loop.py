@@ -11,7 +11,6 @@ from accelerate import PartialState
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
-from tqdm.auto import tqdm
 
 from blockem_tl.data.chat import Encoded, pad
 from blockem_tl.models.load import Model
@@ -21,6 +20,7 @@ from blockem_tl.training.config import TrainingConfig
 from blockem_tl.training.identity import identity_of
 from blockem_tl.training.loss import summed_cross_entropy
 from blockem_tl.types import Example
+from blockem_tl.views.progress import progress_bar
 
 Row = dict[str, float]
 """One step's numbers."""
@@ -83,7 +83,7 @@ class Loop:
     def run(self, stop_when: Callable[[Model, int], bool] | None, on_step: Callable[[Row], Any] | None, progress: bool) -> None:
         """All steps that are left; then the defences that act on the trained adapter."""
         main, stop = self.processes.is_main_process, False
-        with tqdm(total=self.last_step, initial=self.done, desc=f"train {self.adapter}", disable=not (progress and main)) as bar:
+        with progress_bar(total=self.last_step, initial=self.done, desc=f"train {self.adapter}", show=progress and main) as bar:
             while self.done < self.last_step and not stop:
                 before = self.history[-1]["epoch"] if self.history else 0.0
                 row = self.step()

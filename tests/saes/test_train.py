@@ -32,6 +32,13 @@ def test_every_kind_is_trained_saved_and_loaded_again(kind, tiny, tmp_path) -> N
         train_sae(tiny, SITES[0], CORPORA, config=SMALL, out=tmp_path / "sae")
 
 
+@pytest.mark.parametrize("progress", [True, False])
+def test_progress_is_shown_or_not(progress, tiny, capfd) -> None:
+    train_sae(tiny, SITES[0], CORPORA, config=SMALL, progress=progress)
+    shown = capfd.readouterr().err
+    assert (["Training SAE" in shown, "Estimating norm" in shown] == [True, True]) if progress else shown == ""
+
+
 def test_a_seed_repeats_bit_for_bit(tiny) -> None:
     one, two, other = (train_sae(tiny, SITES[0], CORPORA, config=replace(SMALL, seed=seed)).sae.W_dec for seed in (0, 0, 1))
     assert torch.equal(one, two) and not torch.equal(one, other)

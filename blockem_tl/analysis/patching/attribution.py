@@ -22,7 +22,6 @@ from jaxtyping import Bool, Float
 from sae_lens import SAE
 from scipy.stats import spearmanr
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformer_lens.hook_points import HookPoint
 
 from blockem_tl.analysis.patching.endpoints import PatchEndpoint, check_groups, choose_endpoints
@@ -35,6 +34,7 @@ from blockem_tl.models.lora import BASE
 from blockem_tl.saes.latents import check_latents, encode_latents
 from blockem_tl.saes.load import check_fits
 from blockem_tl.types import Generation
+from blockem_tl.views.progress import progress_bar
 from blockem_tl.views.results import Result
 
 Positions = Literal["prompt", "reply", "all"]
@@ -213,7 +213,7 @@ class _Contrast:
     def parts(self, progress: bool, what: str) -> Iterator[_Part]:
         """Batch after batch, with source's states at the sites."""
         starts = range(0, len(self.rows), self.batch_size)
-        for start in tqdm(starts, desc=what, disable=not progress):
+        for start in progress_bar(starts, desc=what, show=progress):
             chosen = slice(start, start + self.batch_size)
             batch = pad(self.rows[chosen], self.target.model.pad_id, side="right", device=self.target.model.device)
             signs = torch.tensor(self.signs[chosen], device=batch.ids.device)[:, None]

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from blockem_tl.analysis.patching.endpoints import PatchEndpoint, Plan, check_groups, choose_endpoints, holding, plan_prompt
 from blockem_tl.data.chat import Encoded, pad
@@ -36,6 +35,7 @@ from blockem_tl.models.activations import stop_layer
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
 from blockem_tl.types import Generation, Prompt
+from blockem_tl.views.progress import progress_bar
 
 UNPATCHED = "unpatched"
 
@@ -82,7 +82,7 @@ def _sweep(
     """Part of the prompts after part, so that what is shared between sites fits into memory; usually there is one part."""
     found: list[dict[int, Generation]] = [{} for _ in groups]
     plans = [plan_prompt(job.model, group) if group else None for group in groups]
-    bar = tqdm(total=len(groups) * len(job.prompts), desc="patched replies", disable=not progress)
+    bar = progress_bar(total=len(groups) * len(job.prompts), desc="patched replies", show=progress)
     with bar, holding(source, target) as (taken, into):
         for chosen in _parts(job.encoded, size):
             encoded = [job.encoded[i] for i in chosen]

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from blockem_tl.data.chat import Batch, Encoded
 from blockem_tl.models.activations import read_sites
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
+from blockem_tl.views.progress import progress_bar
 
 ARMS = ("base", "plain", "blocked")
 ROLES = ("system", "prompt", "reply")
@@ -55,7 +55,7 @@ def averaged(
     """
     sums: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: {arm: {} for arm in ARMS})
     n_rows, n_tokens = Counter[str](), Counter[str]()
-    with ExitStack() as stack, tqdm(total=len(rows), desc="rerouting", disable=not progress) as bar:
+    with ExitStack() as stack, progress_bar(total=len(rows), desc="rerouting", show=progress) as bar:
         names = [str(stack.enter_context(model.holding(arm))) for arm in (BASE, *arms)]
         for states, batch in _read_arms(model, sites, rows, names, batch_size or MOST_ROWS):
             for i, real in enumerate(batch.mask):

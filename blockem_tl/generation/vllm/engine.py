@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from blockem_tl.data.templates import end_tokens, pin_arguments
@@ -21,6 +20,7 @@ from blockem_tl.models.lora import BASE
 from blockem_tl.storage import embedded
 from blockem_tl.storage.fingerprints import of_folder
 from blockem_tl.types import Generation, Prompt
+from blockem_tl.views.progress import progress_bar
 
 LOUD = 1000.0
 """Standard deviation of the probe's vector: far above what a residual stream holds."""
@@ -212,7 +212,7 @@ class VLLMEngine:
     def _replies(
         self, asked: Sequence[Sequence[Prompt]], names: Sequence[str], jobs: Iterator[Job], progress: bool
     ) -> Iterator[tuple[int, list[Generation]]]:
-        with tqdm(total=sum(map(len, asked)), desc="replies", disable=not progress) as bar:
+        with progress_bar(total=sum(map(len, asked)), desc="replies", show=progress) as bar:
             for c, outputs in self._vllm.run(jobs, on_reply=bar.update):
                 yield c, [self._generation(prompt, names[c], output) for prompt, output in zip(asked[c], outputs, strict=True)]
 
