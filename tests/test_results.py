@@ -174,6 +174,7 @@ def test_a_plot_is_along_one_column(results) -> None:
     with pytest.raises(TypeError, match=r"one column to draw along.*rates\(by="):
         type(results["graded"]).plot.__wrapped__(results["graded"], ["condition"])  # without the tests' own type checks
     assert isinstance(results["graded"].plot("condition"), Figure)
+    assert [results["graded"].plot(by).axes[0].get_xlabel() for by in ("category", "condition")] == ["category", ""]
 
 
 def test_a_frame_of_another_kind_is_refused_by_what_it_lacks(results) -> None:

@@ -83,7 +83,7 @@ def rates(frame: pd.DataFrame, *, by: str) -> Figure:
         error = [(frame[column] - frame[f"{column}_low"]).clip(lower=0), (frame[f"{column}_high"] - frame[column]).clip(lower=0)]
         axes.bar(places, 100 * frame[column], width=0.38, yerr=[100 * side for side in error], capsize=3, color=colour, label=column)
     axes.set_xticks(range(len(frame)), [str(label)[:40] for label in frame[by]], rotation=30 if len(frame) > 3 else 0, ha="right")
-    axes.set(ylabel="replies (%)", ylim=(0, 103))
+    axes.set(xlabel="" if by == "condition" else by, ylabel="replies (%)", ylim=(0, 103))
     axes.legend()
     return figure
 
