@@ -22,6 +22,7 @@ LINK = re.compile(r"(?<=\]\()(?P<path>[\w./-]+)(?=[)#])")
 OF_PANDAS = re.compile(r"<style.*?</style>| border=\"1\"| class=\"dataframe\"| style=\"[^\"]*\"", re.DOTALL)
 WIDGET = "application/vnd.jupyter.widget-view+json"
 BADGE = re.compile(r"\[!\[([^\]]*)\]\(https?:[^)]*\)\](?=\()")
+BARE_BADGE = re.compile(r"!\[[^\]]*\]\(https?:[^)]*\) ?")
 ROW = re.compile(r"^\|.*\|$", re.MULTILINE)
 IN_NUMBERS = re.compile(r"(?<=\(n) = (?=\d)|(?<=\d), (?=-?[\d.]+\])|(?<=\d) (?=[%\[])")
 PUBLIC = re.compile(r"^from (\.[\w.]*) import (\w+)", re.MULTILINE)
@@ -138,5 +139,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Leave out what is for the tests, turn links that leave or enter docs/, make badges words, keep a table's numbers on one line."""
     here = page.file.src_uri
     folder = "" if here in ROOT_PAGES.values() else posixpath.join("docs", posixpath.dirname(here))
-    text = LINK.sub(lambda link: turned(link["path"], folder, here, config.extra["made"]), FOR_TESTS.sub("", BADGE.sub(r"[\1]", markdown)))
+    text = BARE_BADGE.sub("", BADGE.sub(r"[\1]", FOR_TESTS.sub("", markdown)))
+    text = LINK.sub(lambda link: turned(link["path"], folder, here, config.extra["made"]), text)
     return ROW.sub(lambda row: IN_NUMBERS.sub(lambda blank: blank[0].replace(" ", "\N{NO-BREAK SPACE}"), row[0]), text)
