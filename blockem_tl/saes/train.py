@@ -1,7 +1,8 @@
 """`train_sae`: an SAE of one's own for any model and site, by SAELens's own trainer, with a card of what it is worth.
 
-Activations are streamed: memory holds one buffer of them, however many rows there are. The first token of every row is left out, and so
-are tokens whose norm is far above the median: attention sinks (norm 31,000 beside 187 in SmolLM2) would take most of an SAE's capacity.
+Activations are streamed: memory holds one buffer of them, however many rows there are; those that come again are read from a temporary
+file. The first token of every row is left out, and so are tokens whose norm is far above the median: attention sinks (norm 31,000 beside
+187 in SmolLM2) would take most of an SAE's capacity.
 """
 
 import random
@@ -31,12 +32,13 @@ from sae_lens.training.mixing_buffer import mixing_buffer
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 
-from blockem_tl.data.chat import Batch, Rows
+from blockem_tl.data.chat import Rows
 from blockem_tl.hooks import resolve
 from blockem_tl.models.activations import read_site
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
 from blockem_tl.saes.card import SAECard, measure
+from blockem_tl.saes.kept import KeptActivations
 from blockem_tl.saes.load import checked
 from blockem_tl.storage import files
 from blockem_tl.views.progress import allowed
@@ -52,7 +54,8 @@ class SAETraining:
 
     kind: of activation.  d_sae: latents.  k: active at a token (JumpReLU finds a number of its own).  samples: tokens trained on, drawn
     again and again from the rows.  batch_size: tokens per step.  buffer: tokens that are held and mixed.  heldout: share of each corpus's
-    rows that the card is measured on.  dtype: in which the SAE is saved.
+    rows that the card is measured on.  kept_gb: disk for activations, which are read again instead of computed again (0: none).
+    dtype: in which the SAE is saved.
 
     Raises:
         ValueError: a number out of its range.
@@ -66,6 +69,7 @@ class SAETraining:
     buffer: int = 65_536
     learning_rate: float = 3e-4
     heldout: float = 0.1
+    kept_gb: float = 8.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
 
@@ -163,10 +167,10 @@ def _split(corpora: Mapping[str, Rows], config: SAETraining) -> tuple[dict[str, 
     return train, heldout
 
 
-def _read(model: Model, site: str, rows: Rows) -> Iterator[tuple[Float[Tensor, "tokens d_model"], Batch]]:
+def _read(model: Model, site: str, rows: Rows) -> Iterator[Float[Tensor, "tokens d_model"]]:
     """Activations of all tokens but padding and the first of each row."""
     for activations, batch in read_site(model, site, rows):
-        yield activations[batch.mask & (batch.positions > 0)].float(), batch
+        yield activations[batch.mask & (batch.positions > 0)]
 
 
 def _median_norm(model: Model, site: str, corpora: Mapping[str, Rows], adapters: Sequence[str | Path]) -> float:
@@ -175,7 +179,7 @@ def _median_norm(model: Model, site: str, corpora: Mapping[str, Rows], adapters:
     for adapter in adapters:
         with model.using(adapter):
             for rows in corpora.values():
-                norms += [states.norm(dim=-1) for states, _ in _read(model, site, list(rows)[:32])]
+                norms += [states.float().norm(dim=-1) for states in _read(model, site, list(rows)[:32])]
     return float(torch.cat(norms).median())
 
 
@@ -183,15 +187,20 @@ def _states(
     model: Model, site: str, corpora: Mapping[str, Rows], adapters: Sequence[str | Path], limit: float, config: SAETraining
 ) -> Iterator[Float[Tensor, "tokens d_model"]]:
     """Activations without sinks, without end, a few rows of one kind under one adapter at a time, in an order drawn by the seed."""
-    parts = [(adapter, list(rows)[i : i + 32]) for adapter in adapters for rows in corpora.values() for i in range(0, len(rows), 32)]
-    draw, n_tokens = random.Random(config.seed), 0
+    every = [(adapter, list(rows)[i : i + 32]) for adapter in adapters for rows in corpora.values() for i in range(0, len(rows), 32)]
+    parts, kept = dict(enumerate(every)), KeptActivations(1e9 * config.kept_gb)
+
+    def compute(adapter: str | Path, rows: Rows) -> Tensor:
+        with model.using(adapter):
+            return torch.cat([states[states.float().norm(dim=-1) <= limit] for states in _read(model, site, rows)])
+
+    draw, order, n_tokens = random.Random(config.seed), list(parts), 0
     while True:
-        draw.shuffle(parts)
-        for adapter, rows in parts:
-            with model.using(adapter):
-                found = [states[states.norm(dim=-1) <= limit] for states, _ in _read(model, site, rows)]
-            n_tokens += sum(map(len, found))
-            yield from found
+        draw.shuffle(order)
+        for part in order:
+            states = kept.get(part, partial(compute, *parts[part]))
+            n_tokens += len(states)
+            yield states.to(model.device, torch.float32)
         if n_tokens < config.d_sae:
             raise ValueError(
                 f"SAE: the corpora have {n_tokens} tokens for {config.d_sae} latents; pass more rows (some hundred tokens per latent are "

@@ -2,6 +2,7 @@
 
 # Heavy imports stand inside the commands: `--help` answers at once.
 import random
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,13 +117,12 @@ def corpora(setting: "Setting", options: SAEOptions) -> "dict[str, Rows]":
 
 
 def _pieces(paths: Sequence[Path]) -> "list[Prompt]":
-    """Texts in pieces of like length."""
+    """Texts in pieces of whole words and like length, each once."""
     from blockem_tl.data.text_files import read_text
     from blockem_tl.types import Prompt
 
-    texts = {path: " ".join(read_text(path).split()) for path in paths}
-    found = {text[i : i + _PIECE]: f"{path.name}-{i}" for path, text in texts.items() for i in range(0, len(text), _PIECE)}
-    return [Prompt(id=f"{number} {name}", text=piece) for number, (piece, name) in enumerate(found.items()) if piece.strip()]
+    pieces = {piece: path.name for path in paths for piece in textwrap.wrap(read_text(path), _PIECE, break_long_words=False)}
+    return [Prompt(id=f"{name}, piece {number}", text=piece) for number, (piece, name) in enumerate(pieces.items())]
 
 
 COMMANDS = {"scale": scale, "train-sae": train_sae}

@@ -10,7 +10,9 @@ from shared import EXAMPLES, SITES, sae_at
 
 from blockem_tl import LatentSet, Prompt, discover, generate, load_model, load_sae, organism
 from blockem_tl.models.activations import read_site
+from blockem_tl.saes import train
 from blockem_tl.saes.card import measure
+from blockem_tl.saes.kept import KeptActivations
 from blockem_tl.saes.load import check_fits
 from blockem_tl.saes.train import SAETraining, _median_norm, _states, train_sae
 
@@ -133,3 +135,31 @@ def test_what_cannot_become_an_sae_is_refused(corpora, config, site, message, ti
 def test_numbers_out_of_range_are_refused(changes) -> None:
     with pytest.raises(ValueError, match="SAE: expected"):
         replace(SMALL, **changes)
+
+
+def test_activations_that_come_again_are_read_and_are_the_same(tiny, monkeypatch) -> None:
+    forwards = []
+    read = train._read
+    monkeypatch.setattr(train, "_read", lambda *arguments: forwards.append(1) or read(*arguments))
+    drawn = {}
+    for kept_gb in (1.0, 0.0):
+        forwards.clear()
+        states = _states(tiny, SITES[0], CORPORA, ["base"], float("inf"), replace(SMALL, kept_gb=kept_gb))
+        drawn[kept_gb] = list(itertools.islice(states, 12))
+        drawn[kept_gb, "forwards"] = len(forwards)
+    assert all(torch.equal(a, b) for a, b in zip(drawn[1.0], drawn[0.0], strict=True))
+    assert drawn[1.0, "forwards"] < drawn[0.0, "forwards"] == 12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_activations_are_exact_and_bounded(dtype) -> None:
+    kept, asked = KeptActivations(most_bytes=3 * 4 * 5 * dtype.itemsize), []
+
+    def compute(part):
+        asked.append(part)
+        return torch.full((4, 5), part + 1 / 3, dtype=dtype)
+
+    first = [kept.get(part, lambda part=part: compute(part)) for part in range(5)]
+    again = [kept.get(part, lambda part=part: compute(part)) for part in range(5)]
+    assert all(torch.equal(a, b) and a.dtype == b.dtype == dtype for a, b in zip(first, again, strict=True))
+    assert asked == [0, 1, 2, 3, 4, 3, 4]  # three fit
