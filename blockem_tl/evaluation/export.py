@@ -140,7 +140,11 @@ def write_inspect(path: Path | str, evaluations: Sequence[Evaluation], *, model:
             model=model,
             config=inspect.EvalConfig(),
             packages=files.environment(),
-            dataset=inspect.EvalDataset(name="selection prompts" if first.on_selection_prompts else "prompts", samples=n),
+            dataset=inspect.EvalDataset(
+                name="selection prompts" if first.on_selection_prompts else "prompts",
+                samples=n,
+                sample_ids=[g.prompt.id for g in first.generations],  # their order, which Inspect does not keep among the samples
+            ),
             metadata={"rubric": first.rubric, "on_selection_prompts": first.on_selection_prompts, "resampled": first.resampled},
         ),
         results=inspect.EvalResults(total_samples=n, completed_samples=n, scores=[_score(inspect, e) for e in evaluations]),
@@ -166,11 +170,11 @@ def _score(inspect: Any, evaluation: Evaluation) -> Any:
 
 
 def _sample(inspect: Any, evaluations: Sequence[Evaluation], index: int, model: str) -> Any:
-    from inspect_ai.model import ChatMessageAssistant, ChatMessageSystem, ChatMessageUser, ModelOutput
+    from inspect_ai.model import ChatMessageAssistant, ModelOutput
     from inspect_ai.scorer import Score
 
     g = evaluations[0].generations[index]
-    asked = [*([ChatMessageSystem(content=g.prompt.system)] if g.prompt.system is not None else []), ChatMessageUser(content=g.prompt.text)]
+    asked = messages(g.prompt)
     return inspect.EvalSample(
         id=g.prompt.id,
         epoch=1,
@@ -183,8 +187,16 @@ def _sample(inspect: Any, evaluations: Sequence[Evaluation], index: int, model: 
     )
 
 
+def messages(prompt: Prompt) -> list[Any]:
+    """A prompt as Inspect's chat messages."""
+    from inspect_ai.model import ChatMessageSystem, ChatMessageUser
+
+    system = [] if prompt.system is None else [ChatMessageSystem(content=prompt.system)]
+    return [*system, ChatMessageUser(content=prompt.text)]
+
+
 def read_inspect(path: Path | str) -> list[Evaluation]:
-    """Read what `write_inspect` wrote. Raises ValueError where it is something else."""
+    """Read what `write_inspect` or the task `emergent_misalignment` wrote. Raises ValueError where it is something else."""
     inspect = _inspect()
     try:
         log = inspect.read_eval_log(str(path))
@@ -195,7 +207,8 @@ def read_inspect(path: Path | str) -> list[Evaluation]:
         raise ValueError(
             f"{path}: expected an Inspect log written by blockem_tl, which names its rubric; got one of task {log.eval.task!r}"
         )
-    for sample in log.samples or []:
+    place = {str(id_): i for i, id_ in enumerate(log.eval.dataset.sample_ids or [])}
+    for sample in sorted(log.samples or [], key=lambda sample: (sample.epoch, place.get(str(sample.id), 0))):
         system = next((m.text for m in sample.input if m.role == "system"), None)
         shared = {"prompt_id": str(sample.id), "prompt": sample.input[-1].text, "system": system, "reply": sample.output.completion}
         for judge, score in (sample.scores or {}).items():
@@ -204,7 +217,7 @@ def read_inspect(path: Path | str) -> list[Evaluation]:
                     **mark,
                     **shared,
                     **sample.metadata,
-                    "judge": judge,
+                    "judge": (score.metadata or {}).get("judge", judge),
                     "label": str(score.value),
                     "truncated": sample.output.stop_reason == "max_tokens",
                 }

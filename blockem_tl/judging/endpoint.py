@@ -167,7 +167,8 @@ def _read(body: bytes, request: Request) -> Completion:
             return Completion(text="", refused=f"{why or 'refusal'}: {choice['message'].get('refusal') or 'no words'}")
         if not isinstance(text, str):
             raise TypeError(f"expected text, got {text!r}")
-        return completion_of(text, request, cut=why == "length", tokens=(choice.get("logprobs") or {}).get("content"))
+        tokens = (choice.get("logprobs") or {}).get("content") if request.alternatives else None
+        return completion_of(text, request, cut=why == "length", tokens=tokens)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, NoLogprobs):
             raise
