@@ -8,7 +8,6 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
-from trl import SFTConfig, SFTTrainer
 
 from blockem_tl import (
     Batch,
@@ -24,6 +23,7 @@ from blockem_tl import (
     organism,
 )
 
+trl = pytest.importorskip("trl", reason="TRL needs Python 3.11")
 FOLDER = organism.ARTEFACTS / "base"
 STEPS, RATE, TARGETS = 4, 2e-3, ("q_proj", "v_proj", "up_proj")
 ROWS = organism.training_rows("finance", n=24)
@@ -92,13 +92,13 @@ def in_trainer(tokenizer, blocking, tmp_path) -> list[tuple[float, float]]:
     return logged(trainer)
 
 
-def sft_trainer(tokenizer, tmp_path, **options) -> SFTTrainer:
+def sft_trainer(tokenizer, tmp_path, **options) -> Trainer:
     conversations = [
         {"prompt": [{"role": "user", "content": row.prompt}], "completion": [{"role": "assistant", "content": row.completion}]}
         for row in ROWS
     ]
-    arguments = SFTConfig(str(tmp_path / "sft"), bf16=False, gradient_checkpointing=False, **COMMON, **options)
-    return SFTTrainer(model=peft_model(), args=arguments, train_dataset=Dataset.from_list(conversations), processing_class=tokenizer)
+    arguments = trl.SFTConfig(str(tmp_path / "sft"), bf16=False, gradient_checkpointing=False, **COMMON, **options)
+    return trl.SFTTrainer(model=peft_model(), args=arguments, train_dataset=Dataset.from_list(conversations), processing_class=tokenizer)
 
 
 def in_trl(tokenizer, blocking, tmp_path) -> list[tuple[float, float]]:
