@@ -1,4 +1,4 @@
-"""The `blockem` command: presets, doctor, scale, doses, train-sae, data, judge, plan."""
+"""The `blockem` command: presets, doctor, scale, doses, train-sae, ceiling, data, judge, plan."""
 
 # Heavy imports stand inside the commands: `blockem --help` answers at once.
 import os

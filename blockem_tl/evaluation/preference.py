@@ -141,12 +141,8 @@ def preference(
     names = [condition.name for condition in conditions]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"preference: expected at least one condition and distinct names, got {names[:5]}")
-    sides = [
-        Example(id=f"{pair.id}, {side}", prompt=pair.prompt, completion=getattr(pair, side), system=pair.system)
-        for side in ("harmful", "helpful")
-        for pair in pairs
-    ]
-    encoded = encode_examples(model.tokenizer, sides)
+    answers = sides(pairs)
+    encoded = encode_examples(model.tokenizer, answers)
     check_lengths(encoded, model.cfg.n_ctx)
     size = batch_size or rows_at_once(model, max(len(row.ids) for row in encoded), most=MOST_ROWS)
     with model.using(adapter):
@@ -155,10 +151,19 @@ def preference(
     if len(broken):
         c, row = broken[0]
         raise FloatingPointError(
-            f"preference: logits of pair {sides[row].id!r} under {names[c]!r} are NaN or infinite: a broken adapter, or too large a dose?"
+            f"preference: logits of pair {answers[row].id!r} under {names[c]!r} are NaN or infinite: a broken adapter, or too large a dose?"
         )
     harmful, helpful = found[:, : len(pairs)], found[:, len(pairs) :]
     return Preference(pairs=tuple(pairs), conditions=tuple(names), margins=harmful - helpful)
+
+
+def sides(pairs: Sequence[Pair]) -> list[Example]:
+    """The harmful answers of all pairs, then the helpful ones."""
+    return [
+        Example(id=f"{pair.id}, {side}", prompt=pair.prompt, completion=getattr(pair, side), system=pair.system)
+        for side in ("harmful", "helpful")
+        for pair in pairs
+    ]
 
 
 @torch.no_grad()
@@ -209,6 +214,11 @@ def _of_batch(
         else:
             with start_at_block(model, first, state):
                 logits = cast(Any, model.hf)(**_inputs(batch)).logits
+    return mean_log_likelihood(logits, batch)
+
+
+def mean_log_likelihood(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> Float[Tensor, " batch"]:
+    """Mean log-likelihood (nats per token) of each row's reply tokens."""
     learnt = batch.reply[:, 1:]  # position t predicts token t + 1
     nats = -torch.nn.functional.cross_entropy(logits[:, :-1][learnt].float(), batch.ids[:, 1:][learnt], reduction="none")
     totals = torch.zeros(len(batch.ids), device=nats.device).index_add_(0, learnt.nonzero()[:, 0], nats)

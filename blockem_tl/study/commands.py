@@ -1,4 +1,4 @@
-"""The `blockem` commands on a preset's experiments: scale, train-sae."""
+"""The `blockem` commands on a preset's experiments: scale, train-sae, ceiling."""
 
 # Heavy imports stand inside the commands: `--help` answers at once.
 import random
@@ -125,4 +125,64 @@ def _pieces(paths: Sequence[Path]) -> "list[Prompt]":
     return [Prompt(id=f"{name}, piece {number}", text=piece) for number, (piece, name) in enumerate(pieces.items())]
 
 
-COMMANDS = {"scale": scale, "train-sae": train_sae}
+@dataclass(frozen=True, kw_only=True)
+class CeilingOptions:
+    """Options of `blockem ceiling`.
+
+    latents: files of latent sets; without any, only all latents, the SAE's error and the residual are taken out.
+    sizes: also the first so many latents of each set.
+    one_sided: count only changes in the direction of a latent's sign, as blocking does.
+    positions: "completion" acts on replies, as blocking does by default; "all" on questions and replies.
+    n_rows: held-out rows of the narrow task.
+    csv: write the table to this file.
+    seed: of the random sets, and of the rows.
+    """
+
+    latents: tuple[Path, ...] = ()
+    sizes: tuple[int, ...] = ()
+    one_sided: bool = True
+    positions: tuple[Literal["completion", "all"], ...] = ("completion", "all")
+    n_rows: int = 60
+    csv: Path | None = None
+    seed: int = 0
+
+
+def ceiling(
+    preset: Preset,
+    adapter: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ADAPTER")],
+    /,
+    *,
+    options: tyro.conf.OmitArgPrefixes[CeilingOptions] = CeilingOptions(),
+) -> None:
+    """Show what blocking can reach at most, before any blocked training: how much of a plain fine-tune runs through the SAE's latents.
+
+    Args:
+        preset: the model, its SAE, core pairs and held-out rows.
+        adapter: the plainly fine-tuned model's adapter, a folder.
+    """
+    from blockem_tl.analysis.mediation import mediation
+    from blockem_tl.saes.latent_set import LatentSet
+    from blockem_tl.storage import files
+    from blockem_tl.study.setting import Setting
+
+    setting = Setting.of(preset, seed=options.seed)
+    sets = {path.stem: LatentSet.load(path, setting.sae) for path in options.latents}
+    held_out = setting.held_out()
+    found = mediation(
+        setting.model,
+        setting.sae,
+        setting.pairs("core"),
+        held_out[: options.n_rows],
+        sets,
+        adapter=adapter,
+        sizes=options.sizes,
+        one_sided=options.one_sided,
+        roles=[{"completion": ("reply",), "all": ("prompt", "reply")}[where] for where in options.positions],
+        seed=options.seed,
+    )
+    print(found)
+    if options.csv is not None:
+        files.write_text(options.csv, found.to_frame().to_csv(index=False))
+
+
+COMMANDS = {"scale": scale, "train-sae": train_sae, "ceiling": ceiling}

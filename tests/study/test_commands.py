@@ -1,11 +1,13 @@
 """`blockem scale` and `blockem train-sae`."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
-from blockem_tl import cli, load_sae
+from blockem_tl import Setting, cli, finetune, load_sae
 from blockem_tl.study.commands import _pieces
 
 SMALL = ["--samples", "6144", "--d-sae", "64", "--k", "4", "--n-prompts", "8", "--max-new-tokens", "10"]
@@ -39,3 +41,17 @@ def test_a_text_is_cut_into_pieces_that_are_read_once(tmp_path: Path) -> None:
     pieces = _pieces([tmp_path / "a.txt"])
     assert sum(len(piece.text) for piece in pieces) <= 1999 and len({piece.id for piece in pieces}) == len(pieces)
     assert len({piece.text for piece in pieces}) == len(pieces)  # equal pieces would be one row twice
+
+
+def test_ceiling_shows_what_latents_carry(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("BLOCKEM_PROGRESS", "0")
+    setting = Setting.of("organism")
+    config = replace(setting.training, epochs=0.2)
+    finetune(setting.model, setting.rows(), config=config, adapter="tuned", progress=False)
+    setting.model.save_adapter(tmp_path / "tuned", "tuned")
+    card = Path(__file__).parents[2] / "latents/organism-finance-seed0.json"
+    run("ceiling", "organism", str(tmp_path / "tuned"), "--latents", str(card), "--n-rows", "8", "--csv", str(tmp_path / "c.csv"))
+    assert "carries" in capsys.readouterr().out
+    rows = pd.read_csv(tmp_path / "c.csv").set_index(["taken_out", "roles"])
+    assert rows.loc[("residual", "prompt+reply"), "removed"] > rows.loc[("20 random", "reply"), "removed"]
+    assert ("organism-finance-seed0", "reply") in rows.index
