@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from blockem_tl import Condition, Example, Prompt, Steering, TrainingConfig, finetune, generate, load_model, median_norm
+from blockem_tl import Condition, Example, Prompt, Steering, TrainingConfig, finetune, generate, load_model, load_sae, median_norm, organism
 from blockem_tl.data.chat import encode_prompts
 from blockem_tl.models import smollm2
 
@@ -43,6 +43,14 @@ def test_another_gguf_is_refused(monkeypatch, tmp_path) -> None:
     with pytest.raises(ValueError, match=r"expected the GGUF with SHA-256 b179c9523d0e\.\.\., got "):
         load_model(smollm2.NAME)
     assert not (tmp_path / "cache" / "models").exists()
+
+
+def test_its_sae_is_trained_on_this_machine(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("BLOCKEM_DATA", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"is not there yet: `blockem train-sae smollm2-135m .*saes/smollm2-135m`"):
+        load_sae(smollm2.NAME)
+    shutil.copytree(organism.ARTEFACTS / "sae", tmp_path / "saes" / smollm2.NAME)
+    assert load_sae(smollm2.NAME).cfg.d_sae == 512
 
 
 @there
