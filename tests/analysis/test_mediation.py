@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from blockem_tl import Setting, completion_loss, finetune, mediation, preference
-from blockem_tl.analysis.mediation import TakenOut, change_of
+from blockem_tl.analysis.mediation import TakenOut, _checked, change_of
 from blockem_tl.data.chat import encode_examples
 from blockem_tl.evaluation.preference import sides
 
@@ -86,9 +86,9 @@ def test_no_gap_is_no_result(setting) -> None:
     with pytest.raises(ValueError, match="expected a tuned model that moved towards harm"):
         mediation(setting.model, setting.sae, setting.pairs("core")[:4], setting.held_out(4), {}, adapter="base", progress=False)
     with pytest.raises(ValueError, match="expected roles as lists"):
-        mediation(
-            setting.model, setting.sae, setting.pairs("core")[:4], setting.held_out(4), {}, adapter="tuned", roles=["reply"], progress=False
-        )
+        _checked("reply")
+    with pytest.raises(ValueError, match="expected roles as lists"):
+        _checked(["answer"])
     with pytest.raises(ValueError, match="latent"):
         mediation(
             setting.model, setting.sae, setting.pairs("core")[:4], setting.held_out(4), {"x": [9999]}, adapter="tuned", progress=False
