@@ -38,7 +38,7 @@ def state():
 LONG = {
     "generate": "generate(model, core, conditions=steering, max_new_tokens=20, batch_size=64, adapter='tuned')",
     "finetune": "finetune(model, rows, config=replace(setting.training, epochs=50, batch_size=16), adapter='new', defences=[blocking], "
-    "checkpoints=folder / 'checkpoints', save_every_epochs=0.05)",
+    "checkpoints=folder / 'checkpoints-DELAY', save_every_epochs=0.05)",
     "discover": "discover(model, sae, judge, core, adapter='tuned', scale=scale, config=setting.preset.discovery, store=folder / 's.sqlite')",
     "sweep": "patching_sweep(model, core, target='tuned', when=['prompt', 'decode'], max_new_tokens=20, batch_size=8)",
 }
@@ -95,7 +95,7 @@ def whole(folder) -> bool:
         if path.is_file() and (".tmp" in path.name or (path.name.startswith(".") and path.suffix not in (".lock",))):
             return False
     needed = {"adapter_config.json", "adapter_model.safetensors"}
-    return all(needed <= {p.name for p in one.iterdir()} for one in folder.glob("checkpoints/epoch-*"))
+    return all(needed <= {p.name for p in one.iterdir()} for one in folder.glob("checkpoints-*/epoch-*"))
 
 
 @pytest.mark.slow
@@ -103,7 +103,7 @@ def whole(folder) -> bool:
 @pytest.mark.parametrize("cell", LONG)
 def test_an_interrupted_cell_leaves_nothing_behind(kernel: Kernel, cell: str, delay: float) -> None:
     assert kernel.run("before = state()")[0] == "ok"
-    status, said = kernel.run(LONG[cell], interrupt_after=delay)
+    status, said = kernel.run(LONG[cell].replace("DELAY", str(delay)), interrupt_after=delay)
     assert status == "KeyboardInterrupt", f"{status}: {said[-600:]}"
     status, said = kernel.run("after = state()\nassert before == after, [(a, b) for a, b in zip(before, after) if a != b]")
     assert status == "ok", said[-1500:]
