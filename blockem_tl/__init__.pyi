@@ -88,6 +88,7 @@ from .evaluation.statistics import paired_difference as paired_difference
 from .evaluation.statistics import paired_reduction as paired_reduction
 
 # discovery
+from .discovery.attributing import latents_by_attribution as latents_by_attribution
 from .discovery.config import DiscoveryConfig as DiscoveryConfig
 from .discovery.config import MaxIncoherence as MaxIncoherence
 from .discovery.doses import propose_doses as propose_doses

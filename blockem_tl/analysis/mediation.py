@@ -27,13 +27,13 @@ from torch import Tensor
 from blockem_tl.data.chat import Batch, Encoded, check_lengths, encode_examples, pad
 from blockem_tl.data.pair_files import check_pairs
 from blockem_tl.evaluation.preference import mean_log_likelihood, sides
-from blockem_tl.models.activations import base_activations, stop_layer
+from blockem_tl.models.activations import SINK, base_activations, stop_layer
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
 from blockem_tl.models.memory import check_batch_size, rows_at_once
 from blockem_tl.saes.fit import reconstruct
 from blockem_tl.saes.latent_set import LatentSet
-from blockem_tl.saes.latents import check_latents, encode_latents
+from blockem_tl.saes.latents import check_latents, encode_all, encode_latents
 from blockem_tl.saes.load import check_fits
 from blockem_tl.types import Example, Pair
 from blockem_tl.views.progress import progress_bar
@@ -41,8 +41,6 @@ from blockem_tl.views.results import Result
 
 Role = Literal["system", "prompt", "reply"]
 Kind = Literal["nothing", "latents", "all latents", "SAE error", "residual"]
-SINK = 10.0
-"""Tokens with a norm above so many medians are attention sinks."""
 MOST_ROWS = 32
 RESAMPLES = 2000
 
@@ -131,10 +129,11 @@ def mediation(
     encoded = encode_examples(model.tokenizer, [*both, *rows])
     check_lengths(encoded, model.cfg.n_ctx)
     size = batch_size or rows_at_once(model, max(len(row.ids) for row in encoded), most=MOST_ROWS)
-    run = _Run(model, sae, site, adapter, encoded, size)
-    change, run.limit = run.mean_change(encoded[: len(both)])
-    parts = [TakenOut(name="nothing", kind="nothing"), *_parts(sae, sets, change, sizes, one_sided, roles, seed)]
-    nats = run.log_likelihoods(parts, progress)
+    with model.holding(adapter) as held:  # a folder is loaded once
+        run = _Run(model, sae, site, str(held), encoded, size)
+        change, run.limit = run.mean_change(encoded[: len(both)])
+        parts = [TakenOut(name="nothing", kind="nothing"), *_parts(sae, sets, change, sizes, one_sided, roles, seed)]
+        nats = run.log_likelihoods(parts, progress)
     return _result(site, parts, nats, len(pairs))
 
 
@@ -177,7 +176,7 @@ def _checked(roles: Sequence[str]) -> tuple[Role, ...]:
 class _Run:
     """Rows, teacher-forced through base and tuned."""
 
-    def __init__(self, model: Model, sae: SAE[Any], site: str, adapter: str | Path, encoded: Sequence[Encoded], size: int) -> None:
+    def __init__(self, model: Model, sae: SAE[Any], site: str, adapter: str, encoded: Sequence[Encoded], size: int) -> None:
         self.model, self.sae, self.site, self.adapter, self.encoded, self.size = model, sae, site, adapter, encoded, size
         self.limit = float("inf")
 
@@ -198,7 +197,7 @@ class _Run:
         for batch in self._batches(rows):
             base, tuned = self._states(batch)
             where = batch.mask & ~batch.system & (batch.positions > 0)
-            z_base, z_tuned = (_encode(self.sae, states[where]) for states in (base, tuned))
+            z_base, z_tuned = (encode_all(self.sae, states[where]) for states in (base, tuned))
             total += (z_tuned - z_base).sum(0).float().cpu()
             n += int(where.sum())
             norms.append(base[where].float().norm(dim=-1))
@@ -220,7 +219,7 @@ class _Run:
                 bar.update(len(batch.ids))
         return found
 
-    def _forward(self, batch: Batch, adapter: str | Path, taken: Tensor | None) -> Float[np.ndarray, " batch"]:
+    def _forward(self, batch: Batch, adapter: str, taken: Tensor | None) -> Float[np.ndarray, " batch"]:
         hooks = [] if taken is None else [(self.site, lambda activation, hook: activation - taken.to(activation))]
         with self.model.using(adapter), self.model.hooks(fwd_hooks=hooks):
             logits = cast(Any, self.model.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
@@ -254,11 +253,6 @@ def change_of(
     full = torch.zeros(len(base), sae.cfg.d_sae, dtype=moved.dtype, device=moved.device)
     full[:, list(part.latents)] = moved
     return (sae.decode(full) - sae.decode(torch.zeros_like(full[:1]))).to(tuned)  # decode is affine: the bias goes
-
-
-def _encode(sae: SAE[Any], states: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_sae"]:
-    latents = sae.encode(states.to(sae.W_dec))
-    return latents.to_dense() if latents.is_sparse else latents
 
 
 def _removed(left: Float[np.ndarray, "*draws n_pairs"], gap: Float[np.ndarray, "*draws n_pairs"], axis: int = -1) -> Any:

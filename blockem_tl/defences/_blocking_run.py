@@ -48,8 +48,16 @@ class BlockingRun:
             (f"{target}-", per_latent[signs < 0].sum()),
             (f"{target}/active", ((latents > 0) * share).sum((0, 1)).mean()),
         ):
-            self.sums[label] = self.sums.get(label, 0) + value
-            self.examples[label] = self.examples.get(label, 0) + len(where)
+            self._sum(label, value, len(where))
+
+    @torch.no_grad()
+    def add(self, label: str, values: Float[Tensor, " batch"]) -> None:
+        """Add a micro-batch of one number per example."""
+        self._sum(label, values.sum(), len(values))
+
+    def _sum(self, label: str, value: Tensor, n: int) -> None:
+        self.sums[label] = self.sums.get(label, 0) + value
+        self.examples[label] = self.examples.get(label, 0) + n
 
     def take(self, name: str) -> dict[str, float]:
         """The means, under names that begin with the defence's; the sums start again."""

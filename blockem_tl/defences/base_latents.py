@@ -85,16 +85,21 @@ class BaseLatents:
 
 def read_latents(model: Model, targets: Sequence[Target], batch: Batch) -> Float[Tensor, "batch pos n_latents"]:
     """z of all targets side by side, from one forward of the model as it stands, stopped above the last site."""
+    store = read_states(model, list(dict.fromkeys(latent_set.site for latent_set, _ in targets)), batch)
+    with in_full_precision(model.device):
+        return torch.cat([encode_latents(sae, store[k.site], k.latents).float() for k, sae in targets], dim=-1)
+
+
+def read_states(model: Model, sites: Sequence[str], batch: Batch) -> dict[str, Float[Tensor, "batch pos d_model"]]:
+    """The residual stream at the sites, from one forward of the model as it stands, stopped above the last one."""
     store: dict[str, Tensor] = {}
-    sites = list(dict.fromkeys(latent_set.site for latent_set, _ in targets))
     model.run_with_hooks(
         batch.ids.to(model.device),
         fwd_hooks=[record(site, store) for site in sites],
         attention_mask=batch.mask.long().to(model.device),
         stop_at_layer=stop_layer(model, sites),
     )
-    with in_full_precision(model.device):
-        return torch.cat([encode_latents(sae, store[k.site], k.latents).float() for k, sae in targets], dim=-1)
+    return store
 
 
 def in_full_precision(device: torch.device) -> AbstractContextManager[Any]:

@@ -12,18 +12,25 @@ from torch import Tensor
 
 from blockem_tl.data.chat import Batch, Encoded, encode_examples, pad
 from blockem_tl.defences._blocking_run import BlockingRun
-from blockem_tl.defences.base_latents import BaseLatents, Target, in_full_precision, read_latents, standard_deviations, stored_latents
+from blockem_tl.defences._error_anchor import error_movement
+from blockem_tl.defences.base_latents import (
+    BaseLatents,
+    Target,
+    in_full_precision,
+    read_latents,
+    read_states,
+    standard_deviations,
+    stored_latents,
+)
 from blockem_tl.hooks import record
 from blockem_tl.models.activations import block_of
 from blockem_tl.models.load import Model
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.saes.latents import encode_latents, norms
 from blockem_tl.saes.load import check_fits
-from blockem_tl.training.defence import PenaltyFn
+from blockem_tl.training.defence import PenaltyFn, Positions, acting_tokens, check_positions
 from blockem_tl.training.loss import BATCH_SIZE, check_examples
 from blockem_tl.types import Example
-
-Positions = Literal["completion", "all"]
 
 
 def one_sided_penalty(
@@ -61,11 +68,14 @@ class Blocking:
             a second forward with the adapter off; or `BaseLatents`, if an adapter's or another model's latents count as unmoved.
         max_movement: with "auto", how far the latents of each target may move in their misaligned direction (root mean square over latents
             and tokens), in units of their own standard deviation on the reference over the run's completion tokens.
+        error_anchor: weight of the SAE's error beside the latents, relative to lambda: the squared change of what the SAE leaves out,
+            |(h - SAE(h)) - (h - SAE(h))(base)|^2, a mean over the same tokens. Without it a change can escape through the error. The
+            reference then runs at every step.
         dual_step: with "auto", how fast the weight is adapted: the rise of its multiplier in one step, in nats per multiple of the bound.
 
     Raises:
-        ValueError: a weight that is negative or not finite, a max_movement or dual_step that is not positive, no target or both spellings,
-            a latent set made with another SAE, targets out of order, one SAE twice.
+        ValueError: a weight or error_anchor that is negative or not finite, a max_movement or dual_step that is not positive, no target or
+            both spellings, a latent set made with another SAE, targets out of order, one SAE twice.
     """
 
     weight: float | Sequence[float] | Literal["auto"]
@@ -76,6 +86,7 @@ class Blocking:
     reference: Literal["stored", "live"] | BaseLatents = "stored"
     max_movement: float = 0.1
     dual_step: float = 0.02
+    error_anchor: float = 0.0
     name: str = "block"
     _run: BlockingRun = field(default_factory=BlockingRun, init=False, repr=False, compare=False)
 
@@ -89,6 +100,9 @@ class Blocking:
         for weight in self.weights:
             if not 0 <= weight < float("inf"):
                 raise ValueError(f"blocking weight: expected a finite lambda >= 0, got {weight}")
+        check_positions(self.positions)
+        if not 0 <= self.error_anchor < float("inf"):
+            raise ValueError(f"blocking error_anchor: expected a finite number >= 0, got {self.error_anchor}")
         if not (0 < self.max_movement < float("inf") and 0 < self.dual_step < float("inf")):
             raise ValueError(
                 f"blocking: expected a finite max_movement > 0 and dual_step > 0, got {self.max_movement} and {self.dual_step}"
@@ -145,11 +159,17 @@ class Blocking:
     @contextmanager
     def during_step(self, model: Model, batch: Batch) -> Iterator[PenaltyFn]:
         """Read the tuned model's latents at every site; yields the penalty."""
-        where = batch.reply if self.positions == "completion" else batch.mask & ~batch.system
+        where = acting_tokens(batch, self.positions)
         reference = self.reference_latents(model, batch)
+        sites = list(dict.fromkeys(s.site for s, _ in self.all_targets))
+        before = self._reference_states(model, batch, sites) if self.error_anchor else {}
         store: dict[str, Tensor] = {}
-        with model.hooks(fwd_hooks=[record(site, store, detach=False) for site in {s.site for s, _ in self.all_targets}]):
-            yield lambda logits: self._penalty(store, reference, where)
+        with model.hooks(fwd_hooks=[record(site, store, detach=False) for site in sites]):
+            yield lambda logits: self._penalty(store, reference, where, before)
+
+    def _reference_states(self, model: Model, batch: Batch, sites: Sequence[str]) -> dict[str, Float[Tensor, "batch pos d_model"]]:
+        with self._reference.reference_model(model) as chosen:
+            return read_states(chosen, sites, batch)
 
     def reference_latents(self, model: Model, batch: Batch) -> Float[Tensor, "batch pos n_latents"]:
         """z of the reference on the batch, all targets side by side: looked up if it is stored, else run now."""
@@ -205,7 +225,11 @@ class Blocking:
         return self.reference if isinstance(self.reference, BaseLatents) else BaseLatents(stored=self.reference == "stored")
 
     def _penalty(
-        self, store: dict[str, Tensor], reference: Float[Tensor, "batch pos n_latents"], where: Bool[Tensor, "batch pos"]
+        self,
+        store: dict[str, Tensor],
+        reference: Float[Tensor, "batch pos n_latents"],
+        where: Bool[Tensor, "batch pos"],
+        states: Mapping[str, Tensor],
     ) -> Float[Tensor, " batch"]:
         total = torch.zeros(len(where), device=where.device)
         sizes = [len(latent_set) for latent_set, _ in self.all_targets]
@@ -216,6 +240,10 @@ class Blocking:
                 latents = encode_latents(sae, store[latent_set.site], latent_set.latents)
                 signs = torch.tensor(latent_set.signs, device=where.device)
                 penalty = one_sided_penalty(latents, before.to(latents.dtype), signs, where)
+                if self.error_anchor:
+                    moved = error_movement(sae, store[latent_set.site], states[latent_set.site], where)
+                    self._run.add(f"{label}/error", moved)
+                    penalty = penalty + self.error_anchor * moved
             total = total + (penalty if shared else weight * penalty)
             self._run.note(label, latents.detach(), before, signs, where)
         return total

@@ -12,7 +12,7 @@ from blockem_tl.data.chat import Batch
 from blockem_tl.hooks import record, resolve
 from blockem_tl.models.activations import base_activations
 from blockem_tl.models.load import Model
-from blockem_tl.training.defence import PenaltyFn
+from blockem_tl.training.defence import PenaltyFn, Positions, acting_tokens, check_positions
 
 
 def feature_distance(
@@ -21,7 +21,7 @@ def feature_distance(
     """Mean over the tokens in ``where`` of |h_t - h_t(base)|^2, per example. Raises ValueError for an example without such a token."""
     counts = where.sum(-1)
     if (counts == 0).any():
-        raise ValueError("LDIFS: expected at least one supervised token in every example; an empty completion has none")
+        raise ValueError("LDIFS: expected at least one such token in every example; an empty completion has none")
     return ((features.float() - reference.float()).square().sum(-1) * where).sum(-1) / counts
 
 
@@ -29,15 +29,18 @@ def feature_distance(
 class LDIFS:
     """Keep features near base's: per example, the sum over sites of the mean squared L2 distance over completion tokens.
 
+    At the one site that `Blocking` acts on this is a residual anchor, its rival without an SAE. positions="all": questions too.
+
     The paper takes features of many layers of an image encoder; the residual stream after every few blocks is the counterpart. The
     distance is in the residual stream's own units (its squared norm grows with depth), so weights do not carry over between models.
 
     Raises:
-        ValueError: a weight that is not a positive number, no sites, or a site given twice.
+        ValueError: a weight that is not a positive number, no sites, a site given twice, or unknown positions.
     """
 
     sites: Sequence[str]
     weight: float
+    positions: Positions = "completion"
     name: str = "ldifs"
 
     def __post_init__(self) -> None:
@@ -45,6 +48,7 @@ class LDIFS:
             raise ValueError(f"LDIFS weight: expected a finite weight > 0, got {self.weight}")
         if isinstance(self.sites, str) or not self.sites or len(set(self.sites)) < len(self.sites):
             raise ValueError(f"LDIFS: expected a list of distinct sites, got {self.sites!r}")
+        check_positions(self.positions)
 
     def check(self, model: Model) -> None:
         """Raise ValueError for a site that the model has not."""
@@ -54,11 +58,11 @@ class LDIFS:
     @contextmanager
     def during_step(self, model: Model, batch: Batch) -> Iterator[PenaltyFn]:
         """Read base's and the tuned model's features at every site; yields the penalty."""
-        reference = base_activations(model, batch, self.sites)
+        reference, where = base_activations(model, batch, self.sites), acting_tokens(batch, self.positions)
         store: dict[str, Tensor] = {}
 
         def penalty(logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
-            distances = [feature_distance(store[site], reference[site], batch.reply) for site in self.sites]
+            distances = [feature_distance(store[site], reference[site], where) for site in self.sites]
             return torch.stack(distances).sum(0)
 
         with model.hooks(fwd_hooks=[record(site, store, detach=False) for site in self.sites]):

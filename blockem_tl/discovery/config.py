@@ -8,6 +8,7 @@ from blockem_tl.types import Counts
 
 ScreenScore = Literal["both", "induction"]
 FinalScore = Literal["both", "repair"]
+CandidatesBy = Literal["shift", "attribution"]
 
 GRID = tuple(round(0.05 * i, 2) for i in range(16))  # 0, 0.05, ..., 0.75
 EXTENDED_GRID = tuple(round(0.05 * i, 2) for i in range(31))  # 0, 0.05, ..., 1.5, for latents that moved far
@@ -18,10 +19,12 @@ class MaxIncoherence:
     """The most incoherence that a dose may cost: ``rate`` (tau, eq. 8), or with ``relative`` the unsteered rate plus ``rate``.
 
     If a judge calls many unsteered replies incoherent, the flat limit rejects every dose; the relative one does not.
+    nats: for contrastive pairs, which no judge reads: a pair is incoherent if its answers became less likely by more than this per token.
     """
 
     rate: float = 0.10
     relative: bool = False
+    nats: float = 0.5
 
     def allows(self, counts: Counts, unsteered: Counts) -> bool:
         """Whether replies with these counts are within the limit."""
@@ -34,6 +37,7 @@ class DiscoveryConfig:
     """Hyperparameters of stages 1 to 3.
 
     n_plus, n_minus: sizes of the candidate pool C+ and C- (eq. 5).
+    candidates_by: "shift" (eq. 5), or with contrastive pairs "attribution", the latents whose changes raised the margin most.
     read: "prompts" measures shifts on the prompts alone, "replies" on each prompt with the tuned model's reply (the same text for both).
     induce_dose, repair_dose: doses of the screen.  screen_score: eq. 7 ("both") or eq. 12 ("induction", the variant IndPP).
     shortlist_size: candidates that stage 3 takes over from each of C+ and C-.
@@ -50,6 +54,7 @@ class DiscoveryConfig:
 
     n_plus: int = 250
     n_minus: int = 250
+    candidates_by: CandidatesBy = "shift"
     read: Literal["prompts", "replies"] = "prompts"
     induce_dose: float = 0.7
     repair_dose: float = 0.4
@@ -91,7 +96,12 @@ class DiscoveryConfig:
             )
 
 
-_CHOICES = {"read": ("prompts", "replies"), "screen_score": ("both", "induction"), "final_score": ("both", "repair")}
+_CHOICES = {
+    "candidates_by": ("shift", "attribution"),
+    "read": ("prompts", "replies"),
+    "screen_score": ("both", "induction"),
+    "final_score": ("both", "repair"),
+}
 
 
 def checked_scale(scale: float) -> float:

@@ -13,6 +13,7 @@ from blockem_tl.data.chat import Encoded, Rows
 from blockem_tl.models.activations import AnyModel, acting, read_site
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
+from blockem_tl.saes.latents import encode_all
 from blockem_tl.saes.load import check_fits
 from blockem_tl.types import Candidate
 
@@ -34,8 +35,7 @@ def mean_activations(
     for activations, batch in read_site(model, site, rows, batch_size=batch_size or MOST_ROWS):
         where = batch.mask if keep_system else batch.mask & ~batch.system
         for row, tokens in zip(activations, where, strict=True):  # one row at a time: [pos, 65536] fits, a batch of them may not
-            latents = sae.encode(row[tokens])
-            means.append((latents.to_dense() if latents.is_sparse else latents).float().mean(0).cpu())
+            means.append(encode_all(sae, row[tokens]).float().mean(0).cpu())
     return torch.stack(means)
 
 

@@ -3,23 +3,24 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 from sae_lens import SAE
 
 from blockem_tl.data.checks import check_prompts
+from blockem_tl.discovery import by_pairs
+from blockem_tl.discovery._sources import sources
+from blockem_tl.discovery.by_pairs import pairs_of
 from blockem_tl.discovery.calibration import Calibrated, Selection, calibrate, select
 from blockem_tl.discovery.config import PAPER, DiscoveryConfig, checked_scale
 from blockem_tl.discovery.diffing import candidate_pool, shifts
 from blockem_tl.discovery.racing import SteeringTests, steering_tests
 from blockem_tl.discovery.screening import Screened, Shortlisting, screen, shortlist
 from blockem_tl.generation.engine import Engine
-from blockem_tl.generation.reply_fn import ReplyFn, cached, replies_from
+from blockem_tl.generation.reply_fn import ReplyFn
 from blockem_tl.generation.steering import UNSTEERED
-from blockem_tl.judging.cached import CachedJudge
 from blockem_tl.models.activations import median_norm
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
@@ -27,9 +28,7 @@ from blockem_tl.saes.fit import warn_if_poor_fit
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.saes.latents import check_latents
 from blockem_tl.saes.load import check_fits
-from blockem_tl.storage import files, fingerprints
-from blockem_tl.storage.store import Store
-from blockem_tl.types import Candidate, Example, Judge, Prompt
+from blockem_tl.types import Candidate, Example, Judge, Pair, Prompt
 from blockem_tl.views.results import Result
 
 
@@ -118,8 +117,8 @@ class Discovery(Result):
 def discover(
     model: Model,
     sae: SAE[Any],
-    judge: Judge,
-    prompts: Sequence[Prompt],
+    judge: Judge | Sequence[Pair],
+    prompts: Sequence[Prompt] | None = None,
     *,
     adapter: str | Path | None = None,
     scale: float | None = None,
@@ -134,7 +133,8 @@ def discover(
     """The latents that causally carry what fine-tuning did to ``model``, by stages 1 to 3.
 
     Args:
-        prompts: the core prompts; they select, and must never report.
+        judge: grades the replies of stages 2 and 3; or contrastive pairs in its place: margins instead of rates, in minutes (`by_pairs`).
+        prompts: the core prompts; they select, and must never report. With pairs, their own questions.
         adapter: the tuned model: an adapter by name or in a folder; None: the one that acts.
         scale: the site's median norm on base (`median_norm` over a reference corpus, as in the paper); None measures it on ``prompts``.
         extending: K of an earlier run (F.2): its latents are no candidates, and the result's set is K and what is found.
@@ -145,7 +145,8 @@ def discover(
 
     Raises ValueError for bad prompts, an SAE that does not fit, no active adapter, or another SAE's latent set; NoLatents if none is left.
     """
-    check_prompts(prompts)
+    pairs = pairs_of(judge)
+    prompts = _prompts(pairs, prompts, engine, store, config)
     site = check_fits(sae, model)
     if extending is not None:
         extending.check_sae(sae)
@@ -155,11 +156,33 @@ def discover(
     with _tuned(model, adapter) as name:
         scale = checked_scale(median_norm(model, site, prompts) if scale is None else scale)
         about = _about(model, name, judge, scale, config)
-        sources = _sources(model, engine, judge, name, config, store, {**about, "exclude": known, "prompts": [p.text for p in prompts]})
-        screened, calibrated = _stages(model, sae, prompts, sources, config, known, scale, progress)
+        if pairs is not None:
+            screened, calibrated = by_pairs.stages(model, sae, pairs, name, config, known, scale, progress)
+        else:
+            asked = {"exclude": known, "prompts": [p.text for p in prompts]}
+            kept = sources(model, engine, cast(Judge, judge), name, config, store, {**about, **asked})
+            screened, calibrated = _stages(model, sae, prompts, kept, config, known, scale, progress)
     added = _latent_set(sae, calibrated, config, prompts, {**(provenance or {}), **about})
     union = extending.extended_by(added) if extending else added
     return Discovery(latent_set=union, added=added, screened=screened, calibrated=calibrated)
+
+
+def _prompts(
+    pairs: Sequence[Pair] | None, prompts: Sequence[Prompt] | None, engine: Engine | None, store: Any, config: DiscoveryConfig
+) -> Sequence[Prompt]:
+    """The prompts that select. Raises ValueError for arguments that do not go together."""
+    if pairs is not None:
+        given = {"prompts": prompts, "engine": engine, "store": store}
+        unused = [name for name, value in given.items() if value is not None]
+        if unused:
+            raise ValueError(f"discover: contrastive pairs need no {', '.join(unused)}: their own answers are read, by the model itself")
+        return by_pairs.questions(pairs)
+    if prompts is None:
+        raise ValueError("discover: expected the core prompts beside a judge; contrastive pairs in its place need none")
+    if config.candidates_by != "shift":
+        raise ValueError("discover: candidates_by='attribution' differentiates the margin of contrastive pairs: pass them as the judge")
+    check_prompts(prompts)
+    return prompts
 
 
 @contextmanager
@@ -175,12 +198,12 @@ def _tuned(model: Model, adapter: str | Path | None) -> Iterator[str]:
             yield name
 
 
-def _about(model: Model, adapter: str, judge: Judge, scale: float, config: DiscoveryConfig) -> dict[str, Any]:
+def _about(model: Model, adapter: str, judge: Judge | Sequence[Pair], scale: float, config: DiscoveryConfig) -> dict[str, Any]:
     return {
         "method": "discovery",
         "model": model.name,
         "adapter": adapter,
-        "judge": judge.name,
+        "judge": judge.name if isinstance(judge, Judge) else "contrastive pairs",
         "scale": scale,
         "config": asdict(config),
     }
@@ -261,35 +284,3 @@ def _rows(tuned: ReplyFn, prompts: Sequence[Prompt], config: DiscoveryConfig) ->
         return prompts
     replies = tuned(prompts, [UNSTEERED])
     return [Example(id=g.prompt.id, prompt=g.prompt.text, completion=g.reply, system=g.prompt.system) for g in replies if g.reply]
-
-
-def _sources(
-    model: Model,
-    engine: Engine | None,
-    judge: Judge,
-    adapter: str,
-    config: DiscoveryConfig,
-    store: Path | str | None,
-    about: dict[str, Any],
-) -> tuple[ReplyFn, ReplyFn, Judge]:
-    """Base's replies, tuned's replies and the judge; with a store, all of them kept there."""
-    base, tuned = (
-        replies_from(engine or model, adapter=name, max_new_tokens=config.max_new_tokens, batch_size=config.batch_size, progress=False)
-        for name in (BASE, adapter)
-    )
-    if store is None:
-        return base, tuned, judge
-    folder = files.check_writable(store)
-    kept = Store(folder / "store.sqlite")
-    _write_manifest(folder, {**about, "engine": base.engine.name})
-    kept_judge = judge if isinstance(judge, CachedJudge) else CachedJudge(judge=judge, store=kept)
-    return cached(base, kept), cached(tuned, kept), kept_judge
-
-
-def _write_manifest(folder: Path, settings: dict[str, Any]) -> Path:
-    """Note in ``folder`` how a run was set up, with versions; one file for each different set-up, however often it is started."""
-    about = {"settings": settings, "environment": files.environment()}
-    path = folder / f"run-{fingerprints.of_value(about)[:12]}.json"
-    if not path.exists():
-        files.write_json(path, {"first_started": datetime.now(timezone.utc).isoformat(timespec="seconds"), **about})
-    return path

@@ -40,15 +40,25 @@ MOST_ROWS = 32
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Preference(Result):
-    """Margins of all pairs under all conditions.
+    """How likely both answers of all pairs are under all conditions.
 
-    margins: [n_conditions n_pairs], log p(harmful) - log p(helpful), each a mean over the answer's tokens (its end included), in nats
-    per token. Above 0 the harmful answer is preferred.
+    harmful, helpful: log p of the answer, a mean over its tokens (its end included), in nats per token.
     """
 
     pairs: tuple[Pair, ...]
     conditions: tuple[str, ...]
-    margins: Float[np.ndarray, "n_conditions n_pairs"]
+    harmful: Float[np.ndarray, "n_conditions n_pairs"]
+    helpful: Float[np.ndarray, "n_conditions n_pairs"]
+
+    @property
+    def margins(self) -> Float[np.ndarray, "n_conditions n_pairs"]:
+        """log p(harmful) - log p(helpful), in nats per token. Above 0 the harmful answer is preferred."""
+        return self.harmful - self.helpful
+
+    @property
+    def levels(self) -> Float[np.ndarray, "n_conditions n_pairs"]:
+        """The mean of both, in nats per token: it falls where steering breaks the model."""
+        return (self.harmful + self.helpful) / 2
 
     def of(self, condition: str) -> Float[np.ndarray, " n_pairs"]:
         """The margins under one condition. Raises ValueError for an unknown one."""
@@ -154,7 +164,7 @@ def preference(
             f"preference: logits of pair {answers[row].id!r} under {names[c]!r} are NaN or infinite: a broken adapter, or too large a dose?"
         )
     harmful, helpful = found[:, : len(pairs)], found[:, len(pairs) :]
-    return Preference(pairs=tuple(pairs), conditions=tuple(names), margins=harmful - helpful)
+    return Preference(pairs=tuple(pairs), conditions=tuple(names), harmful=harmful, helpful=helpful)
 
 
 def sides(pairs: Sequence[Pair]) -> list[Example]:

@@ -26,6 +26,8 @@ AnyModel = Model | HookedTransformer
 
 MOST_ROWS = 32
 """Rows per forward at most, if nobody says how many: more of them gained nothing."""
+SINK = 10.0
+"""Tokens with a norm above so many medians are attention sinks: an SAE is off its distribution there."""
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
 
 

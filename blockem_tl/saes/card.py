@@ -17,6 +17,7 @@ from blockem_tl.models.activations import read_site
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
 from blockem_tl.saes.fit import reconstruct
+from blockem_tl.saes.latents import encode_all
 from blockem_tl.saes.load import check_fits
 from blockem_tl.views.results import Result
 
@@ -89,8 +90,7 @@ class _Sums:
     ) -> None:
         kept: Bool[Tensor, "batch pos"] = batch.mask & (batch.positions > 0) & (h.float().norm(dim=-1) <= limit)
         states = h[kept].float()
-        latents = sae.encode(states.to(sae.W_dec))
-        latents = latents.to_dense() if latents.is_sparse else latents
+        latents = encode_all(sae, states)
         given_back = reconstruct(sae, states)
         fired |= (latents > 0).any(0)
         self.n, self.active = self.n + len(states), self.active + int((latents > 0).sum())

@@ -56,6 +56,12 @@ def decoder_directions(sae: SAE[Any], latents: Sequence[int]) -> Float[Tensor, "
     return rows / norms
 
 
+def encode_all(sae: SAE[Any], activations: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
+    """z of all latents, dense, in the SAE's dtype."""
+    latents = sae.encode(activations.to(sae.W_dec))
+    return latents.to_dense() if latents.is_sparse else latents
+
+
 def encode_latents(
     sae: SAE[Any], activations: Float[Tensor, "*batch d_model"], latents: Sequence[int]
 ) -> Float[Tensor, "*batch n_latents"]:

@@ -8,7 +8,7 @@ file. The first token of every row is left out, and so are tokens whose norm is 
 import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from blockem_tl.data.chat import Rows
 from blockem_tl.hooks import resolve
-from blockem_tl.models.activations import read_site
+from blockem_tl.models.activations import SINK, read_site
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
 from blockem_tl.saes.card import SAECard, measure
@@ -44,8 +44,6 @@ from blockem_tl.storage import files
 from blockem_tl.views.progress import allowed
 
 Kind = Literal["topk", "batchtopk", "jumprelu"]
-SINK = 10.0
-"""Tokens with a norm above so many medians are attention sinks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,19 +105,26 @@ def train_sae(
         files.check_replaceable(out, "cfg.json" if overwrite else None)
     torch.manual_seed(config.seed)
     train, heldout = _split(corpora, config)
-    limit = SINK * _median_norm(model, site, train, adapters)
-    sae = _untrained(model, site, config)
-    states = _states(model, site, train, adapters, limit, config)
-    trainer = SAETrainer(_schedule(config, str(model.device)), sae, mixing_buffer(config.buffer, config.batch_size, states))
-    with _bars(progress):
-        trainer.fit()
-    with tempfile.TemporaryDirectory() as nowhere, files.finished_folder(out or Path(nowhere) / "sae", replaces="cfg.json") as folder:
-        sae.to(getattr(torch, config.dtype)).save_inference_model(str(folder))
-        trained = checked(SAE.load_from_disk(folder, device=str(model.device)), "the trained SAE")
-        found = measure(model, trained, heldout, adapters=adapters, limit=limit)
-        about = {"model": model.name, "site": site, "training": asdict(config), "alive": found.alive, "heldout": list(found.rows)}
-        files.write_json(folder / "card.json", {**about, "environment": files.environment()})
+    with ExitStack() as stack:
+        held = [str(stack.enter_context(model.holding(adapter))) for adapter in adapters]  # a folder is loaded once
+        limit = SINK * _median_norm(model, site, train, held)
+        sae = _trained(model, site, _states(model, site, train, held, limit, config), config, progress)
+        with tempfile.TemporaryDirectory() as nowhere, files.finished_folder(out or Path(nowhere) / "sae", replaces="cfg.json") as folder:
+            sae.to(getattr(torch, config.dtype)).save_inference_model(str(folder))
+            trained = checked(SAE.load_from_disk(folder, device=str(model.device)), "the trained SAE")
+            found = measure(model, trained, heldout, adapters=held, limit=limit)
+            about = {"model": model.name, "site": site, "training": asdict(config), "alive": found.alive, "heldout": list(found.rows)}
+            files.write_json(folder / "card.json", {**about, "environment": files.environment()})
     return found
+
+
+def _trained(model: Model, site: str, states: Iterator[Float[Tensor, "tokens d_model"]], config: SAETraining, progress: bool) -> Any:
+    """The SAE, trained by SAELens; under bf16 autocast where the model is in bf16."""
+    sae = _untrained(model, site, config)
+    schedule = _schedule(config, str(model.device), autocast=model.cfg.dtype == torch.bfloat16)
+    with _bars(progress):
+        SAETrainer(schedule, sae, mixing_buffer(config.buffer, config.batch_size, states)).fit()
+    return sae
 
 
 @contextmanager
@@ -136,13 +141,14 @@ def _bars(shown: bool) -> Iterator[None]:
             module.tqdm = bar
 
 
-def _schedule(config: SAETraining, device: str) -> SAETrainerConfig:
+def _schedule(config: SAETraining, device: str, *, autocast: bool) -> SAETrainerConfig:
     """SAELens's settings: a short warm-up, and a linear decay over the last quarter."""
     steps = config.samples // config.batch_size
     return SAETrainerConfig(
         total_training_samples=steps * config.batch_size,
         train_batch_size_samples=config.batch_size,
         device=device,
+        autocast=autocast,
         lr=config.learning_rate,
         lr_end=config.learning_rate / 10,
         lr_decay_steps=steps // 4,

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from blockem_tl.data.chat import Batch, Encoded
@@ -13,6 +13,20 @@ from blockem_tl.types import Example
 
 PenaltyFn = Callable[[Any], Float[Tensor, " batch"]]
 """From the tuned model's logits [batch pos d_vocab] to one penalty per example. They are None in TRL's SFTTrainer, which builds none."""
+
+Positions = Literal["completion", "all"]
+"""The tokens that a penalty acts on: the label-bearing ones, or also the question's (not template, system message or padding)."""
+
+
+def check_positions(positions: object) -> None:
+    """Raise ValueError for positions that are none."""
+    if positions not in get_args(Positions):
+        raise ValueError(f"expected positions among {get_args(Positions)}, got {positions!r}")
+
+
+def acting_tokens(batch: Batch, positions: Positions) -> Bool[Tensor, "batch pos"]:
+    """The tokens that a penalty at ``positions`` acts on."""
+    return batch.reply if positions == "completion" else batch.mask & ~batch.system
 
 
 @runtime_checkable

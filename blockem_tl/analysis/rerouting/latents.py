@@ -17,7 +17,7 @@ from blockem_tl.hooks import orthonormal_basis
 from blockem_tl.models.activations import encoded
 from blockem_tl.models.load import Model
 from blockem_tl.saes.latent_set import LatentSet
-from blockem_tl.saes.latents import decoder_directions, neuronpedia_link
+from blockem_tl.saes.latents import decoder_directions, encode_all, neuronpedia_link
 from blockem_tl.saes.load import check_fits
 from blockem_tl.views.results import Result
 
@@ -112,7 +112,7 @@ def diagnose_rerouting(
     basis = orthonormal_basis(decoder_directions(sae, k))
 
     def read(states: Read) -> Read:
-        return {"z": _encode(sae, states[site]), "h": states[site].to(basis)}
+        return {"z": encode_all(sae, states[site]).float(), "h": states[site].to(basis)}
 
     def measure(base: Read, *arms: Read) -> list[dict[str, Tensor]]:
         own = {"z": base["z"].mean(0), "z^2": base["z"].square().mean(0)}
@@ -125,11 +125,6 @@ def diagnose_rerouting(
         outside=_frame(_outside(role, by_arm, k, place, top) for role, _, by_arm in means),
         shares=_frame(_shares(role, counts, by_arm, k, basis.cpu().double()) for role, counts, by_arm in means),
     )
-
-
-def _encode(sae: SAE[Any], h: Float[Tensor, "tokens d_model"]) -> Float[Tensor, "tokens d_sae"]:
-    z = sae.encode(h.to(sae.W_dec))
-    return (z.to_dense() if z.is_sparse else z).float()
 
 
 def _parts(

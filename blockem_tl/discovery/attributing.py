@@ -1,0 +1,153 @@
+"""Gradient attribution on contrastive pairs: which latents' changes moved the margin. A candidate rule beside the shift (eq. 5).
+
+The tuned model's margin M (log p(harmful) - log p(helpful), nats per token, see `preference`) is differentiated once per answer::
+
+    attribution_k = mean over pairs of sum_t (z_tuned - z_base)_tk (dM/dh_t . d_k)        only changes in the direction of the shift's sign
+
+To first order this is what M falls by if latent k's change is taken out, as blocking does; `mediation` measures it. Attention sinks and
+template tokens are left out. Nanda 2023 (attribution patching), Marks et al. 2024 (of SAE latents).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float
+from sae_lens import SAE
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+from blockem_tl.data.chat import Batch, check_lengths, encode_examples, pad
+from blockem_tl.data.pair_files import check_pairs
+from blockem_tl.evaluation.preference import mean_log_likelihood, sides
+from blockem_tl.models.activations import SINK, base_activations
+from blockem_tl.models.load import Model
+from blockem_tl.saes.latent_set import LatentSet
+from blockem_tl.saes.latents import encode_all
+from blockem_tl.saes.load import check_fits
+from blockem_tl.types import Candidate, Pair, Prompt
+from blockem_tl.views.progress import progress_bar
+
+MOST_ROWS = 8
+"""Answers per backward, if nobody says how many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairDiff:
+    """Of every latent, [d_sae]: the mean shift over tokens (tuned minus base), and its attribution in nats per token."""
+
+    shift: Float[Tensor, " d_sae"]
+    attribution: Float[Tensor, " d_sae"]
+
+
+def pair_diff(
+    model: Model,
+    sae: SAE[Any],
+    pairs: Sequence[Pair],
+    *,
+    adapter: str | Path | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> PairDiff:
+    """Shifts and attributions of all latents on both answers of the pairs, prompt and answer tokens.
+
+    Args:
+        adapter: the tuned weights; None: the model as it stands. The other side is base.
+        batch_size: answers per backward; None: 8.
+
+    Raises:
+        ValueError: pairs that cannot be read, an SAE of another model, or weights that move no latent.
+    """
+    site = check_fits(sae, model)
+    check_pairs(pairs)
+    answers = encode_examples(model.tokenizer, sides(pairs))
+    check_lengths(answers, model.cfg.n_ctx)
+    size, rows = batch_size or MOST_ROWS, sae.W_dec.detach().float()
+    total, up, down = (torch.zeros(sae.cfg.d_sae, device=rows.device) for _ in range(3))
+    n_tokens = 0
+    with model.using(adapter):
+        for start in progress_bar(range(0, len(answers), size), desc="attribution", show=progress):
+            batch = pad(answers[start : start + size], model.pad_id, side="right", device=model.device)
+            signs = torch.tensor([1 if i < len(pairs) else -1 for i in range(start, start + len(batch.ids))], device=model.device)
+            for moved, slope in _changes(model, sae, site, batch, signs / len(pairs), rows):
+                total += moved.sum(0)
+                up += (moved.clamp(min=0) * slope).sum(0)
+                down += (moved.clamp(max=0) * slope).sum(0)
+                n_tokens += len(moved)
+    if not total.any():
+        raise ValueError("attribution: tuned and base have the same latents on these pairs: is the adapter the tuned model's?")
+    return PairDiff(shift=(total / n_tokens).cpu(), attribution=torch.where(total >= 0, up, down).cpu())
+
+
+def latents_by_attribution(
+    model: Model,
+    sae: SAE[Any],
+    pairs: Sequence[Pair],
+    n: int,
+    *,
+    adapter: str | Path | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> LatentSet:
+    """The ``n`` latents whose changes raised the margin most, signed by their shift. No screen: for `mediation`, and large sets to block.
+
+    Args:
+        pairs: they select, and must never report.
+
+    Raises:
+        ValueError: besides, fewer such latents than ``n``.
+    """
+    diff = pair_diff(model, sae, pairs, adapter=adapter, batch_size=batch_size, progress=progress)
+    order = diff.attribution.argsort(descending=True, stable=True).tolist()
+    raised = [k for k in order if diff.attribution[k] > 0]
+    if not 1 <= n <= len(raised):
+        raise ValueError(f"attribution: {len(raised)} latents raised the margin, got n={n}")
+    chosen = raised[:n]
+    return LatentSet.of(
+        sae,
+        [Candidate(latent=k, shift=float(diff.shift[k])) for k in chosen],
+        [float(diff.attribution[k]) for k in chosen],
+        prompts=[Prompt(id=pair.id, text=pair.prompt) for pair in pairs],
+        provenance={"method": "attribution", "model": model.name},
+    )
+
+
+def _changes(
+    model: Model,
+    sae: SAE[Any],
+    site: str,
+    batch: Batch,
+    weights: Float[Tensor, " batch"],
+    rows: Float[Tensor, "d_sae d_model"],
+) -> Iterator[tuple[Float[Tensor, "tokens d_sae"], Float[Tensor, "tokens d_sae"]]]:
+    """The latents' changes, and the slope of the weighted margin along each decoder row; row by row, since a batch may not fit."""
+    base = base_activations(model, batch, [site])[site]
+    tuned, gradient = _gradient(model, site, batch, weights)
+    for b, t, g, kept in zip(base, tuned, gradient, _acting(batch, base), strict=True):
+        if kept.any():
+            with torch.no_grad():
+                z_base, z_tuned = (encode_all(sae, states[kept]).float() for states in (b, t))
+                yield z_tuned - z_base, g[kept].float().to(rows.device) @ rows.T
+
+
+def _acting(batch: Batch, base: Float[Tensor, "batch pos d_model"]) -> Bool[Tensor, "batch pos"]:
+    """Tokens of question and answer that are no attention sinks."""
+    where, norms = batch.mask & ~batch.system, base.float().norm(dim=-1)
+    return where & (norms <= SINK * norms[where].median())
+
+
+def _gradient(model: Model, site: str, batch: Batch, weights: Float[Tensor, " batch"]) -> tuple[Tensor, Tensor]:
+    """The states at the site, and the gradient there of the weighted sum of mean log-likelihoods, each [batch pos d_model]."""
+    store: dict[str, Tensor] = {}
+
+    def nudged(activation: Tensor, hook: HookPoint) -> Tensor:
+        store["states"] = activation.detach()
+        store["nudge"] = torch.zeros_like(activation).requires_grad_()
+        return activation + store["nudge"]
+
+    with torch.enable_grad(), model.hooks(fwd_hooks=[(site, nudged)]):
+        logits = cast(Any, model.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
+        value = (mean_log_likelihood(logits, batch) * weights).sum()
+    return store["states"], torch.autograd.grad(value, store["nudge"])[0]
