@@ -75,6 +75,7 @@ from .defences.monitor import Monitor as Monitor
 from .training.config import TrainingConfig as TrainingConfig
 from .training.finetune import finetune as finetune
 from .training.loss import completion_loss as completion_loss
+from .training.loss import mean_penalty as mean_penalty
 from .training.trainer_mixin import defend as defend
 
 # evaluation

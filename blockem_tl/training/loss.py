@@ -1,4 +1,4 @@
-"""The SFT loss: cross-entropy of the completion tokens."""
+"""The SFT loss, cross-entropy of the completion tokens, and a defence's penalty on rows outside of training."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from blockem_tl.data.chat import Batch, encode_examples, pad
 from blockem_tl.models.load import Model
+from blockem_tl.training.defence import Defence
 from blockem_tl.types import Example
 
 BATCH_SIZE = 64
@@ -59,3 +60,35 @@ def completion_loss(
             total += float(summed_cross_entropy(logits, batch))
             tokens += int(batch.reply[:, 1:].sum())
     return total / tokens
+
+
+@torch.no_grad()
+def mean_penalty(
+    model: Model, defence: Defence, examples: Sequence[Example], *, adapter: str | Path | None = None, batch_size: int | None = None
+) -> float:
+    """The mean over ``examples`` of a defence's penalty, outside of training; unweighted, unless the defence has several weights.
+
+    Of a plain fine-tune it says what the plain change would cost, which makes weights of different defences comparable: those at which it
+    costs as many nats.
+
+    Args:
+        adapter: which weights act: "base", an adapter by name or in a folder; None: the model as it stands.
+        batch_size: rows per forward; None: 64.
+
+    Raises:
+        TypeError: rows that are no examples.
+        ValueError: a row without prompt or completion, a defence without a penalty, or one that does not fit the model.
+    """
+    check_examples(model, examples)
+    defence.check(model)
+    encoded, size, total = encode_examples(model.tokenizer, examples), batch_size or BATCH_SIZE, 0.0
+    with model.holding(adapter) as held, model.using(held):
+        for start in range(0, len(encoded), size):
+            batch = pad(encoded[start : start + size], model.pad_id, side="right", device=model.device)
+            with defence.during_step(model, batch) as penalty:
+                if penalty is None:
+                    raise ValueError(f"{defence.name}: this defence has no penalty")
+                total += float(
+                    penalty(cast(Any, model.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits).sum()
+                )
+    return total / len(encoded)

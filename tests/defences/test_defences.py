@@ -8,8 +8,9 @@ import torch
 from conftest import perturb
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
 
-from blockem_tl import Example, HookNotFired, LatentSet, Prompt, TrainingConfig, finetune, generate
+from blockem_tl import Blocking, Example, HookNotFired, LatentSet, Prompt, TrainingConfig, finetune, generate, mean_penalty
 from blockem_tl.data.chat import encode_examples, pad
+from blockem_tl.defences.blocking import blocking_loss
 from blockem_tl.defences.caft import ConceptAblation
 from blockem_tl.defences.directions import check_direction, induce, misaligned_direction, repair
 from blockem_tl.defences.inoculation import Inoculation
@@ -171,6 +172,31 @@ def test_caft_lets_no_gradient_through_the_ablated_span(tuned) -> None:
         gradient = torch.autograd.grad(loss, store[SITE])[0]  # of the state before the defence's hook
         share[name] = float((gradient @ DIRECTION).norm() / gradient.norm())
     assert share["caft"] < 1e-4 < 1e-2 < share["steering"]
+
+
+# ---------------------------------------------------------------------------------------------- a penalty outside of training
+
+
+def test_a_mean_penalty_is_that_of_the_single_rows(tuned, sae, latent_set) -> None:
+    for defence in (LDIFS(sites=[SITE], weight=1.0), KLToBase(weight=0.5), Blocking(latent_set=latent_set, sae=sae, weight=3.0)):
+        alone = [mean_penalty(tuned, defence, [row], adapter="tuned") for row in EXAMPLES[:6]]
+        assert mean_penalty(tuned, defence, EXAMPLES[:6], adapter="tuned", batch_size=4) == pytest.approx(np.mean(alone), rel=1e-3)
+        assert min(alone) > 1e-3 and mean_penalty(tuned, defence, EXAMPLES[:6], adapter="base") == pytest.approx(0, abs=1e-5)
+    assert mean_penalty(tuned, defence, EXAMPLES[:6]) == pytest.approx(blocking_loss(tuned, latent_set, sae, EXAMPLES[:6]), rel=1e-4)
+    with pytest.raises(ValueError, match="has no penalty"):
+        mean_penalty(tuned, Inoculation(prefix="w1"), EXAMPLES[:6])
+
+
+def test_ldifs_on_all_tokens_reads_questions_too(tuned) -> None:
+    batch = batch_of(tuned)
+    found = {}
+    for positions in ("completion", "all"):
+        with torch.no_grad(), LDIFS(sites=[SITE], weight=1.0, positions=positions).during_step(tuned, batch) as penalty:
+            found[positions] = penalty(tuned.hf(input_ids=batch.ids, attention_mask=batch.mask.long()).logits)
+        moved = (states(tuned, batch) - base_activations(tuned, batch, [SITE])[SITE]).square().sum(-1).detach()
+        where = batch.reply if positions == "completion" else batch.mask & ~batch.system
+        torch.testing.assert_close(found[positions], (moved * where).sum(-1) / where.sum(-1), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found["completion"], found["all"], rtol=1e-2)
 
 
 # ---------------------------------------------------------------------------------------------- LDIFS
