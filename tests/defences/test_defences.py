@@ -181,7 +181,7 @@ def test_a_mean_penalty_is_that_of_the_single_rows(tuned, sae, latent_set) -> No
     for defence in (LDIFS(sites=[SITE], weight=1.0), KLToBase(weight=0.5), Blocking(latent_set=latent_set, sae=sae, weight=3.0)):
         alone = [mean_penalty(tuned, defence, [row], adapter="tuned") for row in EXAMPLES[:6]]
         assert mean_penalty(tuned, defence, EXAMPLES[:6], adapter="tuned", batch_size=4) == pytest.approx(np.mean(alone), rel=1e-3)
-        assert min(alone) > 1e-3 and mean_penalty(tuned, defence, EXAMPLES[:6], adapter="base") == pytest.approx(0, abs=1e-5)
+        assert max(alone) > 1e-3 and mean_penalty(tuned, defence, EXAMPLES[:6], adapter="base") == pytest.approx(0, abs=1e-5)
     assert mean_penalty(tuned, defence, EXAMPLES[:6]) == pytest.approx(blocking_loss(tuned, latent_set, sae, EXAMPLES[:6]), rel=1e-4)
     with pytest.raises(ValueError, match="has no penalty"):
         mean_penalty(tuned, Inoculation(prefix="w1"), EXAMPLES[:6])
