@@ -5,7 +5,6 @@ file. The first token of every row is left out, and so are tokens whose norm is 
 187 in SmolLM2) would take most of an SAE's capacity.
 """
 
-import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
 from sae_lens import (
     SAE,
     BatchTopKTrainingSAE,
@@ -29,18 +27,17 @@ from sae_lens.config import SAETrainerConfig
 from sae_lens.saes.sae import SAEMetadata
 from sae_lens.training import activation_scaler, sae_trainer
 from sae_lens.training.mixing_buffer import mixing_buffer
-from sae_lens.training.sae_trainer import SAETrainer
-from torch import Tensor
 
 from blockem_tl.data.chat import Rows
 from blockem_tl.hooks import resolve
-from blockem_tl.models.activations import SINK, read_site
+from blockem_tl.models.activations import SINK
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
+from blockem_tl.saes.activation_stream import ActivationStream, median_of_norms, split_corpora
 from blockem_tl.saes.card import SAECard, measure
-from blockem_tl.saes.kept import KeptActivations
 from blockem_tl.saes.load import checked
-from blockem_tl.storage import files
+from blockem_tl.saes.rounds import Rounds, fit_in_rounds
+from blockem_tl.storage import files, fingerprints
 from blockem_tl.views.progress import allowed
 
 Kind = Literal["topk", "batchtopk", "jumprelu"]
@@ -91,6 +88,8 @@ def train_sae(
 ) -> SAECard:
     """Train an SAE on a site's activations over the corpora, under each adapter, and measure it on rows held out.
 
+    With ``out``, its state is kept beside it in ``out``.training until it is done; killed, the same call goes on, to the same bits.
+
     Args:
         corpora: rows by name: texts, chats, replies of base and of tuned; an SAE knows only what it has read.
         adapters: the weights under which every corpus is read: "base", adapters by name or in folders.
@@ -98,33 +97,52 @@ def train_sae(
 
     Raises:
         ValueError: an unknown site, corpora with fewer tokens than the SAE has latents, or an adapter that is none.
+            ``out``.training holds another training's state.
         FileExistsError: ``out`` exists.
     """
     resolve(model.hook_dict, site)
     if out is not None:
         files.check_replaceable(out, "cfg.json" if overwrite else None)
     torch.manual_seed(config.seed)
-    train, heldout = _split(corpora, config)
+    train, heldout = split_corpora(corpora, heldout=config.heldout, seed=config.seed)
     with ExitStack() as stack:
         held = [str(stack.enter_context(model.holding(adapter))) for adapter in adapters]  # a folder is loaded once
-        limit = SINK * _median_norm(model, site, train, held)
-        sae = _trained(model, site, _states(model, site, train, held, limit, config), config, progress)
+        limit = SINK * median_of_norms(model, site, train, held)
+        activations = ActivationStream(
+            model, site, train, held, limit=limit, n_least=config.d_sae, seed=config.seed, kept_gb=config.kept_gb
+        )
+        rounds = None if out is None else Rounds(Path(f"{out}.training"), _identity(model, site, corpora, held, config))
+        sae = _trained(model, site, activations, config, rounds, progress)
         with tempfile.TemporaryDirectory() as nowhere, files.finished_folder(out or Path(nowhere) / "sae", replaces="cfg.json") as folder:
             sae.to(getattr(torch, config.dtype)).save_inference_model(str(folder))
             trained = checked(SAE.load_from_disk(folder, device=str(model.device)), "the trained SAE")
             found = measure(model, trained, heldout, adapters=held, limit=limit)
             about = {"model": model.name, "site": site, "training": asdict(config), "alive": found.alive, "heldout": list(found.rows)}
             files.write_json(folder / "card.json", {**about, "environment": files.environment()})
+    if rounds is not None:
+        rounds.remove()
     return found
 
 
-def _trained(model: Model, site: str, states: Iterator[Float[Tensor, "tokens d_model"]], config: SAETraining, progress: bool) -> Any:
+def _trained(model: Model, site: str, activations: ActivationStream, config: SAETraining, rounds: Rounds | None, progress: bool) -> Any:
     """The SAE, trained by SAELens; under bf16 autocast where the model is in bf16."""
     sae = _untrained(model, site, config)
     schedule = _schedule(config, str(model.device), autocast=model.cfg.dtype == torch.bfloat16)
     with _bars(progress):
-        SAETrainer(schedule, sae, mixing_buffer(config.buffer, config.batch_size, states)).fit()
+        fit_in_rounds(sae, schedule, lambda n: mixing_buffer(config.buffer, config.batch_size, activations.draw(n)), config.seed, rounds)
     return sae
+
+
+def _identity(model: Model, site: str, corpora: Mapping[str, Rows], adapters: Sequence[str], config: SAETraining) -> dict[str, str]:
+    """Everything that the trained SAE depends on."""
+    texts = {name: [repr(row) for row in rows] for name, rows in corpora.items()}
+    weights = [model.fingerprint(adapter) for adapter in adapters]
+    return {
+        "site": site,
+        "weights": " ".join(weights),
+        "corpora": fingerprints.of_value(texts),
+        "config": fingerprints.of_value(asdict(config)),
+    }
 
 
 @contextmanager
@@ -156,62 +174,6 @@ def _schedule(config: SAETraining, device: str, *, autocast: bool) -> SAETrainer
         dead_feature_window=max(50, steps // 10),
         n_batches_for_norm_estimate=20,
     )
-
-
-def _split(corpora: Mapping[str, Rows], config: SAETraining) -> tuple[dict[str, Rows], dict[str, Rows]]:
-    """Training and held-out rows of every corpus, drawn by the seed."""
-    train, heldout = dict[str, Rows](), dict[str, Rows]()
-    for name, rows in corpora.items():
-        order = list(rows)
-        random.Random(f"{config.seed} {name}").shuffle(order)
-        n = max(1, round(config.heldout * len(order)))
-        if len(order) - n < 1:
-            raise ValueError(f"SAE: corpus {name!r} has {len(order)} rows, expected two at least, one of them to hold out")
-        train[name], heldout[name] = order[n:], order[:n]
-    if not corpora:
-        raise ValueError("SAE: expected at least one corpus of rows to read, got none")
-    return train, heldout
-
-
-def _read(model: Model, site: str, rows: Rows) -> Iterator[Float[Tensor, "tokens d_model"]]:
-    """Activations of all tokens but padding and the first of each row."""
-    for activations, batch in read_site(model, site, rows):
-        yield activations[batch.mask & (batch.positions > 0)]
-
-
-def _median_norm(model: Model, site: str, corpora: Mapping[str, Rows], adapters: Sequence[str | Path]) -> float:
-    """The median norm over the first rows of each corpus."""
-    norms = []
-    for adapter in adapters:
-        with model.using(adapter):
-            for rows in corpora.values():
-                norms += [states.float().norm(dim=-1) for states in _read(model, site, list(rows)[:32])]
-    return float(torch.cat(norms).median())
-
-
-def _states(
-    model: Model, site: str, corpora: Mapping[str, Rows], adapters: Sequence[str | Path], limit: float, config: SAETraining
-) -> Iterator[Float[Tensor, "tokens d_model"]]:
-    """Activations without sinks, without end, a few rows of one kind under one adapter at a time, in an order drawn by the seed."""
-    every = [(adapter, list(rows)[i : i + 32]) for adapter in adapters for rows in corpora.values() for i in range(0, len(rows), 32)]
-    parts, kept = dict(enumerate(every)), KeptActivations(1e9 * config.kept_gb)
-
-    def compute(adapter: str | Path, rows: Rows) -> Tensor:
-        with model.using(adapter):
-            return torch.cat([states[states.float().norm(dim=-1) <= limit] for states in _read(model, site, rows)])
-
-    draw, order, n_tokens = random.Random(config.seed), list(parts), 0
-    while True:
-        draw.shuffle(order)
-        for part in order:
-            states = kept.get(part, partial(compute, *parts[part]))
-            n_tokens += len(states)
-            yield states.to(model.device, torch.float32)
-        if n_tokens < config.d_sae:
-            raise ValueError(
-                f"SAE: the corpora have {n_tokens} tokens for {config.d_sae} latents; pass more rows (some hundred tokens per latent are "
-                "little), or a smaller d_sae"
-            )
 
 
 def _untrained(model: Model, site: str, config: SAETraining) -> Any:

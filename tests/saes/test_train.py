@@ -2,19 +2,25 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from sae_lens.training.sae_trainer import SAETrainer
 from shared import EXAMPLES, SITES, sae_at
 
 from blockem_tl import LatentSet, Prompt, discover, generate, load_model, load_sae, organism
 from blockem_tl.models.activations import read_site
-from blockem_tl.saes import train
+from blockem_tl.saes import activation_stream
+from blockem_tl.saes.activation_stream import ActivationStream, median_of_norms
 from blockem_tl.saes.card import measure
 from blockem_tl.saes.kept import KeptActivations
 from blockem_tl.saes.load import check_fits
-from blockem_tl.saes.train import SAETraining, _median_norm, _states, train_sae
+from blockem_tl.saes.train import SAETraining, train_sae
 
 SMALL = SAETraining(d_sae=48, k=6, samples=4096, batch_size=128, buffer=512, learning_rate=3e-3, heldout=0.25)
 CORPORA = {"rows": EXAMPLES, "prompts": [Prompt(id=str(i), text=f"w{i} w{i + 9} w{3 * i % 50}") for i in range(16)]}
@@ -70,7 +76,7 @@ def test_base_and_tuned_are_both_read(tiny) -> None:
 
 
 def test_first_tokens_and_sinks_are_left_out(tiny) -> None:
-    limit = _median_norm(tiny, SITES[0], CORPORA, ["base"])
+    limit = median_of_norms(tiny, SITES[0], CORPORA, ["base"])
     everything, firsts = [], []
     for rows in CORPORA.values():
         for states, batch in read_site(tiny, SITES[0], rows):
@@ -78,7 +84,7 @@ def test_first_tokens_and_sinks_are_left_out(tiny) -> None:
             firsts += list(states[batch.mask & (batch.positions == 0)])
     kept = {tuple(state.tolist()) for state in everything if state.norm() <= limit}
     seen: set[tuple[float, ...]] = set()
-    for states in itertools.islice(_states(tiny, SITES[0], CORPORA, ["base"], limit, SMALL), 8):
+    for states in itertools.islice(ActivationStream(tiny, SITES[0], CORPORA, ["base"], limit=limit).draw(), 8):
         seen |= {tuple(state.tolist()) for state in states}
     assert seen == kept and len(kept) < len(everything) and not seen & {tuple(state.tolist()) for state in firsts}
 
@@ -139,13 +145,12 @@ def test_numbers_out_of_range_are_refused(changes) -> None:
 
 def test_activations_that_come_again_are_read_and_are_the_same(tiny, monkeypatch) -> None:
     forwards = []
-    read = train._read
-    monkeypatch.setattr(train, "_read", lambda *arguments: forwards.append(1) or read(*arguments))
+    read = activation_stream._read
+    monkeypatch.setattr(activation_stream, "_read", lambda *arguments: forwards.append(1) or read(*arguments))
     drawn = {}
     for kept_gb in (1.0, 0.0):
         forwards.clear()
-        states = _states(tiny, SITES[0], CORPORA, ["base"], float("inf"), replace(SMALL, kept_gb=kept_gb))
-        drawn[kept_gb] = list(itertools.islice(states, 12))
+        drawn[kept_gb] = list(itertools.islice(ActivationStream(tiny, SITES[0], CORPORA, ["base"], kept_gb=kept_gb).draw(), 12))
         drawn[kept_gb, "forwards"] = len(forwards)
     assert all(torch.equal(a, b) for a, b in zip(drawn[1.0], drawn[0.0], strict=True))
     assert drawn[1.0, "forwards"] < drawn[0.0, "forwards"] == 12
@@ -163,3 +168,41 @@ def test_kept_activations_are_exact_and_bounded(dtype) -> None:
     again = [kept.get(part, lambda part=part: compute(part)) for part in range(5)]
     assert all(torch.equal(a, b) and a.dtype == b.dtype == dtype for a, b in zip(first, again, strict=True))
     assert asked == [0, 1, 2, 3, 4, 3, 4]  # three fit
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from test_train import CORPORA, SMALL, SITES, train_sae
+from blockem_tl import load_model
+from blockem_tl.saes import rounds
+from dataclasses import replace
+saved = rounds.Rounds.save
+def save_and_die(self, trainer, n):
+    saved(self, trainer, n)
+    if n == 7:
+        os.kill(os.getpid(), 9)
+rounds.Rounds.save = save_and_die
+train_sae(load_model({model!r}, device="cpu"), SITES[0], CORPORA, config=SMALL, out={out!r}, progress=False)
+"""
+
+
+def test_killed_it_goes_on_to_the_same_bits(tiny, tiny_folder, tmp_path) -> None:
+    out, whole = tmp_path / "sae", tmp_path / "whole"
+    script = KILLED.format(tests=str(Path(__file__).parent), model=str(tiny_folder), out=str(out))
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    died = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": paths}, capture_output=True, timeout=300)
+    assert died.returncode == -9, died.stderr[-2000:]
+    assert [path.name for path in (tmp_path / "sae.training").iterdir()] == ["round-7"] and not out.exists()
+    model = load_model(tiny_folder, device="cpu")
+    with pytest.raises(ValueError, match="another SAE's training .other config"):
+        train_sae(model, SITES[0], CORPORA, config=replace(SMALL, k=5), out=out, progress=False)
+    steps = []
+    step = SAETrainer.step
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(SAETrainer, "step", lambda self, batch: steps.append(1) or step(self, batch))
+        resumed = train_sae(model, SITES[0], CORPORA, config=SMALL, out=out, progress=False)
+    assert len(steps) < 0.7 * SMALL.samples / SMALL.batch_size  # it went on, and did not start again
+    fresh = train_sae(model, SITES[0], CORPORA, config=SMALL, out=whole, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(resumed.sae.state_dict().values(), fresh.sae.state_dict().values(), strict=True))
+    assert not (tmp_path / "sae.training").exists()
