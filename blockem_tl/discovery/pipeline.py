@@ -133,13 +133,12 @@ def discover(
     """The latents that causally carry what fine-tuning did to ``model``, by stages 1 to 3.
 
     Args:
-        judge: grades the replies of stages 2 and 3; or contrastive pairs in its place: margins instead of rates, in minutes (`by_pairs`).
+        judge: grades the replies of stages 2 and 3; or contrastive pairs in its place: margins instead of rates, in minutes.
         prompts: the core prompts; they select, and must never report. With pairs, their own questions.
         adapter: the tuned model: an adapter by name or in a folder; None: the one that acts.
         scale: the site's median norm on base (`median_norm` over a reference corpus, as in the paper); None measures it on ``prompts``.
         extending: K of an earlier run (F.2): its latents are no candidates, and the result's set is K and what is found.
-        exclude: further latents to leave out.
-        provenance: further entries of the latent set's provenance, for people: the training domain, the seed.
+        exclude: further latents to leave out.  provenance: further entries of the latent set's provenance, for people.
         engine: makes the replies of stages 2 and 3; it holds the same weights under the adapter's name. None: ``model`` itself.
         store: a folder that keeps every reply and verdict as soon as it is there; a run that was killed goes on from them.
 
@@ -147,24 +146,28 @@ def discover(
     """
     pairs = pairs_of(judge)
     prompts = _prompts(pairs, prompts, engine, store, config)
-    site = check_fits(sae, model)
-    if extending is not None:
-        extending.check_sae(sae)
-    known = [*(extending.latents if extending else ()), *exclude]
-    check_latents(sae, known)
+    known = _known(sae, extending, exclude)
     warn_if_poor_fit(model, sae, prompts, stacklevel=2)
     with _tuned(model, adapter) as name:
-        scale = checked_scale(median_norm(model, site, prompts) if scale is None else scale)
+        scale = checked_scale(median_norm(model, check_fits(sae, model), prompts) if scale is None else scale)
         about = _about(model, name, judge, scale, config)
         if pairs is not None:
             screened, calibrated = by_pairs.stages(model, sae, pairs, name, config, known, scale, progress)
         else:
-            asked = {"exclude": known, "prompts": [p.text for p in prompts]}
-            kept = sources(model, engine, cast(Judge, judge), name, config, store, {**about, **asked})
-            screened, calibrated = _stages(model, sae, prompts, kept, config, known, scale, progress)
+            asked = {**about, "exclude": known, "prompts": [p.text for p in prompts]}
+            by_judge = sources(model, engine, cast(Judge, judge), name, config, store, asked)
+            screened, calibrated = _stages(model, sae, prompts, by_judge, config, known, scale, progress)
     added = _latent_set(sae, calibrated, config, prompts, {**(provenance or {}), **about})
-    union = extending.extended_by(added) if extending else added
-    return Discovery(latent_set=union, added=added, screened=screened, calibrated=calibrated)
+    return Discovery(latent_set=extending.extended_by(added) if extending else added, added=added, screened=screened, calibrated=calibrated)
+
+
+def _known(sae: SAE[Any], extending: LatentSet | None, exclude: Sequence[int]) -> list[int]:
+    """Latents that are no candidates. Raises ValueError for another SAE's."""
+    if extending is not None:
+        extending.check_sae(sae)
+    known = [*(extending.latents if extending else ()), *exclude]
+    check_latents(sae, known)
+    return known
 
 
 def _prompts(
