@@ -113,12 +113,8 @@ def train_sae(
         )
         rounds = None if out is None else Rounds(Path(f"{out}.training"), _identity(model, site, corpora, held, config))
         sae = _trained(model, site, activations, config, rounds, progress)
-        with tempfile.TemporaryDirectory() as nowhere, files.finished_folder(out or Path(nowhere) / "sae", replaces="cfg.json") as folder:
-            sae.to(getattr(torch, config.dtype)).save_inference_model(str(folder))
-            trained = checked(SAE.load_from_disk(folder, device=str(model.device)), "the trained SAE")
-            found = measure(model, trained, heldout, adapters=held, limit=limit)
-            about = {"model": model.name, "site": site, "training": asdict(config), "alive": found.alive, "heldout": list(found.rows)}
-            files.write_json(folder / "card.json", {**about, "environment": files.environment()})
+        with tempfile.TemporaryDirectory() as nowhere:
+            found = _saved(model, sae, heldout, held, limit, config, out or Path(nowhere) / "sae")
     if rounds is not None:
         rounds.remove()
     return found
@@ -131,6 +127,19 @@ def _trained(model: Model, site: str, activations: ActivationStream, config: SAE
     with _bars(progress):
         fit_in_rounds(sae, schedule, lambda n: mixing_buffer(config.buffer, config.batch_size, activations.draw(n)), config.seed, rounds)
     return sae
+
+
+def _saved(
+    model: Model, sae: Any, heldout: Mapping[str, Rows], adapters: Sequence[str], limit: float, config: SAETraining, out: Path | str
+) -> SAECard:
+    """The SAE and its card in a folder; the card is of the SAE as it is loaded again."""
+    with files.finished_folder(out, replaces="cfg.json") as folder:
+        sae.to(getattr(torch, config.dtype)).save_inference_model(str(folder))
+        trained = checked(SAE.load_from_disk(folder, device=str(model.device)), "the trained SAE")
+        found = measure(model, trained, heldout, adapters=adapters, limit=limit)
+        about = {"model": model.name, "site": found.site, "training": asdict(config), "alive": found.alive, "heldout": list(found.rows)}
+        files.write_json(folder / "card.json", {**about, "environment": files.environment()})
+    return found
 
 
 def _identity(model: Model, site: str, corpora: Mapping[str, Rows], adapters: Sequence[str], config: SAETraining) -> dict[str, str]:
