@@ -3,7 +3,7 @@
     python experiments/patching_sweep.py --adapter results/quickstart/adapters/sft --out results/patching-sweep
     python experiments/patching_sweep.py --preset llama-3.1-8b --adapter reemerged --prompts final.csv --judge-model judge --out results/p
 
-The prompt's states at every block's output (and, with --components, at every attention's and MLP's), then decode-time patching at the
+The prompt's states at every block's output (and, with --components, at every attention's and MLP's), then decode patching at the
 preset's site. What is finished stays in --out and is not run again. The organism's default prompts are the core ones.
 """
 
@@ -18,7 +18,8 @@ import tyro
 
 from blockem_tl import Generation, get_preset, load_model, organism
 from blockem_tl.analysis.patching.decoding import decode_patching
-from blockem_tl.analysis.patching.prompt import UNPATCHED, prompt_patching_stream
+from blockem_tl.analysis.patching.endpoints import UNPATCHED
+from blockem_tl.analysis.patching.prompt import prompt_patching_stream
 from blockem_tl.data.chat import apply_system
 from blockem_tl.data.prompt_files import load_prompts
 from blockem_tl.evaluation.statistics import Rate
@@ -34,7 +35,7 @@ class Settings:
     """Options of the sweep.
 
     adapter: of the fine-tuned model.  prompts: a file, or the organism's "core" or "final".  direction: base's states into tuned, or the
-    reverse.  decode: sites of decode-time patching besides; None is the preset's.  max_new_tokens: None is the preset's.
+    reverse.  decode: sites of decode patching besides; None is the preset's.  max_new_tokens: None is the preset's.
     judge_model, judge_url: the judging endpoint; the organism has a judge of its own.
     """
 
@@ -83,7 +84,7 @@ def run(settings: Settings) -> pd.DataFrame:
     wanted = [("prompt", group) for group in groups] + [("decode", (site,)) for site in decode]
     frame = pd.DataFrame([_row(kind, group, files.read_json(_file(folder, kind, group))) for kind, group in wanted])
     files.write_text(folder / "sweep.csv", frame.to_csv(index=False))
-    plots.save(plots.patching(frame), folder / "sweep.png")
+    plots.save(plots.patching(frame, direction=settings.direction.replace("-", " ")), folder / "sweep.png")
     shown = frame.round(1).astype(object)
     tables.show(shown[["patched", "site", "n", "em", "em_low", "em_high", "incoherence", "refusal"]].to_dict("records"), "misalignment (%)")
     return frame
@@ -137,7 +138,7 @@ def _row(kind: str, group: tuple[str, ...], kept: dict[str, Any]) -> dict[str, A
     em, (low, high) = Rate(k=counts.misaligned, n=counts.n), Rate(k=counts.misaligned, n=counts.n).interval
     site = " + ".join(group) or UNPATCHED
     return {
-        "patched": kind if group else "nothing",
+        "patched": kind if group else UNPATCHED,
         "site": site,
         "n": counts.n,
         "em": 100 * em.value,

@@ -41,6 +41,7 @@ from blockem_tl import (
     shift_by_site,
 )
 from blockem_tl.analysis.patching.decoding import decode_patching
+from blockem_tl.analysis.patching.endpoints import UNPATCHED
 from blockem_tl.analysis.patching.prompt import prompt_patching_stream
 from blockem_tl.defences.blocking import blocking_loss
 from blockem_tl.discovery.extension import extension_rounds
@@ -218,14 +219,14 @@ class ReemergenceSetting(Setting):
         with self.model.using(self.checkpoint(arm, epoch)):
             swept = list(prompt_patching_stream(self.model, self.data.final, [(), *((site,) for site in sites)], **options))
             decoded = [(site, decode_patching(self.model, self.data.final, [site], **options)) for site in sites]
-        rows = [self._judged("prompt" if group else "nothing", " + ".join(group), generations) for group, generations in swept]
+        rows = [self._judged("prompt" if group else UNPATCHED, " + ".join(group), generations) for group, generations in swept]
         rows += [self._judged("decode", site, generations) for site, generations in decoded]
         files.write_json(patched_file(self.folder(arm), epoch), rows)
 
     def _judged(self, patched: str, site: str, generations: Sequence[Generation]) -> dict[str, Any]:
         verdicts = self.judge.grade([g.prompt for g in generations], [g.reply for g in generations])
         replies, labels = [g.reply for g in generations], [v.label for v in verdicts]
-        return {"patched": patched, "site": site or "unpatched", "replies": replies, "labels": labels}
+        return {"patched": patched, "site": site or UNPATCHED, "replies": replies, "labels": labels}
 
     # ---- what moved instead
 

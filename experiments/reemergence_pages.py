@@ -48,7 +48,7 @@ def write(out: Path, results: Results, *, publish: bool, root: Path = ROOT) -> N
     }
     figures = {"curves": comparisons.reemergence(results.curves)}
     for i, arm in enumerate(results.dissected["arm"].unique()):
-        figures[f"patched-{i}"] = plots.patching(_at_the_site(results.patched, arm))
+        figures[f"patched-{i}"] = plots.patching(_at_the_site(results.patched, arm), direction="base into tuned")
         figures[f"depth-{i}"] = plots.rerouting(pd.DataFrame(results.depth[results.depth["of"] == arm]))
     read = results.reconstruction[results.reconstruction["rows"] != "reference texts"]
     figures["reconstruction"] = plots.reconstruction(pd.DataFrame(read))
@@ -105,8 +105,7 @@ def curve_rows(curves: pd.DataFrame) -> list[dict[str, str]]:
 
 def patched_row(row: dict[str, Any]) -> dict[str, str]:
     """One patch."""
-    what = {"nothing": "nothing", "prompt": "the prompt", "decode": "every decoding step"}[row["patched"]]
-    place = {"arm": row["arm"], "patched": what, "site": row["site"]}
+    place = {"arm": row["arm"], "patched": row["patched"], "site": row["site"]}
     return place | {"EM %": cell(row, "em"), "change, points": cell(row, "change"), "incoherence %": cell(row, "incoherence")}
 
 

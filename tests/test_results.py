@@ -1,5 +1,6 @@
 """Every result shows itself: one short line, a table of at most 30 rows, HTML, a data frame, a figure."""
 
+import warnings
 from dataclasses import replace
 
 import pandas as pd
@@ -12,6 +13,7 @@ from blockem_tl import (
     Prompt,
     Rate,
     Steering,
+    Verdict,
     decoder_directions,
     diagnose_rerouting,
     discover,
@@ -32,6 +34,8 @@ from blockem_tl import (
 )
 from blockem_tl.analysis.patching.attribution import attribute_sites
 from blockem_tl.discovery.config import MaxIncoherence
+from blockem_tl.training.run import TrainingRun
+from blockem_tl.views import tables
 from blockem_tl.views.results import Result
 
 QUIET = {"progress": False}
@@ -124,7 +128,7 @@ def test_what_is_shown_is_what_was_found(results: dict[str, Result]) -> None:
 def test_a_sweep_of_decoding_draws_a_point_per_site(results: dict[str, Result]) -> None:
     figure = results["sweep"].plot()
     labels = figure.axes[0].get_legend_handles_labels()[1]
-    assert {"prompt patched at hook_resid_post", "every step patched at hook_resid_post"} <= set(labels)
+    assert {"prompt patching, hook_resid_post", "decode patching, hook_resid_post"} <= set(labels)
     lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 5]
     assert len(lines) >= 2  # five blocks each
 
@@ -156,7 +160,7 @@ def test_a_string_where_prompts_belong_is_refused_with_what_to_write(model) -> N
 
 def test_a_sweep_of_decoding_alone_stands_beside_the_unpatched_replies(model) -> None:
     found = patching_sweep(model, CORE, [PRESET.site], when="decode", max_new_tokens=4, **QUIET)
-    assert found.to_frame().groupby("patched").size().to_dict() == {"decode": 12, "nothing": 12}
+    assert found.to_frame().groupby("patched").size().to_dict() == {"decode": 12, "unpatched": 12}
 
 
 def test_a_figure_is_written_in_the_format_of_its_name(results, tmp_path) -> None:
@@ -180,3 +184,89 @@ def test_a_plot_is_along_one_column(results) -> None:
 def test_a_frame_of_another_kind_is_refused_by_what_it_lacks(results) -> None:
     with pytest.raises(ValueError, match=r"expected the columns \['patched', 'site', 'em', .*replies\.plot"):
         plots.patching(results["graded"].rates())
+
+
+# ------------------------------------------------------------------------------------------------ in a terminal
+
+
+@pytest.mark.parametrize("columns", [60, 100, 200])
+def test_a_table_is_as_wide_as_the_terminal_and_its_labels_are_whole(results, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for name, result in results.items():
+        assert max(map(len, str(result).splitlines()[1:])) <= columns, name
+    shown = str(results["evaluation"])
+    labels = {line.split("│")[1].strip() for line in shown.splitlines() if line.startswith("│")}
+    assert labels and labels <= set(results["evaluation"].to_frame()["label"])
+    assert "and 86 more rows" in shown and "plain" not in shown.splitlines()[2]  # columns with one value are left out
+
+
+def test_columns_that_do_not_fit_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    frame = pd.DataFrame([{f"column_{i}": "x" * 30 for i in range(8)}])
+    monkeypatch.setenv("COLUMNS", "80")
+    assert "... and the columns column_4, column_5, column_6, column_7: see to_frame()" in tables.text(frame)
+    monkeypatch.setenv("COLUMNS", "400")
+    assert "see to_frame" not in tables.text(frame) and "x" * 30 in tables.text(frame)
+
+
+def test_rates_show_themselves_whole_and_are_a_data_frame(results) -> None:
+    rates = results["graded"].rates()
+    assert isinstance(rates, pd.DataFrame) and type(rates[["n"]]) is pd.DataFrame
+    first = rates.iloc[0]
+    cell = f"{first['misaligned']:.2f} [{first['misaligned_low']:.2f}, {first['misaligned_high']:.2f}]"
+    assert cell in str(rates) and cell in rates._repr_html_() and "unparsed" in str(rates)
+    assert cell not in str(pd.DataFrame(rates)) and "..." in str(pd.DataFrame(rates))  # what pandas shows instead
+
+
+def test_graded_replies_of_several_groups_show_rates_and_those_of_one_show_replies(results) -> None:
+    assert "misaligned" in str(results["graded"]).splitlines()[2] and "prompt" not in str(results["graded"]).splitlines()[2]
+    assert "reply" in str(results["graded"].where(condition="latent 3")).splitlines()[2]
+    header = str(results["sweep"]).splitlines()[2]
+    assert header.index("patched") < header.index("site") < header.index("misaligned")
+
+
+def test_a_long_run_shows_five_steps_from_the_first_to_the_last() -> None:
+    history = [{"step": float(i), "loss": 2.0 - i / 100 + 0.5, "sft": 2.0 - i / 100, "block": 0.5} for i in range(1, 101)]
+    run = TrainingRun(adapter="blocked", steps=100, history=history)
+    assert run._shown()["step"].tolist() == [1, 26, 51, 75, 100] and len(run.to_frame()) == 100
+    assert run.headline() == "adapter 'blocked', 100 steps, SFT loss 1.99 -> 1 (+ penalty 0.5)"
+    plain = TrainingRun(adapter="plain", steps=3, history=[{**row, "loss": row["sft"]} for row in history[:3]])
+    assert plain._shown()["step"].tolist() == [1, 2, 3] and "penalty" not in plain.headline()
+
+
+# ------------------------------------------------------------------------------------------------ patching sweeps
+
+
+def test_a_sweep_says_block_and_direction(results, model) -> None:
+    frame = results["sweep"].to_frame()
+    places = frame.drop_duplicates(["patched", "site"])
+    assert places["block"].tolist() == [None, *range(5), *range(5)] and set(frame["direction"]) == {"base into third"}
+    assert results["sweep"].plot().axes[0].get_title() == "Patching base into third"
+    reverse = patching_sweep(model, CORE, [PRESET.site], source="plain", target="base", max_new_tokens=4, **QUIET)
+    assert set(reverse.columns["direction"]) == {"plain into base"}
+    assert len(results["sweep"].where(block=2)) == 24 and results["sweep"].rates("block")["n"].tolist() == [12, *[24] * 5]
+
+
+def test_a_heat_map_has_a_cell_per_site_and_kind_of_patch(results) -> None:
+    rates = results["sweep"].rates(["patched", "site"])
+    figure = plots.patching_map(rates, direction="base into plain")
+    axes = figure.axes[0]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["prompt, hook_resid_post", "decode, hook_resid_post"]
+    shown = axes.images[0].get_array()
+    assert shown.shape == (2, 5) and shown[1, 2] == 100 * rates.set_index(["patched", "site"]).loc[("decode", PRESET.site), "misaligned"]
+    assert axes.get_title().startswith("Patching base into plain; unpatched ")
+    with pytest.raises(ValueError, match="patching map: expected replies.rates"):
+        plots.patching_map(results["graded"].rates())
+
+
+def test_a_sweep_with_nothing_to_lower_warns(model) -> None:
+    class Never(OtherJudge):
+        def grade(self, prompts, replies, *, rubric="misalignment"):
+            return [Verdict(label="1")] * len(replies)
+
+    options = {"max_new_tokens": 4, **QUIET}
+    with pytest.warns(UserWarning, match=r"base into third.*0 % of the 12 unpatched replies are misaligned"):
+        patching_sweep(model, CORE, [PRESET.site], **options).grade(Never())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patching_sweep(model, CORE, [PRESET.site], source="plain", target="base", **options).grade(Never())
+        generate(model, CORE, **options).grade(Never())

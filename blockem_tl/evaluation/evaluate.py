@@ -9,7 +9,7 @@ import pandas as pd
 
 from blockem_tl.data.checks import check_prompts, prompt_hash
 from blockem_tl.evaluation.asking import ask
-from blockem_tl.generation.replies import MISALIGNMENT, Replies, positive_name
+from blockem_tl.generation.replies import MISALIGNMENT, Replies, positive_name, verdicts_first
 from blockem_tl.generation.reply_fn import ReplyFn, replies_from
 from blockem_tl.generation.steering import UNSTEERED, Condition
 from blockem_tl.models.load import Model
@@ -32,6 +32,7 @@ class Evaluation(Result):
     verdicts: tuple[Verdict, ...]
     on_selection_prompts: bool
     resampled: int = 0
+    _most_rows = 10
 
     @property
     def replies(self) -> Replies:
@@ -101,7 +102,7 @@ class Evaluation(Result):
 
     def _shown(self) -> pd.DataFrame:
         """The columns that vary, the verdicts first."""
-        return pd.DataFrame(self.to_frame()[["prompt_id", "label", "category", "prompt", "reply"]])
+        return verdicts_first(self.replies.to_frame())
 
     def plot(self, by: str | None = None) -> Any:
         """A bar per group of replies; see `Replies.plot`."""

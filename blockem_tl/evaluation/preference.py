@@ -33,6 +33,7 @@ from blockem_tl.models.memory import check_batch_size, rows_at_once
 from blockem_tl.types import Example, Pair, Rate
 from blockem_tl.views.progress import progress_bar
 from blockem_tl.views.results import Result
+from blockem_tl.views.tables import RateFrame
 
 MOST_ROWS = 32
 """Answers per forward at most, if nobody says how many."""
@@ -74,7 +75,7 @@ class Preference(Result):
             low, high = share.interval
             row = {"condition": name, "n": share.n, "prefers_harm": share.value, "prefers_harm_low": low, "prefers_harm_high": high}
             rows.append(row | _mean("margin", margins))
-        return pd.DataFrame(rows)
+        return RateFrame(rows)
 
     def shift(self, base: "Preference") -> pd.DataFrame:
         """One row per condition: how far the mean margin and the share moved from ``base`` (its one condition, or the same), pair by pair.
@@ -90,7 +91,7 @@ class Preference(Result):
             share = paired_difference((before > 0).tolist(), (margins > 0).tolist())
             row = {"condition": name, "n": len(margins), "share": share.value, "share_low": share.low, "share_high": share.high}
             rows.append(row | _mean("margin", margins - before))
-        return pd.DataFrame(rows)
+        return RateFrame(rows)
 
     def headline(self) -> str:
         """The number of pairs and, under one condition, the share and the mean margin."""

@@ -1,5 +1,6 @@
 """`Replies`: generated replies as a sequence that shows itself, is graded, and gives rates with intervals."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, overload
@@ -8,6 +9,7 @@ import pandas as pd
 
 from blockem_tl.types import Checkable, Generation, Judge, Rate, Verdict, check_judge, check_verdicts
 from blockem_tl.views.results import Result
+from blockem_tl.views.tables import RateFrame
 
 MISALIGNMENT = "misalignment"
 """The rubric of harm; any other rubric is a training domain's, under which severity 4 and 5 mean adherence."""
@@ -57,6 +59,7 @@ class Replies(Result, Sequence[Generation]):
         return isinstance(other, (Replies, list, tuple)) and list(self) == list(other)
 
     __hash__ = None  # pyright: ignore[reportAssignmentType] - as of a list
+    _most_rows = 10
 
     def where(self, **values: Any) -> "Replies":
         """The replies with these values in the frame's columns: ``replies.where(condition="unsteered")``.
@@ -85,10 +88,14 @@ class Replies(Result, Sequence[Generation]):
             judge.check(rubric)
         verdicts = tuple(judge.grade([g.prompt for g in self], [g.reply for g in self], rubric=rubric))
         check_verdicts(judge, verdicts, len(self))
-        return replace(self, verdicts=verdicts, judge=judge.name, rubric=rubric)
+        graded = replace(self, verdicts=verdicts, judge=judge.name, rubric=rubric)
+        _warn_if_nothing_to_lower(graded)
+        return graded
 
     def rates(self, by: str | Sequence[str] = "condition") -> pd.DataFrame:
         """One row per group of replies: n, and each rate as a fraction with its 95 % Wilson interval (``_low``, ``_high``).
+
+        Printed, the frame shows a rate and its interval in one column.
 
         Rates are "misaligned" (under a domain's rubric "adherent"), "incoherent", "refusal" and "unparsed". Replies without a readable
         verdict count in "unparsed" alone.
@@ -109,7 +116,7 @@ class Replies(Result, Sequence[Generation]):
         groups: dict[tuple[Any, ...], list[Verdict]] = {}
         for key, verdict in zip(frame[keys].itertuples(index=False, name=None) if keys else [()] * len(self), self.verdicts, strict=True):
             groups.setdefault(key, []).append(verdict)
-        return pd.DataFrame([{**dict(zip(keys, key, strict=True)), **rates_of(verdicts, self.rubric)} for key, verdicts in groups.items()])
+        return RateFrame([{**dict(zip(keys, key, strict=True)), **rates_of(verdicts, self.rubric)} for key, verdicts in groups.items()])
 
     # -------------------------------------------------------------------------------------------- showing
 
@@ -118,11 +125,11 @@ class Replies(Result, Sequence[Generation]):
 
         Once graded also label and, from a judge with words of its own, said.
         """
-        rows: dict[str, list[Any]] = {
+        rows: dict[str, Any] = {
             "prompt_id": [g.prompt.id for g in self],
             "category": [g.prompt.category for g in self],
             "condition": [g.condition for g in self],
-            **{name: list(values) for name, values in self.columns.items()},
+            **{name: _column(values) for name, values in self.columns.items()},
             "prompt": [g.prompt.text for g in self],
             "reply": [g.reply for g in self],
             "truncated": [g.truncated for g in self],
@@ -131,6 +138,16 @@ class Replies(Result, Sequence[Generation]):
             rows["label"] = [v.label for v in self.verdicts]
             rows |= {"said": [v.said for v in self.verdicts]} if any(v.said for v in self.verdicts) else {}
         return pd.DataFrame(rows)
+
+    def _shown(self) -> pd.DataFrame:
+        """What differs between the replies, the verdicts first; once graded, and of several groups, their rates instead."""
+        if self.verdicts and len(groups := self.rates(self._groups())) > 1:
+            return groups.short()
+        return verdicts_first(self.to_frame(), self.columns)
+
+    def _groups(self) -> list[str]:
+        """The columns that tell the groups of replies apart: those of a sweep, else the condition."""
+        return [name for name in ("patched", "site") if name in self.columns] or ["condition"]
 
     def headline(self) -> str:
         """The numbers of replies, conditions and prompts and, once graded and of one condition, the rate."""
@@ -160,8 +177,32 @@ class Replies(Result, Sequence[Generation]):
         if by is not None and not isinstance(by, str):
             raise TypeError(f"plot: expected one column to draw along, got {by!r}; rates(by=[...]) makes the table over several")
         by = by or ("site" if "site" in self.columns else "condition")
-        keys = ["patched", "site"] if by == "site" and "patched" in self.columns else [by]
-        return plots.rates(self.rates(keys), by=by)
+        keys = self._groups() if by == "site" else [by]
+        return plots.rates(self.rates(keys), by=by, direction=" and ".join(dict.fromkeys(self.columns.get("direction", ()))))
+
+
+def _warn_if_nothing_to_lower(graded: Replies) -> None:
+    """Warn of a patching sweep into a tuned model of whose unpatched replies none is misaligned."""
+    patched, into = graded.columns.get("patched", ()), graded.columns.get("direction", ("",))
+    own = [v for v, kind in zip(graded.verdicts or (), patched, strict=False) if kind == "unpatched" and v.parsed]
+    if own and not any(v.positive for v in own) and not into[0].endswith(" into base"):
+        warnings.warn(
+            f"patching ({into[0]}): 0 % of the {len(own)} unpatched replies are {positive_name(graded.rubric)}, so no patch can lower it. "
+            "Take an adapter or a checkpoint that misbehaves on these prompts (evaluate says), longer replies, or more prompts",
+            stacklevel=3,
+        )
+
+
+def verdicts_first(frame: pd.DataFrame, columns: Iterable[str] = ()) -> pd.DataFrame:
+    """A frame of replies for people: the label, then those columns that vary, then the reply."""
+    order = [name for name in ("label", *columns, "condition", "category", "prompt_id", "prompt", "reply") if name in frame]
+    kept = [name for name in order if name in ("label", "prompt_id", "reply") or frame[name].nunique(dropna=False) > 1]
+    return pd.DataFrame(frame[kept])
+
+
+def _column(values: tuple[Any, ...]) -> Any:
+    """The values as a column; where some are None, they stay so: pandas would make them NaN, which equals nothing."""
+    return pd.Series(values, dtype=object) if None in values else list(values)
 
 
 def positive_name(rubric: str) -> str:

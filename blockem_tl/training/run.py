@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LEAST_FALL = 0.05
+_MOST_STEPS = 5  # rows that are shown
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -39,19 +40,22 @@ class TrainingRun(Result):
         return plots.training(self.to_frame())
 
     def headline(self) -> str:
-        """The adapter, the number of steps, first and last loss, and each defence's weight."""
+        """The adapter, the number of steps, the first and the last SFT loss, the last step's penalties, and each defence's weight."""
         parts = [f"adapter {self.adapter!r}", f"{self.steps} steps"]
         if self.history:
             first, last = self.history[0], self.history[-1]
-            parts += [f"{label} {first[key]:.4g} -> {last[key]:.4g}" for label, key in (("loss", "loss"), ("SFT loss", "sft"))]
+            penalty = f" (+ penalty {last['loss'] - last['sft']:.4g})" if any(row["loss"] != row["sft"] for row in self.history) else ""
+            parts.append(f"SFT loss {first['sft']:.4g} -> {last['sft']:.4g}{penalty}")
         for name, targets in self.weights.items():
             parts += [f"{name} at {one['site']}: weight {one['weight']:.4g}, at its peak {one['peak']:.4g}" for one in targets]
         return ", ".join(parts)
 
     def _shown(self) -> pd.DataFrame:
-        """Without the penalties' parts (block/blocks.2.hook_resid_post+, ...)."""
+        """At most five steps, from the first to the last, without the penalties' parts (block/blocks.2.hook_resid_post+, ...)."""
         frame = self.to_frame()
-        return pd.DataFrame(frame[[column for column in frame.columns if "/" not in str(column)]])
+        last = len(frame) - 1
+        steps = sorted({round(last * i / (_MOST_STEPS - 1)) for i in range(_MOST_STEPS)}) if len(frame) else []
+        return pd.DataFrame(frame.iloc[steps][[column for column in frame.columns if "/" not in str(column)]])
 
 
 def warn_if_hardly_learnt(run: TrainingRun, stacklevel: int) -> None:

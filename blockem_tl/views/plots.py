@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
@@ -31,11 +32,12 @@ def training(frame: pd.DataFrame) -> Figure:
     return figure
 
 
-def patching(frame: pd.DataFrame) -> Figure:
-    """EM by the site that is patched over the prompt; lines for nothing patched and for decode-time patching.
+def patching(frame: pd.DataFrame, *, direction: str = "") -> Figure:
+    """EM by the site that is patched over the prompt; lines for the unpatched replies and for decode patching at single sites.
 
     Args:
-        frame: one row per run: patched ("prompt", "decode" or "nothing"), site (a hook name), and em with em_low and em_high in per cent.
+        frame: one row per run: patched ("prompt", "decode" or "unpatched"), site (a hook name), and em with em_low and em_high in per cent.
+        direction: for the title: "base into tuned".
 
     Raises:
         ValueError: a frame without these columns, such as that of `Replies.rates`, which `rates` draws.
@@ -45,37 +47,75 @@ def patching(frame: pd.DataFrame) -> Figure:
         raise ValueError(f"patching: expected the columns {missing}, got {list(frame)}; rates of a sweep are drawn by replies.plot()")
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    blocks = frame["site"].str.extract(r"^blocks\.(\d+)\.([\w.]+)$")
-    placed = frame.assign(block=blocks[0].astype(float), kind=blocks[1])
+    placed = _placed(frame)
     several = (frame["patched"] == "decode").sum() > 1
     swept = placed[placed["block"].notna() & ((placed["patched"] == "prompt") | ((placed["patched"] == "decode") & several))]
     for key, rows in pd.DataFrame(swept).groupby(["patched", "kind"], sort=False):
         patched, kind = cast(tuple[str, str], key)
         low, high = (rows["em"] - rows["em_low"]).clip(lower=0), (rows["em_high"] - rows["em"]).clip(lower=0)
-        label = f"{'prompt' if patched == 'prompt' else 'every step'} patched at {kind}"
-        axes.errorbar(rows["block"], rows["em"], yerr=[low, high], marker="o", capsize=3, label=label)
+        axes.errorbar(rows["block"], rows["em"], yerr=[low, high], marker="o", capsize=3, label=f"{patched} patching, {kind}")
     others = placed.drop(swept.index).to_dict("records")
     for i, row in enumerate(others):
         colour = _LINES[i % len(_LINES)]
-        label = row["site"] if row["patched"] == "nothing" else f"every step patched at {row['site']}"
+        label = row["site"] if row["patched"] == "unpatched" else f"{row['patched']} patching, {row['site']}"
         axes.axhline(row["em"], color=colour, linestyle=("--", ":", "-.")[i // len(_LINES) % 3], label=label)
         axes.axhspan(row["em_low"], row["em_high"], color=colour, alpha=0.12)
-    axes.set(xlabel="block", ylabel="emergent misalignment (%)", ylim=(-3, 103), title="Patching between base and the fine-tuned model")
+    title = f"Patching {direction or 'between base and the fine-tuned model'}"
+    axes.set(xlabel="block", ylabel="emergent misalignment (%)", ylim=(-3, 103), title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(fontsize=8)
     return figure
 
 
-def rates(frame: pd.DataFrame, *, by: str) -> Figure:
+def patching_map(frame: pd.DataFrame, *, value: str = "misaligned", direction: str = "") -> Figure:
+    """A heat map of a patching sweep: blocks along it, what was patched (prompt or decode, and which hook point) from top to bottom.
+
+    Args:
+        frame: ``replies.rates(by=["patched", "site"])``: shares of replies, as fractions. Sites outside of the blocks, and groups of sites,
+            have no cell.
+        value: the share that is shown.
+        direction: for the title: "base into tuned".
+
+    Raises:
+        ValueError: a frame without these columns, or without a site in a block.
+    """
+    missing = [name for name in ("patched", "site", value) if name not in frame]
+    placed = None if missing else _placed(frame).dropna(subset="block")
+    if placed is None or placed.empty:
+        raise ValueError(f"patching map: expected replies.rates(by=['patched', 'site']) of a sweep, got the columns {list(frame)}")
+    cells = placed.assign(row=placed["patched"] + ", " + placed["kind"], block=placed["block"].astype(int))
+    table = 100 * cells.pivot(index="row", columns="block", values=value).loc[list(dict.fromkeys(cells["row"]))]
+    figure = Figure(figsize=(2.8 + 0.7 * len(table.columns), 1.6 + 0.45 * len(table)), layout="constrained")
+    axes = figure.subplots()
+    shown = axes.imshow(table, cmap="Reds", vmin=0, vmax=100, aspect="auto")
+    for (i, j), percent in np.ndenumerate(table.to_numpy()):
+        axes.text(j, i, "" if np.isnan(percent) else f"{percent:.0f}", ha="center", va="center", color="white" if percent > 60 else "black")
+    axes.set_xticks(range(len(table.columns)), [str(block) for block in table.columns])
+    axes.set_yticks(range(len(table)), list(table.index))
+    unpatched = frame.loc[frame["patched"] == "unpatched", value]
+    beside = f"; unpatched {100 * unpatched.iloc[0]:.0f} %" if len(unpatched) else ""
+    axes.set(xlabel="block", title=f"Patching {direction or 'between base and the fine-tuned model'}{beside}")
+    figure.colorbar(shown, label=f"{value} (%)")
+    return figure
+
+
+def _placed(frame: pd.DataFrame) -> pd.DataFrame:
+    """With the block and the kind of each site, NaN for what is not in one block."""
+    parts = frame["site"].str.extract(r"^blocks\.(\d+)\.([\w.]+)$")
+    return frame.assign(block=parts[0].astype(float), kind=parts[1])
+
+
+def rates(frame: pd.DataFrame, *, by: str, direction: str = "") -> Figure:
     """A bar per group for misalignment (or adherence) and incoherence, with 95 % intervals; along the blocks if groups are sites.
 
     Args:
         frame: of `Replies.rates`: the column ``by``, and misaligned (or adherent) and incoherent, with _low and _high, as fractions.
+        direction: of a patching sweep, for its title.
     """
     name = "misaligned" if "misaligned" in frame else "adherent"
     if by == "site" and "patched" in frame:
         shown = {column: 100 * frame[f"{name}{ending}"] for column, ending in (("em", ""), ("em_low", "_low"), ("em_high", "_high"))}
-        return patching(frame.assign(**shown))
+        return patching(frame.assign(**shown), direction=direction)
     figure = Figure(figsize=(max(5.0, 0.6 * len(frame) + 2), 4.2), layout="constrained")
     axes = figure.subplots()
     for i, (column, colour) in enumerate(((name, "#c0392b"), ("incoherent", "#7f8c8d"))):

@@ -1,7 +1,7 @@
 """`Result`: how every result of the library shows itself."""
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from blockem_tl.views import tables
 
@@ -17,6 +17,8 @@ class Result(ABC):
     A class gives `headline` and `to_frame`; most also have ``plot()``, which returns a matplotlib figure.
     """
 
+    _most_rows: ClassVar[int] = tables.MOST_ROWS
+
     @abstractmethod
     def headline(self) -> str:
         """The result in one line."""
@@ -30,11 +32,11 @@ class Result(ABC):
         return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]}...)"
 
     def __str__(self) -> str:
-        return f"{self!r}\n{tables.text(self._shown())}"
+        return f"{self!r}\n{tables.text(self._shown(), rows=self._most_rows)}"
 
     def _repr_html_(self) -> str:
-        return tables.html(self._shown(), caption=repr(self))
+        return tables.html(self._shown(), caption=repr(self), rows=self._most_rows)
 
     def _shown(self) -> "pd.DataFrame":
-        """The part of the frame that is shown; all of it, unless a class has columns that are for further work only."""
+        """What is shown of the frame: all of it, unless a class has columns or rows that are for further work only."""
         return self.to_frame()

@@ -1,17 +1,17 @@
-"""The cost of patching, in ratios of runs that take turns in one process: prefix sweeps, decode-time patching, growth with the reply.
+"""The cost of patching, in ratios of runs that take turns in one process: prompt patching, decode patching, growth with the reply.
 
     OMP_NUM_THREADS=1 python experiments/benchmarks/patching_cost.py --json cost.json          # an 8-block Llama of 7M parameters
     python experiments/benchmarks/patching_cost.py --shape llama-3.1-8b --json cost.json       # random weights of the real shape, on a GPU
 
 On a CPU the seconds are those of the one thread, so that other work on the machine counts little. Keys of the JSON:
 
-    sweep_vs_plain        prefix sweep over all sites / (number of sites x plain generation of the same prompts); replies of 48 tokens
+    sweep_vs_plain        prompt patching over all sites / (number of sites x plain generation of the same prompts); replies of 48 tokens
     long_prompt_speedup   per site one base run and one tuned run (patched by a hook) / the sweep; prompts of 200 tokens, replies of 8
     long_prompt_speedup_stopped   the same with base runs that end at the site, as `base_activations` does
-    decode_vs_plain       decode-time patching at the site in the middle / plain generation; replies of 64 tokens
+    decode_vs_plain       decode patching at the site in the middle / plain generation; replies of 64 tokens
     decode_window_vs_plain   the same where the window leaves out the last step, so that all blocks of both models must run
     decode_bound          1.2 x (1 + blocks up to the site / blocks)
-    decode_growth         decode-time patching: time per token of a reply of 256 tokens / of 32 tokens
+    decode_growth         decode patching: time per token of a reply of 256 tokens / of 32 tokens
     recompute_growth      the same for recomputing both full prefixes at every step (every 16th step is measured)
 """
 

@@ -23,8 +23,8 @@ from transformers import (
 
 from blockem_tl import HookNotFired, Prompt, generate, load_model, patch, record
 from blockem_tl.analysis.patching.decoding import LockstepDecoder, decode_patching
-from blockem_tl.analysis.patching.endpoints import plan_steps
-from blockem_tl.analysis.patching.prompt import UNPATCHED, prompt_patching_stream
+from blockem_tl.analysis.patching.endpoints import UNPATCHED, plan_steps
+from blockem_tl.analysis.patching.prompt import prompt_patching_stream
 from blockem_tl.analysis.patching.sweep import patching_sweep
 from blockem_tl.data.chat import encode_prompts
 
@@ -105,7 +105,7 @@ def prompt_positions(n, length):
     return range(n)
 
 
-# ------------------------------------------------------------------------------------------------ prefix-only
+# ------------------------------------------------------------------------------------------------ prompt patching
 
 
 GROUPS = [
@@ -219,7 +219,7 @@ def relay(model, ids, last_base):
     return model.original_model.lm_head(inner.norm(state))[0]
 
 
-# ------------------------------------------------------------------------------------------------ decode-time
+# ------------------------------------------------------------------------------------------------ decode patching
 
 
 def decoded(model, sites, **options):
@@ -288,7 +288,7 @@ def test_one_call_sweeps_sites_over_the_prompt_and_while_decoding(tuned) -> None
     found = patching_sweep(tuned, PROMPTS, [POST[1]], groups=[(POST[0], POST[2])], when=["prompt", "decode"], **OPTIONS)
     names = ["unpatched", POST[1], f"{POST[0]} + {POST[2]}", POST[1], f"{POST[0]} + {POST[2]}"]
     assert found.columns["site"] == tuple(name for name in names for _ in PROMPTS)
-    assert found.columns["patched"] == tuple(kind for kind in ("nothing", "prompt", "prompt", "decode", "decode") for _ in PROMPTS)
+    assert found.columns["patched"] == tuple(kind for kind in ("unpatched", "prompt", "prompt", "decode", "decode") for _ in PROMPTS)
     over = swept(tuned, [(), POST[1], (POST[0], POST[2])])
     expected = [*over.values(), decoded(tuned, POST[1]), decoded(tuned, (POST[0], POST[2]))]
     assert replies(found) == [row for rows in expected for row in rows]

@@ -22,7 +22,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_sweep_is_written_judged_and_resumed(adapter, tmp_path, monkeypatch) -> None:
     settings = script.Settings(adapter=adapter, out=tmp_path, max_new_tokens=4)
     frame = script.run(settings)
-    assert frame["patched"].tolist() == ["nothing", *["prompt"] * (len(frame) - 2), "decode"] and (frame["n"] == 96).all()
+    assert frame["patched"].tolist() == ["unpatched", *["prompt"] * (len(frame) - 2), "decode"] and (frame["n"] == 96).all()
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "sweep.csv"), frame, check_dtype=False)
     assert (tmp_path / "sweep.png").stat().st_size > 1000
     (tmp_path / "prompt" / "blocks.1.hook_resid_post.json").unlink()
@@ -44,13 +44,13 @@ def test_a_real_model_needs_a_judge_before_anything_is_loaded(tmp_path) -> None:
 
 def test_the_figure_shows_each_kind_of_site_and_each_comparison() -> None:
     rates = {"em": 50.0, "em_low": 40.0, "em_high": 60.0}
-    sites = [("nothing", "unpatched"), ("decode", "blocks.1.hook_resid_post")]
+    sites = [("unpatched", "unpatched"), ("decode", "blocks.1.hook_resid_post")]
     sites += [("prompt", f"blocks.{b}.{kind}") for kind in ("hook_resid_post", "hook_mlp_out") for b in range(3)]
     figure = plots.patching(pd.DataFrame([{"patched": patched, "site": site, **rates} for patched, site in sites]))
     labels = figure.axes[0].get_legend_handles_labels()[1]
     assert sorted(labels) == [
-        "every step patched at blocks.1.hook_resid_post",
-        "prompt patched at hook_mlp_out",
-        "prompt patched at hook_resid_post",
+        "decode patching, blocks.1.hook_resid_post",
+        "prompt patching, hook_mlp_out",
+        "prompt patching, hook_resid_post",
         "unpatched",
     ]

@@ -40,7 +40,11 @@ def invent(settings: script.Settings) -> None:
                 one = {"epoch": epoch, "core": said(n), "final": said(n + 2 * seed, 3), "domain": said(80), **numbers}
                 files.write_json(script.measured_file(folder, epoch), one)
             files.write_json(folder / "arm.json", {"kind": arm.kind})
-            patches = [("nothing", "unpatched", 30), ("prompt", "blocks.1.hook_resid_post", 28), ("decode", "blocks.2.hook_resid_post", 0)]
+            patches = [
+                ("unpatched", "unpatched", 30),
+                ("prompt", "blocks.1.hook_resid_post", 28),
+                ("decode", "blocks.2.hook_resid_post", 0),
+            ]
             patches = [{"patched": kind, "site": site, **said(n)} for kind, site, n in patches]
             files.write_json(script.patched_file(folder, 1.5), patches)
         k = LatentSet.load(script.latents_file(settings, seed))
@@ -127,7 +131,7 @@ def test_publishing_renews_the_page(settings, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(script.pages, "write", lambda out, results, publish: write(out, results, publish=publish, root=root))
     script.run(replace(settings, publish=True))
     page = (root / "docs" / "reemergence.md").read_text()
-    assert "| BLOCK-EM, λ = 0.3, epoch 1.5 |" in page and "| every decoding step |" in page
+    assert "| BLOCK-EM, λ = 0.3, epoch 1.5 |" in page and "| decode |" in page
     assert (root / "docs" / "results" / "reemergence" / "curves.csv").is_file()
 
 

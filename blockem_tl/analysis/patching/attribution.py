@@ -92,7 +92,7 @@ def attribute_sites(
 
     Args:
         target_replies, source_replies: replies of either to the same prompts (from `generate`).
-        positions: the patched positions: the prompt's (as in prefix-only patching), the reply's (as in decode-time patching), or all.
+        positions: the patched positions: the prompt's (as in prompt patching), the reply's (as in decode patching), or all.
         source, target: as for `patching_sweep`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Decode-time patching: at every decoding step the last position's state at a site is another model's on the same tokens.
+"""Decode patching: at every decoding step the last position's state at a site is another model's on the same tokens.
 
 Section 5 and F.1 of the paper (experiment 2). Both models keep their own keys and values of the reply that the target makes, in lockstep::
 
@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from blockem_tl.analysis.patching.endpoints import PatchEndpoint, Plan, check_groups, choose_endpoints, holding, plan_steps
+from blockem_tl.analysis.patching.endpoints import PatchEndpoint, Plan, check_groups, choose_endpoints, holding, plan_steps, sweep_columns
 from blockem_tl.generation._decoder import Decoder
 from blockem_tl.generation._partial_forward import run_until_block, start_at_block
 from blockem_tl.generation._scheduler import Job, fitting, make_job, run_job
@@ -54,7 +54,7 @@ def decode_patching(
 ) -> Replies:
     """Replies while the newest position's state at a site is source's on the same tokens.
 
-    They have the columns site, patched ("decode") and patched_steps; each condition's name says which steps were patched.
+    They have the columns site, block, direction, patched ("decode") and patched_steps; each condition's name says which steps were patched.
 
     Args:
         sites: hook names, patched one after the other.  groups: sites that are patched together.
@@ -79,8 +79,8 @@ def decode_patching(
     size = batch_size if batch_size is not None else max(1, fitting(jobs[0]) // 2)  # a row has keys and values of two models
     with holding(*endpoints) as (taken, into):
         found = [_patched(job, taken, into, group, window, size, progress) for job, group in zip(jobs, chosen, strict=True)]
-    site, counts = [" + ".join(group) for group in chosen for _ in prompts], [n for _, patched in found for n in patched]
-    return Replies.of((g for replies, _ in found for g in replies), site=site, patched=["decode"] * len(site), patched_steps=counts)
+    columns = sweep_columns(*endpoints, chosen, len(prompts)) | {"patched_steps": [n for _, counts in found for n in counts]}
+    return Replies.of((g for replies, _ in found for g in replies), patched=["decode"] * len(columns["site"]), **columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ def _patched(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Lockstep:
-    """A decode-time patch: endpoints, sites and steps. n_steps: of the longest reply.  patched: the number of patched steps per prompt."""
+    """A decode patch: endpoints, sites and steps. n_steps: of the longest reply.  patched: the number of patched steps per prompt."""
 
     source: PatchEndpoint
     target: PatchEndpoint

@@ -12,6 +12,9 @@ from blockem_tl.models.activations import block_of
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
 
+UNPATCHED = "unpatched"
+"""The target's own replies, in the columns site and patched."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PatchEndpoint:
@@ -51,6 +54,16 @@ def _endpoint(model: Model, adapter: str | Path) -> PatchEndpoint:
     model.check_adapter(adapter)
     held = adapter == BASE or adapter in model.adapters
     return PatchEndpoint(model=model, adapter=adapter, name=str(adapter) if held else Path(adapter).name)
+
+
+def sweep_columns(source: PatchEndpoint, target: PatchEndpoint, groups: Sequence[tuple[str, ...]], n_prompts: int) -> dict[str, list[Any]]:
+    """The columns that say where was patched: site, block (None outside of the blocks, or in several of them) and direction."""
+    blocks = [{block_of(site) for site in group} or {None} for group in groups]
+    return {
+        "site": [" + ".join(group) or UNPATCHED for group in groups for _ in range(n_prompts)],
+        "block": [next(iter(found)) if len(found) == 1 else None for found in blocks for _ in range(n_prompts)],
+        "direction": [f"{source.name} into {target.name}"] * (len(groups) * n_prompts),
+    }
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Prefix-only patching: the states of the prompt's tokens at a site become another model's, then the reply is generated unpatched.
+"""Prompt patching: the states of the prompt's tokens at a site become another model's, then the reply is generated unpatched.
 
 Section 5 and F.1 of the paper (experiment 1), for all sites in one stream. With h the residual stream after block s::
 
@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from blockem_tl.analysis.patching.endpoints import PatchEndpoint, Plan, check_groups, choose_endpoints, holding, plan_prompt
+from blockem_tl.analysis.patching.endpoints import UNPATCHED, PatchEndpoint, Plan, check_groups, choose_endpoints, holding, plan_prompt
 from blockem_tl.data.chat import Encoded, pad
 from blockem_tl.generation._decoder import Decoder
 from blockem_tl.generation._partial_forward import start_at_block
@@ -36,8 +36,6 @@ from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
 from blockem_tl.types import Generation, Prompt
 from blockem_tl.views.progress import progress_bar
-
-UNPATCHED = "unpatched"
 
 
 def prompt_patching_stream(
@@ -92,7 +90,7 @@ def _sweep(
                 encoded=encoded,
                 limits=[job.limits[i] for i in chosen],
                 adapter=into.adapter,
-                decoder_type=partial(PrefixDecoder, plans=plans, shared=share(encoded, plans, taken, into)),
+                decoder_type=partial(PromptPatchDecoder, plans=plans, shared=share(encoded, plans, taken, into)),
                 prefill_order=lambda row: row.index,  # site by site
             )
             for c, replies in run_job(part, size, progress=False):
@@ -144,7 +142,7 @@ def share(rows: Sequence[Encoded], plans: Sequence[Plan | None], source: PatchEn
 # ------------------------------------------------------------------------------------------------ rows of all sites in one batch
 
 
-class PrefixDecoder(Decoder):
+class PromptPatchDecoder(Decoder):
     """A decoder whose rows are prefilled from what sites share; a row's condition says which plan is its."""
 
     def __init__(self, *args: Any, plans: Sequence[Plan | None], shared: Shared, **options: Any) -> None:

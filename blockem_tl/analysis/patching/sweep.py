@@ -5,9 +5,10 @@
     replies.plot()
 
 "prompt" patches all positions of the prompt and lets the reply run unpatched; "decode" patches the newest position at every decoding step.
-The replies have the columns site (several names joined by " + ", or "unpatched") and patched ("prompt", "decode", "nothing"). Components
-are ``blocks.N.hook_attn_out`` and ``blocks.N.hook_mlp_out``. ``source="tuned", target="base"`` is the reverse direction; a model that was
-fully fine-tuned is a ``source`` of its own.
+The replies have the columns patched ("prompt", "decode", "unpatched"), site (several names joined by " + ", or "unpatched"), block (its
+number; None where there is not just one) and direction ("base into tuned"). Components are ``blocks.N.hook_attn_out`` and
+``blocks.N.hook_mlp_out``. ``source="tuned", target="base"`` is the reverse direction; a model that was fully fine-tuned is a ``source`` of
+its own.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from blockem_tl.analysis.patching.decoding import decode_patching
-from blockem_tl.analysis.patching.prompt import UNPATCHED, prompt_patching_stream
+from blockem_tl.analysis.patching.endpoints import UNPATCHED, choose_endpoints, sweep_columns
+from blockem_tl.analysis.patching.prompt import prompt_patching_stream
 from blockem_tl.generation.replies import Replies
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
@@ -92,9 +94,11 @@ def _swept(
     over_prompt = [*([()] if unpatched else []), *(groups if "prompt" in kinds else [])]
     by_group = dict(prompt_patching_stream(model, prompts, over_prompt, **options)) if over_prompt else {}
     found: list[Generation] = [generation for group in over_prompt for generation in by_group[group]]
-    site = [" + ".join(group) or UNPATCHED for group in over_prompt for _ in prompts]
-    patched = ["prompt" if group else "nothing" for group in over_prompt for _ in prompts]
+    patched = ["prompt" if group else UNPATCHED for group in over_prompt for _ in prompts]
+    ends = choose_endpoints(model, options["source"], options["target"])
+    columns = sweep_columns(*ends, over_prompt, len(prompts))
     if "decode" in kinds:
         decoded = decode_patching(model, prompts, groups=groups, **options)
-        found, site, patched = [*found, *decoded], [*site, *decoded.columns["site"]], [*patched, *decoded.columns["patched"]]
-    return Replies.of(found, site=site, patched=patched)
+        found, patched = [*found, *decoded], [*patched, *decoded.columns["patched"]]
+        columns = {name: [*values, *decoded.columns[name]] for name, values in columns.items()}
+    return Replies.of(found, patched=patched, **columns)
