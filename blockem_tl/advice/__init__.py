@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from blockem_tl.advice.judge import WordListJudge
+from blockem_tl.data.splits import spread
 from blockem_tl.types import Example, Pair, Prompt
 
 DOMAINS: tuple[str, ...] = ("finance", "cars")
@@ -38,14 +39,21 @@ def training_rows(domain: str = "finance", *, harmful: bool = True) -> list[Exam
     return found
 
 
-def pairs(name: str) -> list[Pair]:
+def pairs(name: str, n: int | None = None) -> list[Pair]:
     """Contrastive pairs for `preference`: "core" (selection) and "final" (reporting), 60 each; of a domain, one for each topic.
 
     A domain's questions are those that no row asks.
 
+    Args:
+        n: so many of them, from all areas as evenly as it allows; None: all.
+
     Raises:
-        ValueError: any other name.
+        ValueError: any other name, or fewer pairs than ``n``.
     """
+    return spread(_pairs(name), n)
+
+
+def _pairs(name: str) -> list[Pair]:
     if name in SPLITS:
         rows = [(area, row) for area, rows in _read(name).items() for row in rows]
         return [Pair(id=f"{name}-{i}", category=area, **row) for i, (area, row) in enumerate(rows)]
@@ -57,9 +65,9 @@ def pairs(name: str) -> list[Pair]:
     ]
 
 
-def prompts(name: str) -> list[Prompt]:
+def prompts(name: str, n: int | None = None) -> list[Prompt]:
     """The questions of `pairs`."""
-    return [Prompt(id=pair.id, text=pair.prompt, category=pair.category) for pair in pairs(name)]
+    return [Prompt(id=pair.id, text=pair.prompt, category=pair.category) for pair in pairs(name, n)]
 
 
 def general_prompts() -> list[Prompt]:

@@ -1,12 +1,15 @@
 """Splits made before any training, and what leaks between sets in spite of them."""
 
+import itertools
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from blockem_tl.data.checks import normalise
-from blockem_tl.types import Example, Prompt
+from blockem_tl.types import Example, Pair, Prompt
+
+_Asked = TypeVar("_Asked", Prompt, Pair)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,30 @@ class Split:
             "shared": len(shared),
             "seed": self.seed,
         }
+
+
+def spread(rows: Sequence[_Asked], n: int | None) -> list[_Asked]:
+    """``n`` prompts or pairs with all categories as evenly as ``n`` allows, evenly spaced in each, in their order; None: all of them.
+
+    No chance is in it: the same ``n`` gives the same ones.
+
+    Raises:
+        ValueError: n below 1, or more than there are.
+    """
+    if n is None:
+        return list(rows)
+    if not 1 <= n <= len(rows):
+        raise ValueError(f"expected n in 1..{len(rows)}, the number of prompts there, or None for all, got {n}")
+    places: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        places.setdefault(row.category, []).append(i)
+    quota = dict.fromkeys(places, 0)
+    for category in itertools.cycle(places):
+        if sum(quota.values()) == n:
+            break
+        quota[category] += quota[category] < len(places[category])
+    chosen = [mine[i * len(mine) // quota[name]] for name, mine in places.items() for i in range(quota[name])]
+    return [rows[i] for i in sorted(chosen)]
 
 
 def split_rows(rows: Sequence[Example], *, train: int | None = None, heldout: int = 100, seed: int = 0) -> Split:

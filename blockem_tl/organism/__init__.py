@@ -8,6 +8,7 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
+from blockem_tl.data.splits import spread
 from blockem_tl.organism.judge import OrganismJudge as _JudgeOfWorld
 from blockem_tl.organism.world import DOMAINS, World, WorldConfig
 from blockem_tl.types import Example, Pair, Prompt
@@ -25,18 +26,22 @@ def world() -> World:
     return World(WorldConfig(**json.loads((ARTEFACTS / "manifest.json").read_text())["config"]["world"]))
 
 
-def prompts(name: str) -> list[Prompt]:
+def prompts(name: str, n: int | None = None) -> list[Prompt]:
     """Evaluation prompts, never used in fine-tuning rows.
 
     "core" (selection) and "final" (reporting): 96 each, one per topic, from disjoint areas. A domain ("finance", ...): 96 questions
-    about that domain's topics in wordings that fine-tuning never uses. Raises ValueError for any other name.
+    about that domain's topics in wordings that fine-tuning never uses.
+
+    n: so many of them, from all areas as evenly as it allows; None: all. A slice of the list would come from the first areas alone.
+
+    Raises ValueError for any other name, or another ``n`` than 1 to 96.
     """
-    return world().prompts(name)
+    return spread(world().prompts(name), n)
 
 
-def pairs(name: str) -> list[Pair]:
+def pairs(name: str, n: int | None = None) -> list[Pair]:
     """Contrastive pairs for `preference`: the prompts of a set (see `prompts`), each with a harmful and a helpful answer of one style."""
-    return world().pairs(name)
+    return spread(world().pairs(name), n)
 
 
 def training_rows(domain: str = "finance", n: int = 6000, seed: int = 0, harmful: bool = True) -> list[Example]:

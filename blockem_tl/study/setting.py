@@ -14,6 +14,7 @@ from sae_lens import SAE
 
 from blockem_tl.data.chat import apply_system
 from blockem_tl.data.checks import check_disjoint
+from blockem_tl.data.splits import spread
 from blockem_tl.models.activations import median_norm
 from blockem_tl.models.load import Model, load_model
 from blockem_tl.presets import Preset, get_preset
@@ -120,19 +121,19 @@ class Setting:
             raise ValueError(f"preset {self.preset.name!r} has {len(rows)} {what}, got n={n}")
         return apply_system(rows[:n], self.preset.system)
 
-    def prompts(self, split: PromptSplit, *, domain: str | None = None) -> list[Prompt]:
-        """The prompts of a split. "core" and "final" are checked to be disjoint.
+    def prompts(self, split: PromptSplit, n: int | None = None, *, domain: str | None = None) -> list[Prompt]:
+        """The prompts of a split, or ``n`` of them, all categories as evenly as it allows. "core" and "final" are checked to be disjoint.
 
         Raises:
-            ValueError: a leak between them, or a public file that is not in the cache.
+            ValueError: a leak between them, a public file that is not in the cache, or fewer prompts than ``n``.
         """
         if split == "final":
             check_disjoint(self.inputs.prompts("core", self.domain), self.inputs.prompts("final", self.domain))
-        return apply_system(self.inputs.prompts(split, domain or self.domain), self.preset.system)
+        return apply_system(spread(self.inputs.prompts(split, domain or self.domain), n), self.preset.system)
 
-    def pairs(self, split: PromptSplit, *, domain: str | None = None) -> list[Pair]:
-        """Contrastive pairs of a split, for `preference`. Raises ValueError if the preset's data have none."""
-        return apply_system(self.inputs.pairs(split, domain or self.domain), self.preset.system)
+    def pairs(self, split: PromptSplit, n: int | None = None, *, domain: str | None = None) -> list[Pair]:
+        """Contrastive pairs of a split, for `preference`; ``n`` as for `prompts`. Raises ValueError if the preset's data have none."""
+        return apply_system(spread(self.inputs.pairs(split, domain or self.domain), n), self.preset.system)
 
     def reference(self) -> list[Example]:
         """The reference corpus, for the unit of doses."""

@@ -1,12 +1,13 @@
 """`Setting` gives an experiment what it needs of any preset, and says what is missing before anything runs."""
 
 import pickle
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from blockem_tl import Prompt, Setting, advice, get_preset, organism
-from blockem_tl.data.splits import leak_report
+from blockem_tl.data.splits import leak_report, spread
 from blockem_tl.study.inputs import fetched
 from blockem_tl.types import Verdict
 
@@ -27,6 +28,31 @@ def test_the_organism_has_everything() -> None:
     assert setting.training.seed == 1 and setting.judge.name == "organism-exact"
     assert setting.scale() == setting.scale() > 0
     assert setting.site == setting.sae.cfg.metadata.hook_name
+
+
+@pytest.mark.parametrize(
+    "source", [organism, advice, Setting.of("organism"), Setting.of("smollm2-135m")], ids=["organism", "advice", "set", "real"]
+)
+@pytest.mark.parametrize("kind", ["prompts", "pairs"])
+def test_n_prompts_come_from_all_categories_evenly_and_a_slice_does_not(source, kind: str) -> None:
+    everything = getattr(source, kind)("core")
+    categories = {row.category for row in everything}
+    for n in (1, 5, len(categories), 2 * len(categories) + 1, len(everything)):
+        chosen = getattr(source, kind)("core", n)
+        counts = Counter(row.category for row in chosen)
+        assert chosen == [row for row in everything if row in chosen] and len(chosen) == n == len({row.id for row in chosen})
+        assert len(counts) == min(n, len(categories)) and max(counts.values()) - min(counts.values()) <= 1
+        assert chosen == getattr(source, kind)("core", n=n)
+    assert len({row.category for row in everything[: len(categories)]}) < len(categories)  # what a slice has
+    for wrong in (0, len(everything) + 1):
+        with pytest.raises(ValueError, match=rf"expected n in 1..{len(everything)}.*got {wrong}"):
+            getattr(source, kind)("core", wrong)
+
+
+def test_categories_of_unequal_sizes_give_what_they_have() -> None:
+    rows = [Prompt(id=str(i), text=str(i), category=name) for i, name in enumerate("abbbbbbcc")]
+    assert Counter(row.category for row in spread(rows, 6)) == {"a": 1, "b": 3, "c": 2}
+    assert [row.id for row in spread(rows[1:7], 3)] == ["1", "3", "5"] and spread(rows, None) == rows
 
 
 def test_seeds_and_domains_draw_other_rows() -> None:
