@@ -15,6 +15,8 @@ from blockem_tl.saes.kept import KeptActivations
 
 ROWS = 32
 """Rows that are read together."""
+MOST_HELD_OUT = 64
+"""Rows of a corpus at most that a card is measured on: its losses need the whole model."""
 
 
 def split_corpora(corpora: Mapping[str, Rows], *, heldout: float, seed: int) -> tuple[dict[str, Rows], dict[str, Rows]]:
@@ -23,7 +25,7 @@ def split_corpora(corpora: Mapping[str, Rows], *, heldout: float, seed: int) -> 
     for name, rows in corpora.items():
         order = list(rows)
         random.Random(f"{seed} {name}").shuffle(order)
-        n = max(1, round(heldout * len(order)))
+        n = min(MOST_HELD_OUT, max(1, round(heldout * len(order))))
         if len(order) - n < 1:
             raise ValueError(f"SAE: corpus {name!r} has {len(order)} rows, expected two at least, one of them to hold out")
         train[name], apart[name] = order[n:], order[:n]

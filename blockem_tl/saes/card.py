@@ -19,6 +19,7 @@ from blockem_tl.models.lora import BASE
 from blockem_tl.saes.fit import reconstruct
 from blockem_tl.saes.latents import encode_all
 from blockem_tl.saes.load import check_fits
+from blockem_tl.types import check_names
 from blockem_tl.views.results import Result
 
 
@@ -64,7 +65,7 @@ def measure(
     site = check_fits(sae, model)
     fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool, device=sae.W_dec.device)
     rows = []
-    for adapter in adapters:
+    for adapter in check_names("measure(adapters=)", adapters, such_as="plain"):
         with model.using(adapter):
             for name, read in corpora.items():
                 sums = _Sums()

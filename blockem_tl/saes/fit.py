@@ -1,6 +1,7 @@
 """The fit of an SAE to a model: its reconstruction of base's activations, and a warning for one that explains little of them."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,18 +29,18 @@ def reconstruct(sae: SAE[Any], activations: Float[Tensor, "tokens d_model"]) -> 
 
 
 @torch.no_grad()
-def explained_variance(model: Model, sae: SAE[Any], rows: Rows) -> float:
-    """The share of the variance of base's activations at the SAE's site that it gives back, over all tokens but system ones.
+def explained_variance(model: Model, sae: SAE[Any], rows: Rows, *, adapter: str | Path | None = BASE) -> float:
+    """The share of the variance of the activations at the SAE's site that it gives back, over all tokens but system ones.
 
+    ``adapter`` says which weights act, as everywhere; an SAE is judged on base, the default.
     `analysis.reconstruction.reconstruction_quality` has more numbers, for any adapters. Raises ValueError for an SAE that does not fit.
     """
     site = check_fits(sae, model)
     read, given_back = [], []
-    with model.using(BASE):
-        for activations, batch in read_site(model, site, rows):
-            for row, kept in zip(activations, batch.mask & ~batch.system, strict=True):  # the latents of a whole batch may not fit
-                read.append(row[kept].float())
-                given_back.append(reconstruct(sae, read[-1]))
+    for activations, batch in read_site(model, site, rows, adapter=adapter):
+        for row, kept in zip(activations, batch.mask & ~batch.system, strict=True):  # the latents of a whole batch may not fit
+            read.append(row[kept].float())
+            given_back.append(reconstruct(sae, read[-1]))
     h = torch.cat(read)
     lost = (h - torch.cat(given_back)).square().sum() / (h - h.mean(0)).square().sum()
     return 1 - float(lost)

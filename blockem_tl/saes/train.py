@@ -38,6 +38,7 @@ from blockem_tl.saes.card import SAECard, measure
 from blockem_tl.saes.load import checked
 from blockem_tl.saes.rounds import Rounds, fit_in_rounds
 from blockem_tl.storage import files, fingerprints
+from blockem_tl.types import check_names, check_site
 from blockem_tl.views.progress import allowed
 
 Kind = Literal["topk", "batchtopk", "jumprelu"]
@@ -49,7 +50,7 @@ class SAETraining:
 
     kind: of activation.  d_sae: latents.  k: active at a token (JumpReLU finds a number of its own).  samples: tokens trained on, drawn
     again and again from the rows.  batch_size: tokens per step.  buffer: tokens that are held and mixed.  heldout: share of each corpus's
-    rows that the card is measured on.  kept_gb: disk for activations, which are read again instead of computed again (0: none).
+    rows that the card is measured on, 64 at most.  kept_gb: disk for activations, which are read again instead of computed again (0: none).
     dtype: in which the SAE is saved.
 
     Raises:
@@ -96,11 +97,15 @@ def train_sae(
         out: a folder for the SAE (as SAELens saves one, for `load_sae`) and card.json.
 
     Raises:
+        TypeError: a site that is no name, corpora that are no dict, adapters that are no list.
         ValueError: an unknown site, corpora with fewer tokens than the SAE has latents, or an adapter that is none.
             ``out``.training holds another training's state.
         FileExistsError: ``out`` exists.
     """
-    resolve(model.hook_dict, site)
+    resolve(model.hook_dict, check_site("train_sae", site))
+    if not isinstance(corpora, Mapping):
+        raise TypeError(f"train_sae: expected corpora as a dict of rows by name, {{'texts': rows}}, got a {type(corpora).__name__} of rows")
+    adapters = check_names("train_sae(adapters=)", adapters, such_as="plain")
     if out is not None:
         files.check_replaceable(out, "cfg.json" if overwrite else None)
     torch.manual_seed(config.seed)
