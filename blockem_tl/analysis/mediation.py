@@ -27,7 +27,9 @@ from torch import Tensor
 from blockem_tl.data.chat import Batch, Encoded, check_lengths, encode_examples, pad
 from blockem_tl.data.pair_files import check_pairs
 from blockem_tl.evaluation.preference import mean_log_likelihood, sides
-from blockem_tl.models.activations import SINK, base_activations, stop_layer
+from blockem_tl.generation._partial_forward import start_at_block
+from blockem_tl.hooks import patch
+from blockem_tl.models.activations import SINK, base_activations, block_of, stop_layer
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
 from blockem_tl.models.memory import check_batch_size, rows_at_once
@@ -213,15 +215,18 @@ class _Run:
                 base, tuned = self._states(batch)
                 for p, part in enumerate(parts):
                     taken = self._taken_out(part, base, tuned, batch)
-                    found[p, here] = self._forward(batch, self.adapter, taken)
+                    found[p, here] = self._forward(batch, self.adapter, tuned if taken is None else tuned - taken.to(tuned))
                     bar.update(len(batch.ids))
-                found[-1, here] = self._forward(batch, BASE, None)
+                found[-1, here] = self._forward(batch, BASE, base)
                 bar.update(len(batch.ids))
         return found
 
-    def _forward(self, batch: Batch, adapter: str, taken: Tensor | None) -> Float[np.ndarray, " batch"]:
-        hooks = [] if taken is None else [(self.site, lambda activation, hook: activation - taken.to(activation))]
-        with self.model.using(adapter), self.model.hooks(fwd_hooks=hooks):
+    def _forward(self, batch: Batch, adapter: str, state: Float[Tensor, "batch pos d_model"]) -> Float[np.ndarray, " batch"]:
+        """Mean log-likelihoods of the replies with ``state`` at the site; blocks below a block's output do not run again."""
+        block = block_of(self.site)
+        above = block is not None and self.site.endswith(("hook_resid_post", "hook_out"))
+        acting = start_at_block(self.model, cast(int, block) + 1, state) if above else self.model.hooks(fwd_hooks=[patch(self.site, state)])
+        with self.model.using(adapter), acting:
             logits = cast(Any, self.model.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
         return mean_log_likelihood(logits, batch).cpu().numpy()
 
