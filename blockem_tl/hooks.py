@@ -33,6 +33,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
+from blockem_tl.types import check_hooks
+
 HookFunction = Callable[..., Tensor | None]
 Hook = tuple[str, HookFunction]
 NameOrFilter = str | Callable[[str], bool]
@@ -144,8 +146,7 @@ def ablate(site: str, directions: Float[Tensor, "*n_directions d_model"]) -> Hoo
 
     def fn(activation: Tensor, hook: HookPoint) -> Tensor:
         _check_width(site, basis.T, activation)
-        q = basis.to(activation.device)
-        h = activation.float()  # in bf16 the projection would leave ten times more behind
+        q, h = basis.to(activation.device), activation.float()  # in bf16 the projection would leave ten times more behind
         return (h - (h @ q) @ q.T).to(activation.dtype)
 
     return site, fn
@@ -212,7 +213,7 @@ def matching(points: Mapping[str, HookPoint], name: NameOrFilter) -> list[HookPo
 def attached(model: HasHookPoints, fwd_hooks: _Pairs = (), bwd_hooks: _Pairs = ()) -> AbstractContextManager[None]:
     """Attach hooks for the time of the block; afterwards they are gone, whatever happened inside.
 
-    Raises ValueError for an unknown site, before anything is attached; HookNotFired if a hook never fired in a block that ended well.
+    Raises TypeError for what is no hook, ValueError for an unknown site, both before any is attached; HookNotFired if one never fired.
     """
     return attached_to(model.hook_dict, fwd_hooks, bwd_hooks)
 
@@ -221,9 +222,9 @@ def attached(model: HasHookPoints, fwd_hooks: _Pairs = (), bwd_hooks: _Pairs = (
 def attached_to(points: Mapping[str, HookPoint], fwd_hooks: _Pairs, bwd_hooks: _Pairs = ()) -> Iterator[None]:
     """`attached`, with the model's hook points by name already at hand."""
     wanted: list[tuple[Literal["fwd", "bwd"], NameOrFilter, HookFunction, list[HookPoint]]] = []
-    for name, fn in fwd_hooks:
+    for name, fn in check_hooks(fwd_hooks):
         wanted.append(("fwd", name, fn, matching(points, name)))
-    for name, fn in bwd_hooks:
+    for name, fn in check_hooks(bwd_hooks):
         wanted.append(("bwd", name, fn, matching(points, name)))
     fired = [0] * len(wanted)
     level = _next_level()

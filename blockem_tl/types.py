@@ -5,9 +5,10 @@ Axis names used in every jaxtyping signature of the library::
     batch  pos  d_model  d_sae  n_latents  n_layers  d_vocab  n_prompts
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args, runtime_checkable
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 Label = Literal["1", "2", "3", "4", "5", "REFUSAL", "INCOHERENT", "OFF-TOPIC", "SATIRICAL/ABSURD"]
 """A judge's answer on one reply: a severity 1-5, or one of four other labels (paper B.3)."""
@@ -225,3 +226,47 @@ class Rate:
 
     def __repr__(self) -> str:
         return f"Rate({self})"
+
+
+# ------------------------------------------------------------------------------------------------ arguments of another kind
+
+
+EXAMPLE_SITE = "blocks.2.hook_resid_post"
+
+
+def check_names(what: str, given: object, *, such_as: str) -> list[Any]:
+    """Names (of sites, of adapters) as a list. Raises TypeError for one name, whose letters would be taken for names, or other things."""
+    if isinstance(given, (str, Path)):
+        raise TypeError(f"{what}: expected a list such as [{such_as!r}], got {str(given)!r} alone: write [{str(given)!r}]")
+    found = list(given) if isinstance(given, Iterable) else None
+    if found is None or not all(isinstance(name, (str, Path)) for name in found):
+        raise TypeError(f"{what}: expected a list of names such as [{such_as!r}], got {_short(given)}")
+    return found
+
+
+def check_site(what: str, given: object) -> str:
+    """The name of one site. Raises TypeError for anything but a text: a number of a block names no hook point."""
+    if isinstance(given, str):
+        return given
+    hint = f"; the residual stream that leaves block {given} is 'blocks.{given}.hook_resid_post'" if type(given) is int else ""
+    raise TypeError(f"{what}: expected the name of a site, such as {EXAMPLE_SITE!r}, got {_short(given)}{hint}")
+
+
+def check_hooks(given: object) -> list[tuple[Any, Any]]:
+    """Hooks as a list of pairs. Raises TypeError unless each is a site (or a function that picks names) and a function."""
+    what = f"hooks: expected a list of pairs (site, function), such as [({EXAMPLE_SITE!r}, fn)] or [steer(...)]"
+    if not isinstance(given, Iterable) or isinstance(given, (str, Mapping)):
+        raise TypeError(f"{what}, got {_short(given)}")
+    pairs: list[Any] = list(given)
+    for pair in pairs:
+        two = isinstance(pair, (tuple, list)) and len(pair) == 2
+        if not two or not (isinstance(pair[0], str) or callable(pair[0])) or not callable(pair[1]):
+            alone = ": put the pair into a list" if len(pairs) == 2 and isinstance(pair, str) else ""
+            raise TypeError(f"{what}, got {_short(pair)} among them{alone}")
+    return pairs
+
+
+def _short(given: object) -> str:
+    """What was given, in few words."""
+    text = repr(given)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} ({type(given).__name__})"

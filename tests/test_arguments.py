@@ -1,5 +1,6 @@
 """Arguments that are no numbers, names or presets: a clear error, before anything is generated, trained or judged."""
 
+import inspect
 import math
 import resource
 import subprocess
@@ -10,16 +11,36 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from shared import EXAMPLES, SITES, WIDTH, sae_at, set_of
+from shared import EXAMPLES, SITES, WIDTH, perturbed, sae_at, set_of
 
-from blockem_tl import Blocking, Condition, Prompt, Steering, TrainingConfig, finetune, generate, get_preset
+from blockem_tl import (
+    Blocking,
+    Condition,
+    Prompt,
+    Steering,
+    TrainingConfig,
+    finetune,
+    generate,
+    get_preset,
+    hooks,
+    load_engine,
+    read_sites,
+    reconstruction_quality,
+    shift_by_site,
+    train_sae,
+)
 from blockem_tl.data.checks import check_prompts
 from blockem_tl.defences.base_latents import BaseLatents
 from blockem_tl.evaluation.statistics import agreement
+from blockem_tl.generation import _scheduler
 from blockem_tl.judging.backend import Completion
 from blockem_tl.judging.judge import LLMJudge
+from blockem_tl.models import load
+from blockem_tl.models.activations import read_site
+from blockem_tl.saes.card import measure
 from blockem_tl.storage import files
 from blockem_tl.storage.store import Store
+from blockem_tl.types import EXAMPLE_SITE, check_hooks, check_names, check_site
 
 NAN, INF = float("nan"), float("inf")
 PROMPTS = [Prompt(id="1", text="w1 w2"), Prompt(id="2", text="w3")]
@@ -198,3 +219,101 @@ def test_the_library_imports_where_there_is_no_resource_module() -> None:
     code = "import sys; sys.modules['resource'] = None; import blockem_tl; from blockem_tl import cli; from blockem_tl.storage import files"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     assert files.peak_rss_mb() > 10
+
+
+# ---------------------------------------------------------------------------------------------- other kinds than expected
+
+
+def plainly(function, *arguments, **options):
+    """The call without the tests' own type checks, which users do not have: iterated, since some calls give an iterator."""
+    found = inspect.unwrap(function)(*arguments, **options)
+    return list(found) if isinstance(found, Iterator) else found
+
+
+SITE_ALONE = rf"expected a list such as \['blocks.2.hook_resid_post'\], got '{SITES[0]}' alone: write \['{SITES[0]}'\]"
+PAIRS = r"hooks: expected a list of pairs \(site, function\)"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: plainly(train_sae, m, 3, {}), r"train_sae: expected the name of a site.* got 3 \(int\); .* 'blocks.3.hook_resid_post'"),
+        (lambda m: plainly(train_sae, m, SITES[0], [EXAMPLES]), "train_sae: expected corpora as a dict of rows by name"),
+        (lambda m: plainly(train_sae, m, SITES[0], {"a": EXAMPLES}, adapters="plain"), r"got 'plain' alone: write \['plain'\]"),
+        (lambda m: plainly(reconstruction_quality, m, sae_at(SITES[0]), EXAMPLES, adapters="plain"), "got 'plain' alone"),
+        (lambda m: plainly(measure, m, sae_at(SITES[0]), {"a": EXAMPLES}, adapters=3), r"list of names such as \['plain'\], got 3 \(int\)"),
+        (
+            lambda m: plainly(load_engine, "transformer_lens", model=m, adapters="plain"),
+            r"adapters as a dict \{name: folder\}, got 'plain'",
+        ),
+        (lambda m: plainly(read_sites, m, SITES[0], EXAMPLES), SITE_ALONE),
+        (lambda m: plainly(read_sites, m, [3], EXAMPLES), r"read_sites: expected a list of names .* got \[3\] \(list\)"),
+        (lambda m: plainly(read_site, m, 2, EXAMPLES), r"read_site: expected the name of a site.* got 2 \(int\)"),
+        (lambda m: plainly(shift_by_site, m, EXAMPLES, plain="base", blocked="base", sites=SITES[0]), SITE_ALONE),
+        (lambda m: check_names("recording", SITES[0], such_as=EXAMPLE_SITE), SITE_ALONE),
+        (lambda m: check_hooks([(1, print)]), PAIRS + r".*got \(1, .* among them"),
+        (lambda m: check_hooks([(SITES[0], 1)]), PAIRS),
+        (lambda m: check_hooks((SITES[0], print)), PAIRS + ".*put the pair into a list"),
+        (lambda m: check_hooks(3), PAIRS + r".*got 3 \(int\)"),
+    ],
+)
+def test_arguments_of_another_kind_are_one_readable_line(call, message: str, tiny) -> None:
+    with pytest.raises(TypeError, match=message) as caught:
+        call(tiny)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_what_takes_hooks_checks_them(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for module in (_scheduler, hooks, load):
+        monkeypatch.setattr(module, "check_hooks", lambda given: seen.append(1) or check_hooks(given))
+    generate(tiny, PROMPTS, hooks=[(SITES[0], lambda h, hook: h)], max_new_tokens=2, progress=False)
+    assert seen
+    before = len(seen)
+    with tiny.hooks([(SITES[0], lambda h, hook: h)]):
+        tiny(tiny.to_tokens("w1"))
+    assert len(seen) > before
+
+
+def test_lists_of_names_and_pairs_are_taken(tiny) -> None:
+    assert check_names("x", (SITES[0],), such_as="a") == [SITES[0]] and check_site("x", SITES[0]) == SITES[0]
+    pairs = [(SITES[0], print), (lambda name: True, print)]
+    assert check_hooks(iter(pairs)) == pairs and check_hooks(()) == []
+    with tiny.recording([SITES[0]]) as seen:
+        tiny(tiny.to_tokens("w1"))
+    assert list(seen) == [SITES[0]]
+
+
+def test_folder_and_name_of_an_adapter_in_the_wrong_order_are_named(tiny, tmp_path) -> None:
+    tiny.add_adapter("plain")
+    folder = str(tmp_path / "runs" / "plain")
+    with pytest.raises(ValueError, match=rf"the folder comes first, then the name: save_adapter\('{folder}', 'plain'\)"):
+        tiny.save_adapter("plain", folder)
+    tiny.save_adapter(folder, "plain")
+    with pytest.raises(ValueError, match=rf"the folder comes first, then the name: load_adapter\('{folder}', 'again'\)"):
+        tiny.load_adapter("again", folder)
+    tiny.load_adapter(folder, "again")
+    assert tiny.adapters == ["plain", "again"]
+    with pytest.raises(ValueError, match="no adapter 'other'"):  # another mistake is not taken for this one
+        tiny.save_adapter(folder, "other")
+
+
+def test_reading_takes_an_adapter_as_everywhere(tiny, tmp_path) -> None:
+    site = SITES[0]
+    tiny.add_adapter("tuned")
+    perturbed(tiny, "tuned")
+    folder = tiny.save_adapter(tmp_path / "saved", "tuned")
+
+    def read(adapter):
+        return torch.cat([h[batch.mask] for h, batch in read_site(tiny, site, EXAMPLES, adapter=adapter, batch_size=5)])
+
+    with tiny.using("base"):
+        as_it_stands = read(None)
+        assert torch.equal(read("tuned"), read(folder)) and not torch.equal(read("tuned"), as_it_stands)
+    assert torch.equal(read("base"), as_it_stands) and tiny.adapters == ["tuned"] and tiny.active_adapter == "tuned"
+    found = read_sites(tiny, [site], EXAMPLES, adapter="base", batch_size=5)
+    next(found)
+    assert tiny.active_adapter == "tuned"  # between batches the model is the caller's
+    for wrong in ({"adapter": "tunde"}, {}):
+        with pytest.raises(ValueError, match="unknown adapter 'tunde'|unknown site"):
+            read_sites(tiny, [site if wrong else "blocks.9.hook_resid_post"], EXAMPLES, **wrong)  # before the first batch is asked for

@@ -18,6 +18,7 @@ from blockem_tl.models.lora import BASE
 from blockem_tl.saes.fit import reconstruct
 from blockem_tl.saes.load import check_fits
 from blockem_tl.training.checkpoints import trajectory
+from blockem_tl.types import check_names
 from blockem_tl.views.progress import progress_bar
 from blockem_tl.views.results import Result
 
@@ -86,7 +87,7 @@ def reconstruction_quality(
             that is no checkpoint, or checkpoints of different runs (naming what differs). All before any work.
     """
     site = check_fits(sae, model)
-    for adapter in adapters:
+    for adapter in check_names("reconstruction_quality(adapters=)", adapters, such_as="plain"):
         model.check_adapter(adapter)
     saved = trajectory(checkpoints) if isinstance(checkpoints, (str, Path)) or checkpoints else []
     tokens = encoded(model, rows)

@@ -27,7 +27,7 @@ from blockem_tl.hooks import Hook
 from blockem_tl.models.activations import block_of
 from blockem_tl.models.load import Model
 from blockem_tl.models.memory import check_batch_size, is_out_of_memory, rows_at_once
-from blockem_tl.types import Generation, Prompt
+from blockem_tl.types import Generation, Prompt, check_hooks
 from blockem_tl.views.progress import progress_bar
 
 MOST_ROWS, MOST_ROWS_ON_CPU = 1024, 256
@@ -137,7 +137,7 @@ def make_job(
         prompts=prompts,
         encoded=encoded,
         conditions=conditions,
-        hooks=list(hooks),
+        hooks=check_hooks(hooks),
         sites=steered_sites(model, conditions),
         limits=limits,
         temperature=temperature,

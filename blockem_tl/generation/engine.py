@@ -179,6 +179,8 @@ def load_engine(
         ValueError: an unknown engine, a model that the engine cannot use, or an adapter that cannot be loaded.
         ImportError: an engine that is not installed, with the command that installs it.
     """
+    if adapters is not None and not isinstance(adapters, Mapping):
+        raise TypeError(f"load_engine: expected adapters as a dict {{name: folder}}, got {adapters!r} ({type(adapters).__name__})")
     adapters = dict(adapters or {})
     if name == "transformer_lens":
         return _transformer_lens(model, adapters, options)

@@ -1,5 +1,6 @@
 """Adapters on disk, in peft's plain format: what this library writes any other tool loads, and the other way round."""
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,10 +37,12 @@ class AdapterFiles:
         """Save an adapter (None: the active one) in peft's plain format, which other tools load. Whole or not at all.
 
         Raises:
-            ValueError: no such adapter.
+            ValueError: no such adapter, or folder and name in the wrong order.
             FileExistsError: the folder exists and ``overwrite`` is False, or it holds something else than an adapter.
         """
         name = self.active_adapter if name is None else name
+        if name not in self.adapters and (str(folder) in self.adapters or _is_path(name)):
+            raise ValueError(_swapped("save_adapter", folder, name))
         self.adapter_config(name)
         folder = Path(folder)
         others = sorted(path.name for path in folder.iterdir() if path.name not in (*FILES, "README.md")) if folder.is_dir() else []
@@ -144,6 +147,20 @@ class AdapterFiles:
             raise
         for parameter in self.adapter_parameters(name):
             parameter.requires_grad_(False)
+
+
+def _is_path(name: object) -> bool:
+    return isinstance(name, Path) or (isinstance(name, str) and (os.sep in name or Path(name).is_dir()))
+
+
+def _swapped(call: str, first: object, second: object) -> str:
+    return f"{call}: the folder comes first, then the name: {call}({str(second)!r}, {str(first)!r}); got {str(first)!r} as the folder"
+
+
+def check_order(folder: str | Path, name: object) -> None:
+    """Raise ValueError if folder and name of `LiveAdapters.load_adapter` were given in the wrong order."""
+    if _is_path(name) and not Path(folder).exists():
+        raise ValueError(_swapped("load_adapter", folder, name))
 
 
 def _found_instead(folder: Path) -> str:

@@ -16,10 +16,11 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from blockem_tl.data.chat import Batch, Encoded, Rows, check_lengths, encode_rows, pad
-from blockem_tl.hooks import Hook, attached, record
+from blockem_tl.hooks import Hook, attached, record, resolve
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
 from blockem_tl.models.memory import check_batch_size, rows_at_once
+from blockem_tl.types import EXAMPLE_SITE, check_names, check_site
 
 AnyModel = Model | HookedTransformer
 """A `Model`, or TransformerLens's `HookedTransformer` or `HookedSAETransformer`, which hold no adapters."""
@@ -69,41 +70,61 @@ def _device(model: AnyModel) -> torch.device:
     return model.device if isinstance(model, Model) else torch.device(model.cfg.device or "cpu")
 
 
-@torch.no_grad()
 def read_sites(
-    model: AnyModel, sites: Sequence[str], rows: Rows | Sequence[Encoded], *, batch_size: int | None = None
+    model: AnyModel,
+    sites: Sequence[str],
+    rows: Rows | Sequence[Encoded],
+    *,
+    adapter: str | Path | None = None,
+    batch_size: int | None = None,
 ) -> Iterator[tuple[dict[str, Float[Tensor, "batch pos d_model"]], Batch]]:
     """Yield (site -> activation, batch) over ``rows`` in order, right-padded, from one forward per batch.
 
-    Each batch is read by the model as it stands when the batch is asked for.
-
     Args:
+        adapter: which weights act: "base", an adapter by name or in a folder, which the model holds until the last batch; None: the model
+            as it stands when a batch is asked for.
         batch_size: rows per forward; None asks the free memory.
 
     Raises:
-        ValueError: an unknown site, a row longer than the model's context, or an SAE left attached.
+        TypeError: sites that are no list of names.
+        ValueError: an unknown site or adapter, a row longer than the model's context, or an SAE left attached.
     """
+    sites = check_names("read_sites", sites, such_as=EXAMPLE_SITE)
     check_batch_size(batch_size)
     if isinstance(model, Model):
         model.check_unspliced()
+        model.check_adapter(adapter)
+    else:
+        acting(model, adapter)
+    for site in sites:
+        resolve(model.hook_dict, site)
     tokens = encoded(model, rows)
     longest = max(len(row.ids) for row in tokens)
     size = batch_size or (rows_at_once(model, longest, most=MOST_ROWS) if isinstance(model, Model) else MOST_ROWS)
+    parts = [tokens[start : start + size] for start in range(0, len(tokens), size)]
+    return _read(model, sites, parts, adapter)
+
+
+@torch.no_grad()
+def _read(
+    model: AnyModel, sites: Sequence[str], parts: Sequence[Sequence[Encoded]], adapter: str | Path | None
+) -> Iterator[tuple[dict[str, Tensor], Batch]]:
     stop = stop_layer(model, sites)
-    for start in range(0, len(tokens), size):
-        batch = pad(tokens[start : start + size], _pad_id(model), side="right", device=_device(model))
-        store: dict[str, Tensor] = {}
-        with _hooked(model, [record(site, store) for site in sites]):
-            model(batch.ids, attention_mask=batch.mask.long(), stop_at_layer=stop)
-        yield store, batch
+    with model.holding(adapter) if isinstance(model, Model) else nullcontext(adapter) as held:
+        for part in parts:
+            batch = pad(part, _pad_id(model), side="right", device=_device(model))
+            store: dict[str, Tensor] = {}
+            with acting(model, held), _hooked(model, [record(site, store) for site in sites]):
+                model(batch.ids, attention_mask=batch.mask.long(), stop_at_layer=stop)
+            yield store, batch
 
 
 def read_site(
-    model: AnyModel, site: str, rows: Rows | Sequence[Encoded], *, batch_size: int | None = None
+    model: AnyModel, site: str, rows: Rows | Sequence[Encoded], *, adapter: str | Path | None = None, batch_size: int | None = None
 ) -> Iterator[tuple[Float[Tensor, "batch pos d_model"], Batch]]:
     """Yield (activation, batch) at one site; see `read_sites`."""
-    for store, batch in read_sites(model, [site], rows, batch_size=batch_size):
-        yield store[site], batch
+    site = check_site("read_site", site)
+    return ((store[site], batch) for store, batch in read_sites(model, [site], rows, adapter=adapter, batch_size=batch_size))
 
 
 @torch.no_grad()

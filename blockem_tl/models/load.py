@@ -25,6 +25,7 @@ from blockem_tl.data.templates import bos_opens_turns
 from blockem_tl.hooks import HookFunction, HookNotFired, attached_to, matching, record, resolve
 from blockem_tl.models._sources import from_weights, of_loaded, tokenizer_of
 from blockem_tl.models.lora import LiveAdapters
+from blockem_tl.types import EXAMPLE_SITE, check_hooks, check_names
 
 _SELF_TEST = "blockem_tl.generation.selftest:self_test"
 """By name, since it generates and so stands above this room."""
@@ -206,7 +207,7 @@ class Model(LiveAdapters, SAETransformerBridge):
             ValueError: an unknown site.  HookNotFired: a site that no forward reached.
         """
         store: dict[str, torch.Tensor] = {}
-        with self.hooks(fwd_hooks=[record(site, store, detach=detach) for site in sites]):
+        with self.hooks(fwd_hooks=[record(site, store, detach=detach) for site in check_names("recording", sites, such_as=EXAMPLE_SITE)]):
             yield store
 
     @contextmanager
@@ -219,7 +220,7 @@ class Model(LiveAdapters, SAETransformerBridge):
         """
         if not reset_hooks_end:
             raise ValueError("hooks(reset_hooks_end=False) would leave hooks that nobody checks: use add_hook for lasting ones")
-        points, fwd, bwd = self.hook_dict, list(fwd_hooks), list(bwd_hooks)
+        points, fwd, bwd = self.hook_dict, check_hooks(fwd_hooks), check_hooks(bwd_hooks)
         for name, _ in [*fwd, *bwd]:
             if isinstance(name, str):
                 self.check_hooks_to_add(cast(str, resolve(points, name).name))

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from blockem_tl.models._adapter_config import check_config
-from blockem_tl.models._adapter_files import FILES, AdapterFiles
+from blockem_tl.models._adapter_files import FILES, AdapterFiles, check_order
 from blockem_tl.models._peft_bridge import WRAPPER, bridged_config, check_reached, check_targets, take_out, tuner_layers
 from blockem_tl.storage import fingerprints
 
@@ -211,9 +211,11 @@ class LiveAdapters(AdapterFiles):
         """Load a LoRA adapter in peft's plain format; it becomes active, not trainable. ``overwrite`` replaces one of the same name.
 
         Raises:
-            ValueError: no adapter in the folder, not LoRA, a field of its configuration that is refused (by its name), targets absent in
-                this model, or tensors that are missing, left over, of another shape or not finite. The model is as it was then.
+            ValueError: no adapter in the folder (or the name given first), not LoRA, a field of its configuration that is refused (by its
+                name), targets absent in this model, or tensors that are missing, left over, of another shape or not finite. Then
+                the model is as it was.
         """
+        check_order(folder, name)
         with self.replacing_adapter(name, overwrite):
             self._load(Path(folder), name)
 

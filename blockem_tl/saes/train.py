@@ -102,10 +102,7 @@ def train_sae(
             ``out``.training holds another training's state.
         FileExistsError: ``out`` exists.
     """
-    resolve(model.hook_dict, check_site("train_sae", site))
-    if not isinstance(corpora, Mapping):
-        raise TypeError(f"train_sae: expected corpora as a dict of rows by name, {{'texts': rows}}, got a {type(corpora).__name__} of rows")
-    adapters = check_names("train_sae(adapters=)", adapters, such_as="plain")
+    adapters = _checked(model, site, corpora, adapters)
     if out is not None:
         files.check_replaceable(out, "cfg.json" if overwrite else None)
     torch.manual_seed(config.seed)
@@ -123,6 +120,14 @@ def train_sae(
     if rounds is not None:
         rounds.remove()
     return found
+
+
+def _checked(model: Model, site: object, corpora: object, adapters: object) -> list[str | Path]:
+    """The adapters as a list. Raises TypeError for arguments of another kind, ValueError for an unknown site."""
+    resolve(model.hook_dict, check_site("train_sae", site))
+    if not isinstance(corpora, Mapping):
+        raise TypeError(f"train_sae: expected corpora as a dict of rows by name, {{'texts': rows}}, got a {type(corpora).__name__} of rows")
+    return check_names("train_sae(adapters=)", adapters, such_as="plain")
 
 
 def _trained(model: Model, site: str, activations: ActivationStream, config: SAETraining, rounds: Rounds | None, progress: bool) -> Any:

@@ -33,7 +33,7 @@ from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
 from blockem_tl.saes.latents import check_latents, encode_latents
 from blockem_tl.saes.load import check_fits
-from blockem_tl.types import Generation
+from blockem_tl.types import EXAMPLE_SITE, Generation, check_names
 from blockem_tl.views.progress import progress_bar
 from blockem_tl.views.results import Result
 
@@ -98,7 +98,16 @@ def attribute_sites(
     Raises:
         ValueError: replies to different prompts, empty ones, or what `patching_sweep` refuses; before any work.
     """
-    contrast = _contrast(model, target_replies, source_replies, list(sites), positions, source, target, batch_size)
+    contrast = _contrast(
+        model,
+        target_replies,
+        source_replies,
+        check_names("attribute_sites", sites, such_as=EXAMPLE_SITE),
+        positions,
+        source,
+        target,
+        batch_size,
+    )
     estimates, metric = {site: 0.0 for site in sites}, 0.0
     for part in contrast.parts(progress, "gradients"):
         value, states, gradients = contrast.gradients(part)

@@ -14,6 +14,7 @@ from blockem_tl.data.chat import Rows
 from blockem_tl.hooks import resolve
 from blockem_tl.models.activations import block_of, encoded
 from blockem_tl.models.load import Model
+from blockem_tl.types import EXAMPLE_SITE, check_names
 from blockem_tl.views.results import Result
 
 _NAN, _INFINITY = float("nan"), float("inf")
@@ -72,7 +73,11 @@ def shift_by_site(
     Raises:
         ValueError: an unknown site, unknown adapters or one and the same, rows of mixed kinds or too long.
     """
-    chosen = list(sites) if sites is not None else [f"blocks.{block}.hook_resid_post" for block in range(model.cfg.n_layers)]
+    chosen = (
+        check_names("shift_by_site", sites, such_as=EXAMPLE_SITE)
+        if sites is not None
+        else [f"blocks.{block}.hook_resid_post" for block in range(model.cfg.n_layers)]
+    )
     if not chosen or (batch_size is not None and batch_size < 1):
         raise ValueError(f"rerouting: expected at least one site and batch_size >= 1, got {chosen} and {batch_size}")
     for site in chosen:
