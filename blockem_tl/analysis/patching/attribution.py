@@ -98,16 +98,8 @@ def attribute_sites(
     Raises:
         ValueError: replies to different prompts, empty ones, or what `patching_sweep` refuses; before any work.
     """
-    contrast = _contrast(
-        model,
-        target_replies,
-        source_replies,
-        check_names("attribute_sites", sites, such_as=EXAMPLE_SITE),
-        positions,
-        source,
-        target,
-        batch_size,
-    )
+    sites = check_names("attribute_sites", sites, such_as=EXAMPLE_SITE)
+    contrast = _contrast(model, target_replies, source_replies, sites, positions, source, target, batch_size)
     estimates, metric = {site: 0.0 for site in sites}, 0.0
     for part in contrast.parts(progress, "gradients"):
         value, states, gradients = contrast.gradients(part)
