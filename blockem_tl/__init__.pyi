@@ -87,6 +87,7 @@ from .evaluation.publishing import push_adapter as push_adapter
 from .evaluation.statistics import clustered_rate as clustered_rate
 from .evaluation.statistics import paired_difference as paired_difference
 from .evaluation.statistics import paired_reduction as paired_reduction
+from .evaluation.statistics import share_removed as share_removed
 
 # discovery
 from .discovery.attributing import latents_by_attribution as latents_by_attribution

@@ -21,12 +21,12 @@ import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from sae_lens import SAE
-from scipy.stats import bootstrap
 from torch import Tensor
 
 from blockem_tl.data.chat import Batch, Encoded, check_lengths, encode_examples, pad
 from blockem_tl.data.pair_files import check_pairs
 from blockem_tl.evaluation.preference import mean_log_likelihood, sides
+from blockem_tl.evaluation.statistics import share_removed
 from blockem_tl.generation._partial_forward import start_at_block
 from blockem_tl.hooks import patch
 from blockem_tl.models.activations import SINK, base_activations, block_of, stop_layer
@@ -44,7 +44,6 @@ from blockem_tl.views.results import Result
 Role = Literal["system", "prompt", "reply"]
 Kind = Literal["nothing", "latents", "all latents", "SAE error", "residual"]
 MOST_ROWS = 32
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,25 +259,20 @@ def change_of(
     return (sae.decode(full) - sae.decode(torch.zeros_like(full[:1]))).to(tuned)  # decode is affine: the bias goes
 
 
-def _removed(left: Float[np.ndarray, "*draws n_pairs"], gap: Float[np.ndarray, "*draws n_pairs"], axis: int = -1) -> Any:
-    """The share of the gap that is gone, from what is left of it."""
-    return 1 - left.mean(axis) / gap.mean(axis)
-
-
 def _result(site: str, parts: Sequence[TakenOut], nats: Float[np.ndarray, "parts n_rows"], n_pairs: int) -> Mediation:
     """Shares of the gaps, from the rows' log-likelihoods."""
     margins, losses = nats[:, :n_pairs] - nats[:, n_pairs : 2 * n_pairs], -nats[:, 2 * n_pairs :].mean(1)
     base, tuned = margins[-1], margins[0]
-    gap, gain = tuned - base, losses[-1] - losses[0]
-    if gap.mean() <= 0:
-        raise ValueError(f"mediation: expected a tuned model that moved towards harm, its mean margin moved by {gap.mean():+.4f}")
+    gain = losses[-1] - losses[0]
+    if (tuned - base).mean() <= 0:
+        raise ValueError(
+            f"mediation: expected a tuned model that moved towards harm, its mean margin moved by {(tuned - base).mean():+.4f}"
+        )
     found = []
     for part, margin, loss in zip(parts[1:], margins[1:-1], losses[1:-1], strict=True):
-        left = margin - base
-        drawn = bootstrap((left, gap), _removed, paired=True, n_resamples=RESAMPLES, method="percentile", rng=0)
-        low, high = drawn.confidence_interval
+        gone = share_removed(base, tuned, margin)
         about = {"taken_out": part.name, "n_latents": len(part.latents) or None, "roles": "+".join(part.roles)}
-        share = {"removed": float(_removed(left, gap)), "removed_low": float(low), "removed_high": float(high)}
+        share = {"removed": gone.value, "removed_low": gone.low, "removed_high": gone.high}
         lost = float((loss - losses[0]) / gain) if gain > 0 else float("nan")
         found.append({**about, **share, "task_lost": lost, "margin": float(margin.mean()), "loss": float(loss)})
     ends = {"margin_base": base.mean(), "margin_tuned": tuned.mean(), "loss_base": losses[-1], "loss_tuned": losses[0]}

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from scipy.stats import t
+from scipy.stats import bootstrap, t
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.inter_rater import cohens_kappa
 from statsmodels.stats.power import NormalIndPower
@@ -19,6 +19,7 @@ from statsmodels.stats.power import NormalIndPower
 from blockem_tl.types import Rate
 
 Flags = Sequence[bool] | Sequence[Sequence[bool]]
+Numbers = Sequence[float] | Sequence[Sequence[float]] | Float[np.ndarray, "..."]
 _Weighted = tuple[Float[np.ndarray, " resamples"], Float[np.ndarray, " resamples"]]
 _PSEUDO = 0.25  # weight of each of the four outcomes (both, before only, after only, neither): together one prompt that nobody asked
 
@@ -85,6 +86,30 @@ def paired_reduction(before: Flags, after: Flags, *, resamples: int = 4000, seed
     start, end = _bootstrap(first, second, resamples, seed)
     low, high = np.percentile((start - end) / start, [2.5, 97.5])
     return Estimate(value=float((first.mean() - second.mean()) / first.mean()), low=float(low), high=float(high), **size)
+
+
+def share_removed(base: Numbers, tuned: Numbers, arm: Numbers, *, resamples: int = 2000) -> Estimate:
+    """1 - (arm - base) / (tuned - base): the share of tuned's shift in a mean that is gone in an arm; percentile bootstrap over prompts.
+
+    Args:
+        base, tuned, arm: a number per prompt (a margin), [n_prompts], or [n_seeds, n_prompts] where several seeds answered the same ones.
+
+    Raises:
+        ValueError: unequal shapes, fewer than two prompts, or a tuned model whose mean did not rise.
+    """
+    before, after, found = (np.atleast_2d(np.asarray(values, dtype=float)) for values in (base, tuned, arm))
+    if not before.shape == after.shape == found.shape or before.ndim != 2 or before.shape[1] < 2:
+        raise ValueError(f"share removed: expected equal shapes of two prompts at least, got {before.shape}, {after.shape}, {found.shape}")
+    left, gap = (found - before).mean(0), (after - before).mean(0)  # seeds answer the same prompts: prompts are drawn
+    if gap.mean() <= 0:
+        raise ValueError(f"share removed: expected a tuned model that moved up, its mean moved by {gap.mean():+.4f}")
+    drawn = bootstrap((left, gap), _removed, paired=True, n_resamples=resamples, method="percentile", rng=0)
+    low, high = map(float, drawn.confidence_interval)
+    return Estimate(value=float(_removed(left, gap)), low=low, high=high, n=before.shape[1], seeds=before.shape[0])
+
+
+def _removed(left: Float[np.ndarray, "*draws n"], gap: Float[np.ndarray, "*draws n"], axis: int = -1) -> Any:
+    return 1 - left.mean(axis) / gap.mean(axis)
 
 
 def relative_reduction(before: Sequence[bool], after: Sequence[bool]) -> float:

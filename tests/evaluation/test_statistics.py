@@ -16,6 +16,7 @@ from blockem_tl.evaluation.statistics import (
     paired_difference,
     paired_p_value,
     paired_reduction,
+    share_removed,
 )
 
 BEFORE = [[True] * 12 + [False] * 17, [True] * 10 + [False] * 19, [True] * 14 + [False] * 15]
@@ -120,3 +121,23 @@ def test_minimal_detectable_effect_shrinks_with_prompts_and_pairing() -> None:
 def test_unpaired_flags_are_refused(before, after, message) -> None:
     with pytest.raises(ValueError, match=message):
         paired_difference(before, after)
+
+
+def test_the_share_removed_and_its_interval() -> None:
+    draw = np.random.default_rng(0)
+    base, tuned = draw.normal(size=60), draw.normal(size=60) + 2
+    arm = 0.5 * (base + tuned)
+    found = share_removed(base, tuned, arm)
+    assert found.value == pytest.approx(0.5) and found.low == pytest.approx(0.5) and found.high == pytest.approx(0.5)
+    noisy = share_removed(base, tuned, arm + draw.normal(size=60))
+    assert noisy.low < noisy.value < noisy.high and noisy.low < 0.5 < noisy.high and noisy.n == 60
+    assert share_removed(base, tuned, tuned).value == 0 and share_removed(base, tuned, base).value == 1
+    seeds = share_removed([base, base], [tuned, tuned], [arm, base])
+    assert seeds.value == pytest.approx(0.75) and (seeds.n, seeds.seeds) == (60, 2)
+
+
+def test_a_share_of_what_did_not_rise_is_refused() -> None:
+    with pytest.raises(ValueError, match="moved up, its mean moved by -1"):
+        share_removed([1.0, 2.0], [0.0, 1.0], [0.0, 0.0])
+    with pytest.raises(ValueError, match="expected equal shapes"):
+        share_removed([1.0, 2.0], [0.0, 1.0, 2.0], [0.0, 0.0])
