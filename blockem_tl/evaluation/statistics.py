@@ -19,7 +19,7 @@ from statsmodels.stats.power import NormalIndPower
 from blockem_tl.types import Rate
 
 Flags = Sequence[bool] | Sequence[Sequence[bool]]
-Numbers = Sequence[float] | Sequence[Sequence[float]] | Float[np.ndarray, "..."]
+Numbers = Sequence[float] | Sequence[Sequence[float]] | Sequence[np.ndarray] | np.ndarray
 _Weighted = tuple[Float[np.ndarray, " resamples"], Float[np.ndarray, " resamples"]]
 _PSEUDO = 0.25  # weight of each of the four outcomes (both, before only, after only, neither): together one prompt that nobody asked
 
