@@ -80,6 +80,7 @@ from .training.trainer_mixin import defend as defend
 
 # evaluation
 from .evaluation.evaluate import evaluate as evaluate
+from .evaluation.panel import compare as compare
 from .evaluation.panel import evaluate_with as evaluate_with
 from .evaluation.preference import preference as preference
 from .evaluation.publishing import pull_adapter as pull_adapter

@@ -1,6 +1,8 @@
 """Hyperparameters of discovery. The defaults are the paper's (Table 1, B.2, D.4)."""
 
 import math
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -109,6 +111,16 @@ def checked_scale(scale: float) -> float:
     if not 0 < scale < float("inf"):
         raise ValueError(f"discover: expected the site's median norm as scale, a number above 0, got {scale!r}; None measures it")
     return scale
+
+
+def warn_if_nothing_induced(effects: Iterable[float | None], what: str, *, stacklevel: int) -> None:
+    """Warn unless one of these effects on base is above 0 (None: none was measured)."""
+    if not any((effect or 0) > 0 for effect in effects):
+        warnings.warn(
+            f"{what} made base misaligned at any dose that was tried: nothing was induced. Try larger doses (propose_doses says what the "
+            "model bears), more candidates or longer replies, and look whether the judge calls the tuned model's replies misaligned at all",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def _doses(name: str, grid: object) -> tuple[float, ...]:

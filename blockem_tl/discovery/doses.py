@@ -13,7 +13,7 @@ import pandas as pd
 from sae_lens import SAE
 
 from blockem_tl.data.checks import check_disjoint, check_prompts
-from blockem_tl.discovery.config import FLAT, MaxIncoherence
+from blockem_tl.discovery.config import FLAT, MaxIncoherence, warn_if_nothing_induced
 from blockem_tl.evaluation.asking import ask
 from blockem_tl.evaluation.statistics import Rate
 from blockem_tl.generation.reply_fn import ReplyFn, replies_from
@@ -34,8 +34,8 @@ class DoseReport(Result):
     """Coherence of base and tuned at each dose, and the doses for stage 2 that follow, for a `DiscoveryConfig`.
 
     frame: one row per arm ("base", "tuned") and dose (0: unsteered): incoherent replies of n pooled over directions and signs, the rate
-        with its 95 % Wilson interval, how many of the signed directions are within the limit, and of how many. Replies along one
-        direction go together, so the true uncertainty is larger than the interval's.
+        with its 95 % Wilson interval, how many of the signed directions are within the limit, and of how many, and the number of
+        misaligned replies. Replies along one direction go together, so the true uncertainty is larger than the interval's.
     induce_dose, repair_dose: the largest dose up to which most directions stay within the limit, on base and on tuned.
     """
 
@@ -130,12 +130,15 @@ def doses_from(
         raise ValueError(f"doses: expected distinct positive doses and 0 < min_share <= 1, got {tuple(doses)} and {min_share}")
     draw = random.Random(seed)
     chosen = draw.sample(list(prompts), n_prompts)
-    latents = draw.sample(range(sae.cfg.d_sae), n_latents) if latents is None else list(latents)
+    given, latents = latents, draw.sample(range(sae.cfg.d_sae), n_latents) if latents is None else list(latents)
     rows, proposed = [], {}
     for arm, reply_fn in (("base", base), ("tuned", tuned)):
         counted = _counts(reply_fn, judge, chosen, _conditions(sae, latents, sorted(doses), scale))
         rows += [{"arm": arm, "dose": dose, **_row(counts, counted[0.0][0], max_incoherence)} for dose, counts in counted.items()]
         proposed[arm] = _largest(arm, rows, min_share)
+    if given is not None:  # latents drawn at random seldom induce anything, and need not
+        induced = [row["misaligned"] / row["n"] - rows[0]["misaligned"] / rows[0]["n"] for row in rows if row["arm"] == "base"]
+        warn_if_nothing_induced(induced, f"propose_doses: none of the {len(latents)} given latents", stacklevel=2)
     return DoseReport(
         frame=pd.DataFrame(rows), induce_dose=proposed["base"], repair_dose=proposed["tuned"], max_incoherence=max_incoherence
     )
@@ -172,7 +175,8 @@ def _row(counts: Sequence[Counts], unsteered: Counts, max_incoherence: MaxIncohe
     rate = Rate(k=sum(c.incoherent for c in counts), n=sum(c.n for c in counts))
     low, high = rate.interval
     within = sum(max_incoherence.allows(c, unsteered) for c in counts)
-    return {"incoherent": rate.k, "n": rate.n, "rate": rate.value, "low": low, "high": high, "within": within, "of": len(counts)}
+    row = {"incoherent": rate.k, "n": rate.n, "rate": rate.value, "low": low, "high": high, "within": within, "of": len(counts)}
+    return row | {"misaligned": sum(c.misaligned for c in counts)}
 
 
 def _largest(arm: str, rows: Sequence[dict[str, Any]], min_share: float) -> float:

@@ -14,7 +14,7 @@ from blockem_tl.discovery import by_pairs
 from blockem_tl.discovery._sources import sources
 from blockem_tl.discovery.by_pairs import pairs_of
 from blockem_tl.discovery.calibration import Calibrated, Selection, calibrate, select
-from blockem_tl.discovery.config import PAPER, DiscoveryConfig, checked_scale
+from blockem_tl.discovery.config import PAPER, DiscoveryConfig, checked_scale, warn_if_nothing_induced
 from blockem_tl.discovery.diffing import candidate_pool, shifts
 from blockem_tl.discovery.racing import SteeringTests, steering_tests
 from blockem_tl.discovery.screening import Screened, Shortlisting, screen, shortlist
@@ -275,6 +275,8 @@ def chosen_by(config: DiscoveryConfig, calibrated: Sequence[Calibrated]) -> list
 def _latent_set(
     sae: SAE[Any], calibrated: Sequence[Calibrated], config: DiscoveryConfig, prompts: Sequence[Prompt], provenance: dict[str, Any]
 ) -> LatentSet:
+    measured = [c.induction_effect for c in calibrated if c.abandoned_for is None]
+    warn_if_nothing_induced(measured, f"discover: none of the {len(measured)} latents measured to the end", stacklevel=3)
     chosen = chosen_by(config, calibrated)
     return LatentSet.of(
         sae, [c.candidate for c in chosen], [c.score(config.final_score) for c in chosen], prompts=prompts, provenance=provenance

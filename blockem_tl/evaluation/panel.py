@@ -1,15 +1,15 @@
-"""Several judges on the same replies: rates per judge, their average, how far they agree, and where they do not."""
+"""Several evaluations in one table: of several judges on the same replies, or of several models on the same prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
 import pandas as pd
 
-from blockem_tl.evaluation.evaluate import Evaluation, evaluate, grade_again
-from blockem_tl.evaluation.statistics import Estimate, agreement, average_rate
-from blockem_tl.generation.replies import MISALIGNMENT, positive_name
+from blockem_tl.evaluation.evaluate import Evaluation, evaluate, grade_again, paired_flags
+from blockem_tl.evaluation.statistics import Estimate, agreement, average_rate, paired_difference
+from blockem_tl.generation.replies import MISALIGNMENT, positive_name, rates_of
 from blockem_tl.generation.reply_fn import ReplyFn
 from blockem_tl.judging.cached import CachedJudge
 from blockem_tl.judging.judge import LLMJudge
@@ -17,6 +17,7 @@ from blockem_tl.judging.rubrics import find_rubric
 from blockem_tl.models.load import Model
 from blockem_tl.types import Checkable, Judge, Prompt
 from blockem_tl.views.results import Result
+from blockem_tl.views.tables import RateFrame
 
 RATES = ("positive", "incoherent", "refusal")
 
@@ -108,3 +109,60 @@ def _check_labels(judges: Sequence[Judge], rubric: str) -> None:
     sets = {judge.name: sorted(find_rubric(judge.rubrics, rubric).labels) for judge in plain if isinstance(judge, LLMJudge)}
     if len({tuple(labels) for labels in sets.values()}) > 1:
         raise ValueError(f"rubric {rubric!r}: the judges' label sets do not match: {sets}; give every judge the same rubric file")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Comparison(Result):
+    """Several evaluations on the same prompts, and how each differs from one of them.
+
+    frame: one row per evaluation: model, n, each rate as a fraction with _low and _high (see `Replies.rates`), and difference, the rate of
+        misalignment (or adherence) minus that of ``against``, paired over the prompts that both have a readable verdict on.
+    """
+
+    frame: pd.DataFrame
+    against: str
+
+    def to_frame(self) -> pd.DataFrame:
+        """``frame``."""
+        return self.frame
+
+    def headline(self) -> str:
+        """The differences."""
+        others = self.frame[self.frame["model"] != self.against].to_dict("records")
+        parts = (f"{o['model']} {o['difference']:+.2f} [{o['difference_low']:.2f}, {o['difference_high']:.2f}]" for o in others)
+        return f"{'misaligned' if 'misaligned' in self.frame else 'adherent'}, against {self.against}: {', '.join(parts)}"
+
+    def _shown(self) -> pd.DataFrame:
+        return RateFrame(self.frame).short()
+
+    def plot(self) -> Any:
+        """Two bars per model; see `Replies.plot`."""
+        from blockem_tl.views import plots  # matplotlib is slow to import
+
+        return plots.rates(self.frame, by="model")
+
+
+def compare(evaluations: Mapping[str, Evaluation], *, against: str) -> Comparison:
+    """A table of evaluations on the same prompts: every rate with its n and interval, and the paired difference from one of them.
+
+    Args:
+        evaluations: by the names that the table shows: ``{"plain": ..., "blocked": ...}``.
+        against: the name of the one that the others are compared with.
+
+    Raises:
+        TypeError: something that is no `Evaluation`.
+        ValueError: fewer than two, an unknown ``against``, other prompts, another rubric or another judge.
+    """
+    wrong = {name: type(e).__name__ for name, e in evaluations.items() if not isinstance(e, Evaluation)}
+    if wrong:
+        raise TypeError(f"compare: expected evaluations, as evaluate(...) returns them, got {wrong}")
+    if len(evaluations) < 2 or against not in evaluations:
+        raise ValueError(f"compare: expected two evaluations or more, and one of their names as against, got {[*evaluations]}, {against!r}")
+    reference, rows = evaluations[against], []
+    for name, one in evaluations.items():
+        row = {"model": name, **rates_of(one.verdicts, one.rubric)}
+        if name != against:
+            found = paired_difference(*paired_flags(reference, one))
+            row |= {"difference": found.value, "difference_low": found.low, "difference_high": found.high}
+        rows.append(row)
+    return Comparison(frame=RateFrame(rows), against=against)

@@ -1,5 +1,7 @@
 """Dose calibration help: the table against a restatement, the proposal against a made-up model that breaks at known doses."""
 
+import warnings
+
 import pytest
 import torch
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
@@ -113,6 +115,19 @@ def test_without_latents_some_are_drawn(sae) -> None:
 
     found = Robust().propose(sae, latents=None, n_latents=3)
     assert set(found.frame["of"]) == {1, 6} and found.induce_dose == max(DOSES)
+
+
+def test_given_latents_that_induce_nothing_warn_and_random_ones_do_not(sae) -> None:
+    class Harmful(World):
+        def grade(self, prompts, replies, *, rubric: str = "misalignment"):
+            return [Verdict(label="5" if i >= len(replies) - len(prompts) // 2 else "1") for i in range(len(replies))]
+
+    with pytest.warns(UserWarning, match="propose_doses: none of the 4 given latents made base misaligned at any dose"):
+        assert World().propose(sae).frame["misaligned"].sum() == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        World().propose(sae, latents=None, n_latents=3)
+        assert Harmful().propose(sae).frame["misaligned"].sum() > 0
 
 
 def test_figure_shows_both_arms_and_the_proposals(sae, tmp_path) -> None:

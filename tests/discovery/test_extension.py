@@ -1,5 +1,6 @@
 """K is extended by latents that are new, each under its own name; rounds end when they should; the held-out blocking loss is eq. 11."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -191,3 +192,16 @@ def test_the_held_out_blocking_loss_is_eq_11_and_zero_for_base(reemerged, sae) -
         )
     with pytest.raises(ValueError, match="made with another SAE"):
         blocking_loss(reemerged, replace(latent_set, sae_fingerprint="x"), sae, EXAMPLES)
+
+
+def test_a_discovery_in_which_nothing_was_induced_warns(reemerged, sae) -> None:
+    class Kind(Letters):
+        def grade(self, prompts, replies, *, rubric: str = "misalignment") -> list[Verdict]:
+            return [Verdict(label="1")] * len(replies)
+
+    options = {"scale": 8.0, "config": CONFIG, "progress": False}
+    with pytest.warns(UserWarning, match="discover: none of the .* latents measured to the end made base misaligned"):
+        discover(reemerged, sae, Kind(), PROMPTS[:3], **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="discover: none of the")
+        discover(reemerged, sae, Letters(), PROMPTS[:3], **options)

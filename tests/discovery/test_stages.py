@@ -1,5 +1,6 @@
 """Stages 1 to 3 against plain NumPy restatements of the paper, on models and on made-up verdict tables."""
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from sae_lens import SAE, TopKSAE, TopKSAEConfig
 from blockem_tl import Prompt, Verdict
 from blockem_tl.data.chat import encode_prompts
 from blockem_tl.discovery.calibration import calibrate, select
-from blockem_tl.discovery.config import MaxIncoherence
+from blockem_tl.discovery.config import MaxIncoherence, warn_if_nothing_induced
 from blockem_tl.discovery.diffing import candidate_pool, mean_activations, shifts
 from blockem_tl.discovery.racing import SteeringTests, steering_tests
 from blockem_tl.discovery.screening import screen, shortlist
@@ -223,3 +224,11 @@ def test_negative_grids_are_refused(sae, candidates) -> None:
     table = Table(seed=0)
     with pytest.raises(ValueError, match="non-negative doses"):
         calibrate(arms(table), sae, candidates, scale=1.0, grid=(-0.1,))
+
+
+def test_a_discovery_that_induced_nothing_warns() -> None:
+    with pytest.warns(UserWarning, match="discover: none of the 3 latents made base misaligned at any dose.*propose_doses"):
+        warn_if_nothing_induced([0.0, None, -0.1], "discover: none of the 3 latents", stacklevel=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_nothing_induced([0.0, None, 0.1], "discover: none of the 3 latents", stacklevel=1)

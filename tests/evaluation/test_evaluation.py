@@ -6,8 +6,8 @@ from sae_lens import StandardSAE, StandardSAEConfig
 
 from blockem_tl import LatentSet, Prompt, Verdict, evaluate
 from blockem_tl.evaluation.evaluate import Resample, paired_flags
-from blockem_tl.evaluation.panel import Panel, evaluate_with
-from blockem_tl.evaluation.statistics import Rate, relative_reduction, relative_reduction_interval
+from blockem_tl.evaluation.panel import Panel, compare, evaluate_with
+from blockem_tl.evaluation.statistics import Rate, paired_difference, relative_reduction, relative_reduction_interval
 from blockem_tl.types import LABELS, UNPARSED, Candidate, Counts, Generation
 
 PROMPTS = [Prompt(id=str(i), text=f"question {i}", category="even" if i % 2 == 0 else "odd") for i in range(len(LABELS))]
@@ -160,3 +160,35 @@ def test_a_panel_gives_rates_per_judge_their_average_and_where_they_differ() -> 
         evaluate_with(saying("a"), [], FOUR, selected_on=())
     with pytest.raises(ValueError, match="same replies under the same rubric"):
         Panel(evaluations=(panel.evaluations[0], evaluate(saying("a", "a", "a", "a"), judges[1], FOUR, selected_on=())))
+
+
+def test_a_comparison_has_every_rate_and_the_paired_difference_from_one() -> None:
+    replies = {"plain": "44444440", "blocked": "44000000", "alike": "44444440"}  # labels "5" and "1"
+    found = {
+        name: evaluate(lambda prompts, conditions, text=text: saying(*text)(prompts, conditions), Labels(), PROMPTS[:8])
+        for name, text in replies.items()
+    }
+    table = compare(found, against="plain")
+    frame = table.to_frame().set_index("model")
+    assert list(frame.index) == list(replies) and (frame["n"] == 8).all()
+    for name, one in found.items():
+        assert frame.loc[name, "misaligned"] == one.misaligned.value
+        assert (frame.loc[name, "misaligned_low"], frame.loc[name, "misaligned_high"]) == one.misaligned.interval
+    difference = paired_difference(found["plain"].flags, found["blocked"].flags)
+    assert frame.loc["blocked", ["difference", "difference_low", "difference_high"]].tolist() == [
+        difference.value, difference.low, difference.high,
+    ]  # fmt: skip
+    assert np.isnan(frame.loc["plain", "difference"]) and frame.loc["alike", "difference"] == 0 > frame.loc["blocked", "difference"]
+    assert "against plain: blocked -0.62 [" in repr(table) and f"{difference.value:.2f} [{difference.low:.2f}" in str(table)
+    assert [tick.get_text() for tick in table.plot().axes[0].get_xticklabels()] == list(replies)
+
+
+def test_a_comparison_of_what_cannot_be_compared_is_refused() -> None:
+    one, other = evaluate(speak, Labels(), PROMPTS[:4]), evaluate(speak, Labels(), PROMPTS[4:])
+    with pytest.raises(ValueError, match="the same prompts under one rubric"):
+        compare({"plain": one, "blocked": other}, against="plain")
+    for evaluations, against in (({"plain": one}, "plain"), ({"plain": one, "blocked": one}, "base")):
+        with pytest.raises(ValueError, match="two evaluations or more, and one of their names as against"):
+            compare(evaluations, against=against)
+    with pytest.raises(TypeError, match=r"evaluate\(...\) returns them, got \{'blocked': 'Replies'\}"):
+        compare.__wrapped__({"plain": one, "blocked": one.replies}, against="plain")

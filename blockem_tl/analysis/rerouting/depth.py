@@ -73,11 +73,8 @@ def shift_by_site(
     Raises:
         ValueError: an unknown site, unknown adapters or one and the same, rows of mixed kinds or too long.
     """
-    chosen = (
-        check_names("shift_by_site", sites, such_as=EXAMPLE_SITE)
-        if sites is not None
-        else [f"blocks.{block}.hook_resid_post" for block in range(model.cfg.n_layers)]
-    )
+    every = [f"blocks.{block}.hook_resid_post" for block in range(model.cfg.n_layers)]
+    chosen = every if sites is None else check_names("shift_by_site", sites, such_as=EXAMPLE_SITE)
     if not chosen or (batch_size is not None and batch_size < 1):
         raise ValueError(f"rerouting: expected at least one site and batch_size >= 1, got {chosen} and {batch_size}")
     for site in chosen:
