@@ -128,7 +128,7 @@ class Comparison(Result):
 
     def headline(self) -> str:
         """The differences."""
-        others = self.frame[self.frame["model"] != self.against].to_dict("records")
+        others = pd.DataFrame(self.frame[self.frame["model"] != self.against]).to_dict("records")
         parts = (f"{o['model']} {o['difference']:+.2f} [{o['difference_low']:.2f}, {o['difference_high']:.2f}]" for o in others)
         return f"{'misaligned' if 'misaligned' in self.frame else 'adherent'}, against {self.against}: {', '.join(parts)}"
 
