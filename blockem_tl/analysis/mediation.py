@@ -265,9 +265,7 @@ def _result(site: str, parts: Sequence[TakenOut], nats: Float[np.ndarray, "parts
     base, tuned = margins[-1], margins[0]
     gain = losses[-1] - losses[0]
     if (tuned - base).mean() <= 0:
-        raise ValueError(
-            f"mediation: expected a tuned model that moved towards harm, its margin moved by {(tuned - base).mean():+.4f}"
-        )
+        raise ValueError(f"mediation: expected a tuned model that moved towards harm, its margin moved by {(tuned - base).mean():+.4f}")
     found = []
     for part, margin, loss in zip(parts[1:], margins[1:-1], losses[1:-1], strict=True):
         gone = share_removed(base, tuned, margin)
