@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,11 @@ from torch import Tensor
 
 _CONTENTS = (".safetensors", ".json", ".jinja", ".model", ".txt", ".bin")
 _CHUNK = 1 << 20
+
+
+_MOST_REMEMBERED = 32
+_SUMMED = 1024
+_hashes: dict[str, str] = {}
 
 
 def of_value(value: Any) -> str:
@@ -35,11 +40,15 @@ def of_file(path: Path | str) -> str:
 
 def of_tensors(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over tensors in the order of their names: names, shapes, dtypes and every bit of the values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+
+    def whole() -> str:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    return remembered(tensors, "", whole)
 
 
 def of_sae(sae: Any) -> str:
@@ -48,11 +57,46 @@ def of_sae(sae: Any) -> str:
     It is taken in float32 wherever the weights lie, but weights rounded to bf16 are other weights: load SAEs in their published dtype.
     """
     settings = {key: value for key, value in sae.cfg.to_dict().items() if key not in ("metadata", "device", "dtype")}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(sae.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(of_vector(tensor))
-    return digest.hexdigest()
+    about, weights = json.dumps(settings, sort_keys=True, default=str), sae.state_dict()
+
+    def whole() -> str:
+        digest = hashlib.sha256(about.encode())
+        for name, tensor in sorted(weights.items()):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(of_vector(tensor))
+        return digest.hexdigest()
+
+    return remembered(weights, about, whole)
+
+
+def remembered(tensors: Mapping[str, Tensor], about: str, whole: Callable[[], str]) -> str:
+    """The hash of these tensors: as it was taken before if they are the same, else ``whole()``.
+
+    They are the same if they lie where they lay, were not written to as far as torch knows, and have the same sums of bits: an edit
+    through ``.data``, which torch does not count, shows there. On a GPU only the sums come to the CPU.
+    """
+    key = hashlib.sha256(about.encode())
+    for name, tensor in sorted(tensors.items()):
+        written = "inference" if tensor.is_inference() else tensor._version
+        key.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{tensor.device}{tensor.data_ptr()}{written}".encode())
+        key.update(_sums(tensor).cpu().numpy().tobytes())
+    found = _hashes.pop(key.hexdigest(), None) or whole()
+    _hashes[key.hexdigest()] = found  # the last one used is the last one dropped
+    while len(_hashes) > _MOST_REMEMBERED:
+        del _hashes[next(iter(_hashes))]
+    return found
+
+
+def _sums(tensor: Tensor) -> Tensor:
+    """Sums of the bits, read as int64, along and across rows of 8 KB: values that change places show. Wrapping around is no harm."""
+    plain = tensor.detach().contiguous().view(-1)
+    if plain.storage_offset() * plain.element_size() % 8:
+        plain = plain.clone()
+    whole = len(plain) * plain.element_size() // 8 * 8 // plain.element_size()
+    bits, rest = plain[:whole].view(torch.int64), plain[whole:].view(torch.uint8).long()
+    even = len(bits) // _SUMMED * _SUMMED
+    table, left = bits[:even].view(-1, _SUMMED), torch.cat([bits[even:], rest])
+    return torch.cat([table.sum(1), table.sum(0), left])
 
 
 def of_vector(tensor: Tensor) -> bytes:
