@@ -201,13 +201,17 @@ class Blocking:
         self._run.restore(state)
 
     def describe_weight(self) -> list[dict[str, Any]]:
-        """Per target its weight and what that means: lambda carries over to another SAE only as far as the norms agree."""
+        """Per target its weight and what that means: lambda carries over to another SAE only as far as the norms agree.
+
+        rising: whether "auto" was still raising it in the last step.
+        """
         return [
             {
                 "site": label,
                 "latents": len(latent_set),
                 "weight": weight,
                 "peak": max(weight, self._run.peaks.get(label, 0.0)),
+                "rising": self.weight == "auto" and 0 < self._run.peaks.get(label, 0.0) <= weight,
                 "sae_fingerprint": latent_set.sae_fingerprint,
                 "sae_norms": norms(sae, latent_set.latents),
             }

@@ -47,7 +47,7 @@ class TrainingRun(Result):
             penalty = f" (+ penalty {last['loss'] - last['sft']:.4g})" if any(row["loss"] != row["sft"] for row in self.history) else ""
             parts.append(f"SFT loss {first['sft']:.4g} -> {last['sft']:.4g}{penalty}")
         for name, targets in self.weights.items():
-            parts += [f"{name} at {one['site']}: weight {one['weight']:.4g}, at its peak {one['peak']:.4g}" for one in targets]
+            parts += [f"{name} at {one['site']}: {_weight(one)}" for one in targets]
         return ", ".join(parts)
 
     def _shown(self) -> pd.DataFrame:
@@ -56,6 +56,11 @@ class TrainingRun(Result):
         last = len(frame) - 1
         steps = sorted({round(last * i / (_MOST_STEPS - 1)) for i in range(_MOST_STEPS)}) if len(frame) else []
         return pd.DataFrame(frame.iloc[steps][[column for column in frame.columns if "/" not in str(column)]])
+
+
+def _weight(target: dict[str, Any]) -> str:
+    rising = "; λ still rising: the penalty never came down to its bound, train longer" if target.get("rising") else ""
+    return f"weight {target['weight']:.4g}, at its peak {target['peak']:.4g}{rising}"
 
 
 def warn_if_hardly_learnt(run: TrainingRun, stacklevel: int) -> None:

@@ -11,6 +11,7 @@ from blockem_tl import Blocking, LatentSet, TrainingConfig, completion_loss, fin
 from blockem_tl.data.chat import encode_examples, pad
 from blockem_tl.storage.fingerprints import of_sae
 from blockem_tl.training.defence import weight_of
+from blockem_tl.training.run import TrainingRun
 
 CONFIG = TrainingConfig(rank=4, alpha=8, batch_size=8, learning_rate=3e-3, schedule="constant", epochs=20)
 MAX_MOVEMENT = 0.1
@@ -50,7 +51,13 @@ def test_the_multiplier_rises_while_the_bound_is_exceeded_and_falls_while_it_is_
     assert weight_of(auto) == 1.0 and auto.weights == (0.0, 0.0)
     assert step(3.0, 0.0) == pytest.approx((0.05 * 0.5 / 2.0, 0.0))  # the multiplier in nats, over the bound of 2
     assert step(1e9, 4.0) == pytest.approx((0.05 * (0.5 + 5.0) / 2.0, 0.05 / 2.0))  # one wild batch counts as five bounds
+    assert [part["rising"] for part in auto.describe_weight()] == [True, True]
     assert step(0.0, 0.0) == pytest.approx((0.05 * 4.5 / 2.0, 0.0))
+    assert [part["rising"] for part in auto.describe_weight()] == [False, False]
+    run = TrainingRun(adapter="a", steps=0, history=[], weights={"block": [{"site": "s", "weight": 2.0, "peak": 2.0, "rising": True}]})
+    assert "weight 2, at its peak 2; λ still rising" in run.headline()
+    run.weights["block"][0]["rising"] = False
+    assert "rising" not in run.headline()
 
 
 def test_the_bound_is_kept_and_sft_still_learns(tiny, auto) -> None:

@@ -59,7 +59,7 @@ def decode_patching(
     Args:
         sites: hook names, patched one after the other.  groups: sites that are patched together.
         steps: the window [start, stop) of patched decoding steps; stop None is the end of the reply. Step 0 runs on the last prompt token
-            and chooses the first reply token; step t > 0 runs on reply token t - 1.
+            and chooses the first reply token; step t > 0 runs on reply token t - 1 (from 0) and chooses t.
         last_prompt_position: patch step 0, the procedure as the paper describes it; False is its formula (only t > T_pref).
         source, target, max_new_tokens, batch_size, temperature, seed: as for `patching_sweep`.
 
