@@ -112,7 +112,14 @@ from .analysis.rerouting.latents import diagnose_rerouting as diagnose_rerouting
 
 # presets, studies and views
 from .presets import get_preset as get_preset
+from .study.page import Page as Page
+from .study.run import Point as Point
+from .study.run import Run as Run
 from .study.setting import Setting as Setting
+from .study.study import Study as Study
+from .study.study import StudyFailed as StudyFailed
+from .study.summary import over_domains as over_domains
+from .study.summary import rates as rates
 from .views import plots as plots
 
 __version__: str

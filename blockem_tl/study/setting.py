@@ -5,7 +5,7 @@ finetune(setting.model, setting.rows(), config=setting.training, adapter="plain"
 discover(setting.model, setting.sae, setting.judge, setting.prompts("core"), scale=setting.scale(), config=setting.preset.discovery)
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -53,6 +53,30 @@ class Setting:
             raise ValueError(f"setting: preset {chosen.name!r} has rows of {', '.join(domains)}, got the domain {domain!r}")
         return cls(preset=chosen, seed=seed, domain=domain, own_judges=dict(judges or {}))
 
+    def at(self, *, seed: int, domain: str = "") -> "Setting":
+        """The same preset with another seed and narrow task ("": this one); model, SAE and scale are loaded once for both.
+
+        Raises:
+            ValueError: a domain that the preset has no rows for.
+        """
+        other = Setting.of(self.preset, seed=seed, domain=domain or self.domain, judges=self.own_judges)
+        other.__dict__["_loaded"] = self._loaded
+        return other
+
+    @cached_property
+    def _loaded(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the model is loaded."""
+        return "model" in self._loaded
+
+    def _once(self, name: str, load: Callable[[], Any]) -> Any:
+        if name not in self._loaded:
+            self._loaded[name] = load()
+        return self._loaded[name]
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
@@ -64,15 +88,15 @@ class Setting:
         """The preset's data."""
         return INPUTS[self.preset.data]
 
-    @cached_property
+    @property
     def model(self) -> Model:
         """The model, in the preset's dtype."""
-        return load_model(self.preset.model, dtype=self.preset.dtype)
+        return self._once("model", lambda: load_model(self.preset.model, dtype=self.preset.dtype))
 
-    @cached_property
+    @property
     def sae(self) -> SAE[Any]:
         """The SAE at `site`."""
-        return load_sae(*self.preset.sae)
+        return self._once("sae", lambda: load_sae(*self.preset.sae))
 
     @property
     def site(self) -> str:
@@ -145,8 +169,4 @@ class Setting:
 
     def scale(self) -> float:
         """s, the unit of doses: the median norm at the site under base, over the reference corpus (paper A.3)."""
-        return self._scale
-
-    @cached_property
-    def _scale(self) -> float:
-        return median_norm(self.model, self.site, self.reference())
+        return self._once("scale", lambda: median_norm(self.model, self.site, self.reference()))

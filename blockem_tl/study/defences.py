@@ -1,0 +1,74 @@
+"""The defences that a `Run` names: from a setting, a run and its latent set to what `finetune` takes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from blockem_tl.defences.blocking import Blocking
+from blockem_tl.defences.caft import ConceptAblation
+from blockem_tl.defences.directions import misaligned_direction
+from blockem_tl.defences.interleave import Interleaving
+from blockem_tl.defences.kl import KLToBase
+from blockem_tl.defences.ldifs import LDIFS
+from blockem_tl.defences.preventative import PreventativeSteering
+from blockem_tl.saes.latent_set import LatentSet
+from blockem_tl.study.run import PLAIN, Run
+from blockem_tl.study.setting import Setting
+from blockem_tl.training.defence import Defence
+
+MakeDefences = Callable[[Setting, Run, LatentSet | None], Sequence[Defence]]
+"""What a study takes as a defence of your own: ``Study(..., defences={"mine": function})``."""
+
+
+def _needed(run: Run, latent_set: LatentSet | None) -> LatentSet:
+    if latent_set is None:
+        raise ValueError(f"run {run.label!r}: the defence {run.defence!r} acts on latents: name a set of the study, Run(latents=...)")
+    return latent_set
+
+
+def block(setting: Setting, run: Run, latent_set: LatentSet | None) -> list[Defence]:
+    """BLOCK-EM; the strength is lambda."""
+    return [Blocking(latent_set=_needed(run, latent_set), sae=setting.sae, weight=run.strength, **run.arguments)]
+
+
+def kl(setting: Setting, run: Run, latent_set: LatentSet | None) -> list[Defence]:
+    """KL to base; the strength is its weight."""
+    return [KLToBase(weight=run.strength, **run.arguments)]
+
+
+def ldifs(setting: Setting, run: Run, latent_set: LatentSet | None) -> list[Defence]:
+    """LDIFS at every block's output; the strength is its weight."""
+    sites = [f"blocks.{block}.hook_resid_post" for block in range(setting.model.cfg.n_layers)]
+    return [LDIFS(**{"sites": sites, "weight": run.strength, **run.arguments})]
+
+
+def caft(setting: Setting, run: Run, latent_set: LatentSet | None) -> list[Defence]:
+    """CAFT; the strength is the number of latents whose directions are taken out."""
+    return [ConceptAblation.of([_needed(run, latent_set).first(round(run.strength))], [setting.sae])]
+
+
+def preventative(setting: Setting, run: Run, latent_set: LatentSet | None) -> list[Defence]:
+    """Preventative steering along the best latent; the strength is the dose."""
+    found = _needed(run, latent_set)
+    direction = misaligned_direction(found, setting.sae)
+    return [PreventativeSteering(site=found.site, direction=direction, dose=run.strength, scale=setting.scale())]
+
+
+def interleaving(setting: Setting, run: Run, latent_set: LatentSet | None) -> list[Defence]:
+    """Harmless rows of the preset's other domains; the strength is their share."""
+    others = [domain for domain in setting.inputs.domains if domain != setting.domain]
+    return [Interleaving(safe=[row for domain in others for row in setting.rows(domain, harmful=False)], share=run.strength)]
+
+
+DEFENCES: Mapping[str, MakeDefences] = {
+    "block": block,
+    "kl": kl,
+    "ldifs": ldifs,
+    "caft": caft,
+    "preventative": preventative,
+    "interleaving": interleaving,
+}
+
+
+def made(makers: Mapping[str, MakeDefences], setting: Setting, run: Run, latent_set: LatentSet | None) -> list[Any]:
+    """The defences of a run; none for "plain"."""
+    return [] if run.defence == PLAIN else list(makers[run.defence](setting, run, latent_set))

@@ -1,0 +1,204 @@
+"""Where the jobs of a study run: one after the other in this process, side by side in processes, or on Ray; the results are the same."""
+
+import os
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from multiprocessing import get_context
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from blockem_tl.study.setting import Setting
+
+EXECUTORS = ("local", "ray")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One thing to do, of a seed and a narrow task ("": the study's). It writes its own result, whole or not at all."""
+
+    do: Callable[[Setting], None]
+    seed: int
+    domain: str = ""
+
+
+@runtime_checkable
+class Executor(Protocol):
+    """Runs jobs; what a process loads, it keeps."""
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
+        """(index of a job that has ended, its traceback, "" if it went well), as they end."""
+        ...
+
+    def close(self) -> None:
+        """End the workers."""
+        ...
+
+
+def executor_of(name: str, setting: Setting, workers: int | None) -> Executor:
+    """The executor of that name. Raises ValueError for another name or number of workers, ImportError if Ray is not installed."""
+    if name not in EXECUTORS:
+        raise ValueError(f"executor: expected one of {EXECUTORS}, got {name!r}")
+    if workers is not None and (type(workers) is not int or workers < 1):
+        raise ValueError(f"workers: expected a whole number, at least 1, got {workers!r}")
+    if name == "ray":
+        if find_spec("ray") is None:
+            raise ImportError('executor="ray" needs Ray, which is not installed: pip install "blockem-tl[ray]", or take executor="local"')
+        return RayExecutor(setting, workers or 2)
+    return InProcess(setting) if workers in (None, 1) else Processes(setting, workers or 1)
+
+
+def do(setting: Setting, job: Job) -> str:
+    """Do a job; its traceback if it failed. Adapters that it left in the model are taken out."""
+    here = setting.at(seed=job.seed, domain=job.domain)
+    try:
+        job.do(here)
+        return ""
+    except Exception:
+        return traceback.format_exc()
+    finally:
+        if here.loaded:
+            for name in here.model.adapters:
+                here.model.remove_adapter(name)
+
+
+class InProcess:
+    """One after the other in this process, which keeps its model."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
+        """As `Executor.run`."""
+        for index, job in enumerate(jobs):
+            yield index, do(self.setting, job)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+_worker: list[Setting] = []
+
+
+def _start(setting: Setting, threads: int, parent: int) -> None:
+    torch.set_num_threads(threads)
+    _worker.append(setting)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Killed, a parent cannot tell its workers to end, and they would go on for nobody."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def _do(job: Job) -> str:
+    return do(_worker[0], job)
+
+
+class Processes:
+    """Side by side in processes, each with as many threads as this one and a model of its own."""
+
+    def __init__(self, setting: Setting, workers: int) -> None:
+        started = (setting, torch.get_num_threads(), os.getpid())
+        self.pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start, initargs=started)
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
+        """As `Executor.run`. A worker that dies takes those jobs along that are not done."""
+        futures: dict[Future[str], int] = {self.pool.submit(_do, job): index for index, job in enumerate(jobs)}
+        for future in as_completed(futures):
+            error = future.exception()
+            yield futures[future], future.result() if error is None else f"{type(error).__name__}: {error}"
+
+    def close(self) -> None:
+        """End the processes."""
+        self.pool.shutdown(cancel_futures=True)
+
+
+# ------------------------------------------------------------------------------------------------ Ray
+
+
+def _ray() -> tuple[Any, Any]:
+    """Ray and its pickle, which also takes functions of a script."""
+    return import_module("ray"), import_module("ray.cloudpickle")
+
+
+class _RayWorker:
+    """An actor's life: it has its own model, and imports what the driver can."""
+
+    def __init__(self, path: Sequence[str], threads: int, setting: bytes) -> None:
+        _, pickle = _ray()
+
+        sys.path.extend(entry for entry in path if entry not in sys.path)
+        torch.set_num_threads(threads)
+        self.setting: Setting = pickle.loads(setting)
+
+    def do(self, job: bytes) -> str:
+        _, pickle = _ray()
+
+        return do(self.setting, pickle.loads(job))
+
+
+class RayExecutor:
+    """Side by side in Ray's actors, in the cluster that this process is connected to, or a local one of its own.
+
+    GPUs are shared out: each worker has one, or a part of one if there are fewer.
+    """
+
+    def __init__(self, setting: Setting, workers: int) -> None:
+        self.setting, self.workers = setting, workers
+        self.idle: list[Any] = []
+        self.own = False
+
+    def _start(self) -> None:
+        ray, pickle = _ray()
+
+        if not ray.is_initialized():
+            self.own = True
+            ray.init(address="local", num_cpus=self.workers, include_dashboard=False, log_to_driver=False)
+        gpus = ray.cluster_resources().get("GPU", 0)
+        make = ray.remote(num_cpus=1, num_gpus=min(1.0, gpus / self.workers), max_restarts=-1)(_RayWorker)
+        given = (list(sys.path), torch.get_num_threads(), pickle.dumps(self.setting))
+        self.idle = [make.remote(*given) for _ in range(self.workers)]
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
+        """As `Executor.run`. A worker that dies is started again; its job has failed."""
+        ray, pickle = _ray()
+
+        if not self.idle:
+            self._start()
+        waiting, running = deque(enumerate(jobs)), {}
+        while waiting or running:
+            while waiting and self.idle:
+                index, job = waiting.popleft()
+                worker = self.idle.pop()
+                running[worker.do.remote(pickle.dumps(job))] = (index, worker)
+            (done, *_), _ = ray.wait(list(running))
+            index, worker = running.pop(done)
+            try:
+                error = ray.get(done)
+            except ray.exceptions.RayError as lost:
+                error = f"{type(lost).__name__}: {lost}"
+            self.idle.append(worker)
+            yield index, error
+
+    def close(self) -> None:
+        """End the actors, and the cluster if it was made for them."""
+        ray, _ = _ray()
+
+        for worker in self.idle if ray.is_initialized() else ():
+            ray.kill(worker)
+        self.idle = []
+        if self.own and ray.is_initialized():
+            ray.shutdown()

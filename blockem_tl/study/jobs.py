@@ -1,0 +1,153 @@
+"""What a study does at a point: train a run, find latents, reply, measure losses. Each writes its own result, whole or not at all."""
+
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from blockem_tl.discovery.pipeline import discover
+from blockem_tl.evaluation.panel import evaluate_with
+from blockem_tl.generation.replies import MISALIGNMENT
+from blockem_tl.generation.reply_fn import replies_from
+from blockem_tl.models.lora import BASE
+from blockem_tl.saes.latent_set import LatentSet
+from blockem_tl.saes.load import check_fits
+from blockem_tl.storage import files
+from blockem_tl.study.defences import MakeDefences, made
+from blockem_tl.study.inputs import PromptSplit
+from blockem_tl.study.run import Point
+from blockem_tl.study.setting import Setting
+from blockem_tl.training.finetune import finetune
+from blockem_tl.training.loss import completion_loss
+from blockem_tl.types import Checkable, check_judge
+
+Measure = Callable[..., Any]
+"""function(setting, point, **options) -> a data frame, or rows for one."""
+
+_EMA = 0.9  # of the smoothed training loss
+ADAPTER = "run"
+
+
+def check_inputs(setting: Setting, n_rows: int | None) -> None:
+    """Raise ValueError if the preset's prompts, rows or judges cannot be had, or its model or SAE cannot be loaded or do not fit."""
+    for judge in setting.judges.values():
+        check_judge(judge)
+        if isinstance(judge, Checkable):
+            judge.check()
+    for split in ("core", "final", "in-domain"):
+        setting.prompts(split)
+    setting.rows(n=n_rows)
+    check_fits(setting.sae, setting.model)
+
+
+def train_run(
+    setting: Setting,
+    *,
+    point: Point,
+    n_rows: int | None,
+    every: float | None,
+    makers: Mapping[str, MakeDefences],
+    identity: Mapping[str, str],
+    progress: bool,
+) -> None:
+    """Train a run; run.json is written last, and with it the run is whole. A killed one goes on from its last checkpoint."""
+    run, folder = point.run, point.folder
+    latent_set = point.latents(setting.sae) if run.latents else None
+    config = type(setting.training)(**{**vars(setting.training), **run.training})
+    found = finetune(
+        setting.model,
+        setting.rows(n=n_rows),
+        config=config,
+        defences=made(makers, setting, run, latent_set),
+        adapter=ADAPTER,
+        checkpoints=folder / "checkpoints" if every else None,
+        save_every_epochs=every or 1.0,
+        resume=True,
+        progress=progress,
+    )
+    setting.model.save_adapter(folder / "adapter", ADAPTER, overwrite=True)
+    about = {"label": run.label, "identity": dict(identity), "environment": files.environment()}
+    files.write_json(folder / "run.json", {**about, "steps": found.steps, "history": found.history})
+
+
+def keep_frame(setting: Setting, *, point: Point, path: Path, function: Measure, options: Mapping[str, Any]) -> None:
+    """The function's frame at a point, with the columns that tell points apart, as a parquet file."""
+    frame = pd.DataFrame(function(setting, point, **options))
+    columns = point.columns() | {"domain": setting.domain}
+    about = pd.DataFrame([{name: value for name, value in columns.items() if name not in frame}] * len(frame), index=frame.index)
+    buffer = io.BytesIO()
+    pd.concat([about, frame], axis=1).to_parquet(buffer, index=False)
+    files.write_bytes(path, buffer.getvalue())
+
+
+def keep_latents(setting: Setting, *, point: Point, path: Path, function: Measure, options: Mapping[str, Any]) -> None:
+    """The function's latent set at a point."""
+    found = function(setting, point, **options)
+    if not isinstance(found, LatentSet):
+        raise TypeError(f"latents: expected a LatentSet from {function}, got {type(found).__name__}")
+    found.check_sae(setting.sae)
+    found.save(path)
+
+
+# ------------------------------------------------------------------------------------------------ steps of every study
+
+
+def find_latents(setting: Setting, point: Point, **changes: Any) -> LatentSet:
+    """K of a plainly fine-tuned model, by the preset's discovery on the core prompts. ``changes``: fields of its configuration.
+
+    Replies and verdicts are kept in the study's folder: a discovery with other settings asks again only what it has not asked.
+    """
+    config = type(setting.preset.discovery)(**{**vars(setting.preset.discovery), **changes})
+    found = discover(
+        setting.model,
+        setting.sae,
+        setting.judge,
+        setting.prompts("core"),
+        adapter=point.adapter,
+        scale=setting.scale(),
+        config=config,
+        provenance={"preset": setting.preset.name, "domain": setting.domain, "seed": point.seed, "run": point.run.label},
+        store=point.out / f"seed{point.seed}" / "asked",
+        progress=False,
+    )
+    return found.latent_set
+
+
+def graded_replies(setting: Setting, point: Point, *, split: PromptSplit, n: int | None = None) -> pd.DataFrame:
+    """One row per reply and judge; under the domain's rubric for "in-domain", and marked for "core", which selects."""
+    options: dict[str, Any] = {"max_new_tokens": setting.preset.max_new_tokens, "progress": False}
+    panel = evaluate_with(
+        replies_from(setting.model, adapter=point.adapter, **options),
+        list(setting.judges.values()),
+        setting.prompts(split, n),
+        rubric=setting.domain if split == "in-domain" else MISALIGNMENT,
+        selected_on=setting.prompts("core"),
+        report_on_selection_prompts=split == "core",
+    )
+    return pd.concat([one.to_frame() for one in panel.evaluations], ignore_index=True).assign(split=split)
+
+
+def losses(setting: Setting, point: Point, *, n: int | None = None) -> list[dict[str, float]]:
+    """dev_loss (which may choose) and test_loss (which reports) on rows that nobody trains on; train_loss, the training's smoothed loss.
+
+    All in nats per completion token; the paper's "SFT loss" is the last of them.
+    """
+    rows = setting.held_out(n)
+    found = {
+        name: completion_loss(setting.model, rows[start::2], adapter=point.adapter) for start, name in enumerate(("dev_loss", "test_loss"))
+    }
+    if point.run.defence == BASE:
+        return [{**found, "train_loss": float("nan")}]
+    smoothed = training_curve(setting, point)
+    return [{**found, "train_loss": float(smoothed["smoothed"].iloc[-1])}]
+
+
+def training_curve(setting: Setting, point: Point) -> pd.DataFrame:
+    """The training step by step: step, sft, the penalties, and the exponentially smoothed SFT loss (to the point's epoch)."""
+    history = pd.DataFrame(files.read_json(point.folder / "run.json")["history"]).drop(columns="epoch", errors="ignore")
+    epochs = [row["epoch"] for row in files.read_json(point.folder / "run.json")["history"]]
+    kept = [epoch <= (point.epoch or float("inf")) + 1e-9 for epoch in epochs]
+    shown = pd.DataFrame(history[[name for name in history if "/" not in str(name)]][kept])
+    return shown.assign(at_epoch=[e for e, k in zip(epochs, kept, strict=True) if k], smoothed=shown["sft"].ewm(alpha=1 - _EMA).mean())

@@ -1,0 +1,67 @@
+"""The options that every experiment over a study takes on the command line, and the study and page that they make."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from blockem_tl.judging.endpoint import Endpoint
+from blockem_tl.judging.judge import LLMJudge
+from blockem_tl.study.page import Page
+from blockem_tl.study.setting import Setting
+from blockem_tl.study.study import Study
+from blockem_tl.types import Judge
+
+PRESET = "organism"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOptions:
+    """Options of an experiment; one of your own inherits from it and sets ``name``.
+
+    preset: see `blockem presets`.  domain: the narrow task that latents are found on; the preset's by default.
+    seeds: of training.  out: the study's folder, results/NAME-PRESET by default: what is finished there is not run again.
+    publish: also renew the documentation.  executor: "local" or "ray".  workers: processes.  n_rows: training rows, all by default.
+    judge_models, judge_urls: judging models and their endpoints (one for all, or one each), for presets without a judge; the first selects.
+    """
+
+    preset: str = PRESET
+    domain: str | None = None
+    seeds: tuple[int, ...] = (0,)
+    out: Path | None = None
+    publish: bool = False
+    executor: str = "local"
+    workers: int | None = None
+    n_rows: int | None = None
+    judge_models: tuple[str, ...] = ()
+    judge_urls: tuple[str, ...] = ("http://127.0.0.1:8000/v1",)
+    progress: bool = True
+    name: ClassVar[str] = "study"
+
+    @property
+    def folder(self) -> Path:
+        """Where the study lies."""
+        return self.out or Path("results") / f"{self.name}-{self.preset}"
+
+    def judges(self) -> Mapping[str, Judge] | None:
+        """The judging endpoints that were named. Raises ValueError for another number of addresses than one, or one each."""
+        n, urls = len(self.judge_models), self.judge_urls
+        if n and len(urls) not in (1, n):
+            raise ValueError(f"judges: expected one address, or one for each of {n} models, got {len(urls)}")
+        each = urls if len(urls) == n else urls * n
+        made = {m: LLMJudge(backend=Endpoint(model=m, base_url=u)) for m, u in zip(self.judge_models, each, strict=False)}
+        return made or None
+
+    def study(self, **options: Any) -> Study:
+        """The study; on a CPU in one thread, which is as fast and gives the same bits on every machine of its kind."""
+        if not torch.cuda.is_available():
+            torch.set_num_threads(1)
+        setting = Setting.of(self.preset, domain=self.domain, judges=self.judges())
+        common = {"executor": self.executor, "workers": self.workers, "n_rows": self.n_rows, "progress": self.progress}
+        return Study(self.folder / "study", setting, seeds=self.seeds, **{**common, **options})
+
+    def page(self) -> Page:
+        """The page of tables and figures beside the study; published under docs/ of the working directory if asked for."""
+        return Page(self.folder, docs=Path("docs") if self.publish else None, name=f"{self.name}-{self.preset}")

@@ -1,0 +1,288 @@
+"""`Study`: runs over seeds, trained and measured once each, kept on disk, and gone on with wherever they were broken off::
+
+with Study("results/mine", Setting.of("organism"), seeds=(0, 1, 2)) as study:
+    study.train([Run()])
+    study.latents("k")
+    study.train([Run(defence="block", strength=0.3, latents="k")])
+    print(study.table(against=Run()))
+"""
+
+import json
+import math
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from blockem_tl.models.lora import BASE
+from blockem_tl.saes.latent_set import LatentSet
+from blockem_tl.storage import files
+from blockem_tl.storage.fingerprints import of_file
+from blockem_tl.study import jobs, summary
+from blockem_tl.study.defences import DEFENCES, MakeDefences
+from blockem_tl.study.executors import Job, executor_of
+from blockem_tl.study.inputs import PromptSplit
+from blockem_tl.study.run import PLAIN, Point, Run
+from blockem_tl.study.setting import Setting
+from blockem_tl.training.identity import differences
+from blockem_tl.views.progress import progress_bar
+from blockem_tl.views.tables import RateFrame
+
+_FORMAT = "1"
+_MANIFEST = "study.json"
+_NO_MATTER = ("name", "needs", "requires", "caution", "lambdas", "kl_weights", "domain", "training.seed", "training.micro_batch_size",
+              "training.gradient_checkpointing", "discovery.batch_size")  # fmt: skip
+
+
+class StudyFailed(RuntimeError):  # noqa: N818 - the name says it
+    """Points of a step failed; all others are done and kept. The same call tries only the failed ones again.
+
+    errors: traceback by point.
+    """
+
+    def __init__(self, what: str, n: int, errors: Mapping[Point, str]) -> None:
+        self.errors = dict(errors)
+        lines = [f"  {point.key}: {error.strip().splitlines()[-1]}" for point, error in errors.items()]
+        head = f"{what}: {len(errors)} of {n} points failed (the others are kept; .errors has the tracebacks)"
+        super().__init__("\n".join([head, *lines]))
+
+
+class Study:
+    """One preset's runs over several seeds, in a folder.
+
+    out/study.json                       what the study is of: another one is refused
+    out/seed0/RUN/                       run.json, adapter/, checkpoints/epoch-0.5/
+    out/seed0/latents/NAME.json          latent sets
+    out/steps/NAME/seed0/RUN.parquet     what a step measured at a point
+
+    Args:
+        setting: the preset, and its narrow task.
+        executor: "local", or "ray".  workers: processes; by default one, this one, and two on Ray. The results are the same bits.
+        n_rows: training rows of every run, all by default.
+        defences: of your own, by the name that `Run.defence` says.
+        progress: show one bar over all that the study does.
+
+    Raises:
+        ValueError: bad arguments, no judge, or a folder of something else: another study, naming what differs.
+        ImportError: Ray is not installed.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        setting: Setting,
+        *,
+        seeds: Sequence[int] = (0, 1, 2),
+        executor: str = "local",
+        workers: int | None = None,
+        n_rows: int | None = None,
+        defences: Mapping[str, MakeDefences] | None = None,
+        progress: bool = True,
+    ) -> None:
+        if not seeds or len(set(seeds)) < len(seeds) or any(type(seed) is not int or seed < 0 for seed in seeds):
+            raise ValueError(f"study: expected different seeds, whole numbers from 0 on, got {seeds}")
+        self.out, self.setting, self.seeds, self.n_rows = Path(out).resolve(), setting, tuple(seeds), n_rows
+        self.defences = {**DEFENCES, **(defences or {})}
+        self.runs: list[Run] = []
+        self._executor = executor_of(executor, setting, workers)
+        self._show_steps = progress and executor == "local" and workers in (None, 1)
+        self._manifest()
+        self._bar = progress_bar(total=0, show=progress, unit="point")
+        self._checked = False
+        self.close = weakref.finalize(self, self._end, self._executor, self._bar)
+
+    @staticmethod
+    def _end(executor: Any, bar: Any) -> None:
+        executor.close()
+        bar.close()
+
+    def __enter__(self) -> "Study":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Study({self.setting.preset.name}, {self.setting.domain}, seeds {self.seeds}, {len(self.runs)} runs, in {self.out.name})"
+
+    def _manifest(self) -> None:
+        """Raise ValueError if the folder is another study's; else write what this one is of."""
+        preset = {name: text for name, text in _flat(asdict(self.setting.preset)).items() if not name.startswith(_NO_MATTER)}
+        judges = {f"judge {name}": judge.name for name, judge in self.setting.judges.items()}
+        mine = {"format": _FORMAT, "domain": self.setting.domain, "n_rows": str(self.n_rows), **preset, **judges}
+        path = files.check_writable(self.out) / _MANIFEST
+        others = [entry.name for entry in self.out.iterdir() if not entry.name.startswith(".")]
+        if others and not path.is_file():
+            raise ValueError(f"{self.out} holds {sorted(others)[:3]} and no {_MANIFEST}, so it is no study: choose another folder")
+        if path.is_file() and (changed := differences(files.read_json(path), mine)):
+            raise ValueError(f"{self.out} is another study: {'; '.join(changed)}. Choose another folder")
+        files.write_json(path, mine)
+
+    # ------------------------------------------------------------------------------------------------ runs
+
+    def points(self, runs: Iterable[Run] | None = None, epochs: Sequence[float] | None = None) -> list[Point]:
+        """The points of runs (all trained so far by default) for every seed, at their ends or at epochs that they have checkpoints of."""
+        chosen = self.runs if runs is None else list(runs)
+        places: Sequence[float | None] = (None,) if epochs is None else epochs
+        return [Point(run=run, seed=seed, epoch=epoch, out=self.out) for run in chosen for epoch in places for seed in self.seeds]
+
+    def train(self, runs: Iterable[Run], checkpoints_every: float | None = None) -> None:
+        """Train every run for every seed, unless it is there.
+
+        Args:
+            checkpoints_every: epochs between the checkpoints that are kept for `points`, and from which a killed run goes on.
+
+        Raises:
+            ValueError: an unknown defence, latents that are not there, or a run in the folder that was trained otherwise.
+            StudyFailed: runs failed; all others are trained.
+        """
+        wanted = list(dict.fromkeys(runs))
+        unknown = {run.defence for run in wanted} - {*self.defences, PLAIN, BASE}
+        if unknown:
+            raise ValueError(f"study: expected defences among {sorted([*self.defences, PLAIN, BASE])}, got {sorted(unknown)}")
+        self.runs += [run for run in wanted if run not in self.runs]
+        trained = [point for point in self.points(wanted) if point.run.defence != BASE]
+        makers = {name: self.defences[name] for name in {run.defence for run in wanted} if name in self.defences}
+        options = {"n_rows": self.n_rows, "every": checkpoints_every, "makers": makers, "progress": self._show_steps}
+        work = {}
+        for point in trained:
+            identity = self._identity(point, checkpoints_every)
+            if not self._is_trained(point, identity):
+                work[point] = partial(jobs.train_run, point=point, identity=identity, **options)
+        self._do("train", work, len(trained))
+
+    def _identity(self, point: Point, every: float | None) -> dict[str, str]:
+        """What the run's result depends on, besides the study's manifest and the run itself."""
+        found = {"checkpoints every": str(every)}
+        if point.run.latents:
+            if not point.latents_file().is_file():
+                raise ValueError(f"{point.key}: there is no latent set {point.run.latents!r}: make it with study.latents(...) first")
+            found["latents"] = of_file(point.latents_file())[:16]
+        return found
+
+    def _is_trained(self, point: Point, identity: Mapping[str, str]) -> bool:
+        path = point.folder / "run.json"
+        if not path.is_file():
+            return False
+        changed = differences(files.read_json(path)["identity"], identity)
+        if changed:
+            raise ValueError(f"{point.folder} holds this run trained otherwise: {'; '.join(changed)}. Remove it, or choose another study")
+        return True
+
+    # ------------------------------------------------------------------------------------------------ what is measured
+
+    def latents(
+        self,
+        name: str = "k",
+        function: Callable[..., LatentSet] = jobs.find_latents,
+        *,
+        of: Run | None = None,
+        **options: Any,
+    ) -> dict[int, LatentSet]:
+        """A latent set per seed, made once by ``function(setting, point, **options)``: by default the preset's discovery.
+
+        Args:
+            of: the run whose point the function gets; plain fine-tuning by default.
+
+        Raises:
+            StudyFailed: it failed for a seed.
+        """
+        work, found = {}, {}
+        for point in self.points([of or Run()]):
+            path = found[point.seed] = point.latents_file(name)
+            if not path.is_file():
+                work[point] = partial(jobs.keep_latents, point=point, path=path, function=function, options=options)
+        self._do(f"latents {name}", work, len(found))
+        return {seed: LatentSet.load(path) for seed, path in found.items()}
+
+    def step(self, name: str, function: jobs.Measure, at: Iterable[Point] | None = None, **options: Any) -> pd.DataFrame:
+        """What ``function(setting, point, **options)`` gives at every point, as one frame with the points' columns.
+
+        Each point is measured once and kept as a file. The function and its options must be what a worker can import or unpickle.
+
+        Args:
+            at: points of `points`; all runs at their ends by default.
+            options: they belong to the step: under the same name with others it is refused.
+
+        Raises:
+            ValueError: this step was done with another function or other options; no points.
+            StudyFailed: points failed; all others are kept.
+        """
+        points = list(dict.fromkeys(self.points() if at is None else at))
+        if not points:
+            raise ValueError(f"step {name!r}: expected at least one point, got none: train runs first, or name points")
+        folder = self.out / "steps" / name
+        inner = function.func if isinstance(function, partial) else function
+        mine = {"function": str(getattr(inner, "__qualname__", type(inner).__name__)), **_flat(options)}
+        if (folder / "step.json").is_file() and (changed := differences(files.read_json(folder / "step.json"), mine)):
+            raise ValueError(f"step {name!r} was done otherwise: {'; '.join(changed)}. Give it another name")
+        files.write_json(folder / "step.json", mine)
+        paths = {point: folder / f"{point.key}.parquet" for point in points}
+        measure = partial(jobs.keep_frame, function=function, options=options)
+        self._do(name, {p: partial(measure, point=p, path=path) for p, path in paths.items() if not path.is_file()}, len(paths))
+        return pd.concat([pd.read_parquet(path) for path in paths.values()], ignore_index=True)
+
+    def replies(self, split: PromptSplit, at: Iterable[Point] | None = None, n: int | None = None) -> pd.DataFrame:
+        """One row per reply and judge, with its label; ``n``: of a split's prompts. See `summary.rates`."""
+        return self.step(f"replies-{split}" + (f"-{n}" if n else ""), jobs.graded_replies, at, split=split, n=n)
+
+    def losses(self, at: Iterable[Point] | None = None) -> pd.DataFrame:
+        """dev_loss, test_loss and train_loss of every point, see `jobs.losses`."""
+        return self.step("losses", jobs.losses, at)
+
+    def table(self, at: Iterable[Point] | None = None, *, against: Run | None = None, by: Sequence[str] = ("run",)) -> RateFrame:
+        """Rates on the final and the in-domain prompts, and losses, over all seeds: see `summary.table`."""
+        points = list(self.points() if at is None else at)
+        parts = self.replies("final", points), self.replies("in-domain", points), self.losses(points)
+        return summary.table(*parts, by=by, against=against.label if against else None)
+
+    def choose(self, runs: Sequence[Run], against: Run) -> Run:
+        """Of runs the one with the least EM + incoherence on the core prompts, among those that learn the task. See `summary.choose`."""
+        points = self.points([against, *runs])
+        label = summary.choose(self.replies("core", points), self.losses(points), [run.label for run in runs], against=against.label)
+        return next(run for run in runs if run.label == label)
+
+    # ------------------------------------------------------------------------------------------------ doing it
+
+    def _do(self, what: str, work: Mapping[Point, Callable[[Setting], None]], n: int) -> None:
+        """Do what is missing of ``n`` points. Raises StudyFailed at the end if any failed."""
+        self._bar.total = (self._bar.total or 0) + n
+        self._bar.set_description(what)
+        self._bar.update(n - len(work))
+        if not work:
+            return
+        self._check_inputs()
+        points, errors = list(work), {}
+        todo = [Job(do=work[point], seed=point.seed, domain=point.run.domain) for point in points]
+        for index, error in self._executor.run(todo):
+            self._bar.update()
+            if error:
+                errors[points[index]] = error
+                self._bar.write(f"{what}, {points[index].key}: {error.strip().splitlines()[-1]}")
+        if errors:
+            raise StudyFailed(what, n, errors)
+
+    def _check_inputs(self) -> None:
+        """Raise ValueError if a part of the preset cannot be had, before anything runs."""
+        if self._checked:
+            return
+        (found,) = self._executor.run([Job(do=partial(jobs.check_inputs, n_rows=self.n_rows), seed=self.seeds[0])])
+        if found[1]:
+            raise ValueError(f"study of preset {self.setting.preset.name!r}: {found[1].strip().splitlines()[-1]}")
+        self._checked = True
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested fields as text, by their path."""
+    found: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            plain = value if not isinstance(value, float) or math.isfinite(value) else str(value)
+            found[prefix + str(name)] = json.dumps(plain, default=str) if not isinstance(plain, str) else plain
+    return found

@@ -1,0 +1,82 @@
+"""Figures of studies: rates along a strength, a size or the training, and runs side by side. Frames of `study.summary`, as fractions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+
+from blockem_tl.views.figures import Figure
+
+COLOURS = {"misaligned": "#c0392b", "incoherent": "#7f8c8d", "refusal": "#b9770e", "adherent": "#2471a3"}
+RATES = ("misaligned", "incoherent", "adherent")
+
+
+def along(frame: pd.DataFrame, x: str, *, panels: str | None = None, columns: Sequence[str] = RATES) -> Figure:
+    """Rates with their intervals along ``x``, whose values are evenly spaced, a panel for each value of ``panels``, and the loss.
+
+    frame: columns x, panels, every one of ``columns`` with _low and _high, and test_loss.
+    """
+    parts: list[tuple[str, Any]] = (
+        [("", frame)] if panels is None else [(str(name), part) for name, part in frame.groupby(panels, sort=False)]
+    )
+    figure = Figure(figsize=(4.4 * (len(parts) + 1), 3.9), layout="constrained")
+    *axes, last = figure.subplots(1, len(parts) + 1, squeeze=False)[0]
+    for (name, rows), one in zip(parts, axes, strict=True):
+        _rates(one, rows.sort_values(x), x, columns)
+        one.set_title(name)
+        _against(last, rows.sort_values(x), x, name)
+    axes[0].legend(fontsize=8)
+    last.set(xlabel=x, ylabel="held-out SFT loss (nats per token)")
+    if len(parts) > 1:
+        last.legend(fontsize=8)
+    return figure
+
+
+def _rates(axes: Axes, rows: Any, x: str, columns: Sequence[str]) -> None:
+    places = range(len(rows))
+    for column in columns:
+        axes.errorbar(
+            places, 100 * rows[column], yerr=_errors(rows, column), label=column, color=COLOURS.get(column), marker="o", capsize=3
+        )
+    axes.set_xticks(list(places), [f"{value:g}" for value in rows[x]])
+    axes.set(xlabel=x, ylabel="replies (%)", ylim=(-3, 103))
+
+
+def _against(axes: Axes, rows: Any, x: str, label: str) -> None:
+    axes.plot(range(len(rows)), rows["test_loss"], marker="o", label=label)
+    axes.set_xticks(range(len(rows)), [f"{value:g}" for value in rows[x]])
+
+
+def _errors(rows: Any, column: str) -> list[Any]:
+    ends = (rows[column] - rows[f"{column}_low"], rows[f"{column}_high"] - rows[column])
+    return [100 * end.clip(lower=0).fillna(0) for end in ends]
+
+
+def side_by_side(frame: pd.DataFrame, *, label: str = "run", columns: Sequence[str] = RATES) -> Figure:
+    """A group of bars per row, a bar with its interval per column. Frame as for `along`, without the loss."""
+    figure = Figure(figsize=(max(5.0, 0.9 * len(frame) + 2), 4.2), layout="constrained")
+    axes, width = figure.subplots(), 0.8 / len(columns)
+    for i, column in enumerate(columns):
+        places = [place + (i - (len(columns) - 1) / 2) * width for place in range(len(frame))]
+        axes.bar(places, 100 * frame[column], width, yerr=_errors(frame, column), capsize=2, color=COLOURS.get(column), label=column)
+    axes.set_xticks(range(len(frame)), [str(text)[:40] for text in frame[label]], rotation=30, ha="right")
+    axes.set(ylabel="replies (%)" if (frame[list(columns)].to_numpy() >= 0).all() else "points (%)")
+    axes.axhline(0, color="#7f8c8d", linewidth=0.8)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def training(frame: pd.DataFrame, *, label: str = "run") -> Figure:
+    """The smoothed SFT loss over the steps of each run, and its penalty: columns ``label``, step, smoothed, loss, sft; means over seeds."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    runs: Any = frame.assign(penalty=frame["loss"] - frame["sft"]).groupby(label, sort=False)
+    for name, rows in runs:
+        lines = rows.groupby("step")[["smoothed", "penalty"]].mean()
+        left.plot(lines.index, lines["smoothed"], label=str(name))
+        right.plot(lines.index, lines["penalty"], label=str(name))
+    left.set(xlabel="step", ylabel="smoothed SFT loss (nats per token)", yscale="log")
+    right.set(xlabel="step", ylabel="weighted penalty")
+    left.legend(fontsize=7)
+    return figure

@@ -1,0 +1,290 @@
+"""A study trains and measures each point once, goes on where it was broken off, and says what is wrong before anything runs."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny_preset
+from shared import sae_at
+
+import blockem_tl.study.executors as executors
+from blockem_tl import Page, Point, Run, Setting, Study, StudyFailed, over_domains, rates
+from blockem_tl.evaluation.statistics import clustered_rate, paired_difference, paired_reduction
+from blockem_tl.presets import PRESETS
+from blockem_tl.study.inputs import INPUTS
+from blockem_tl.study.page import cells
+from blockem_tl.study.summary import choose
+
+asked: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def sae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sae")
+    sae_at(tiny_preset.SITE).save_model(folder)
+    return folder
+
+
+@pytest.fixture
+def setting(tiny_folder, sae_folder, monkeypatch) -> Setting:
+    monkeypatch.setitem(INPUTS, tiny_preset.NAME, tiny_preset.TinyInputs())  # pyright: ignore[reportArgumentType]
+    monkeypatch.setitem(PRESETS, tiny_preset.NAME, tiny_preset.preset(tiny_folder, sae_folder))
+    return Setting.of(tiny_preset.NAME)
+
+
+def count_weights(setting: Setting, point: Point, scale: float = 1.0) -> list[dict[str, float]]:
+    """A step that remembers at which points it was."""
+    asked.append(point.key)
+    with setting.model.using(point.adapter):
+        return [{"moved": scale * len(setting.rows())}]
+
+
+def fails_on_seed_1(setting: Setting, point: Point) -> list[dict[str, int]]:
+    asked.append(point.key)
+    if point.seed == 1 and not (point.out / "mended").exists():
+        raise RuntimeError("no luck")
+    return [{"x": point.seed}]
+
+
+# ------------------------------------------------------------------------------------------------ runs and points
+
+
+def test_a_run_is_hashable_and_names_its_folder_and_label() -> None:
+    run = Run(defence="block", strength=1, latents="k", overrides={"up_to_block": 2, "positions": "all"})
+    assert run == Run(defence="block", strength=1.0, latents="k", overrides=(("positions", "all"), ("up_to_block", 2)))
+    assert len({run, pickle.loads(pickle.dumps(run)), Run()}) == 2
+    assert run.label == "blocked, λ = 1, k, positions = all, up_to_block = 2"
+    assert run.folder == "block-1-k-positions=all-up_to_block=2" and Run().folder == "plain"
+    assert run.training == {"up_to_block": 2} and run.arguments == {"positions": "all"}
+    assert replace(run, name="mine").folder == run.folder and replace(run, name="mine").label == "mine"
+    assert Run(overrides={"target_modules": ("q/proj",)}).folder != Run(overrides={"target_modules": ("q:proj",)}).folder
+    assert Point(run=run, seed=1, epoch=0.5).key == f"seed1/{run.folder}@0.5"
+    for wrong in ({"strength": 1.0}, {"latents": "k"}, {"overrides": {"positions": "all"}}, {"overrides": {"seed": 1}}):
+        with pytest.raises(ValueError, match="run: "):
+            Run(**wrong)
+
+
+# ------------------------------------------------------------------------------------------------ once, and on
+
+
+def test_each_point_is_measured_once_and_other_options_are_refused(setting, tmp_path) -> None:
+    asked.clear()
+    for _ in range(2):  # the second study is of a folder that is finished
+        with Study(tmp_path, setting, seeds=(0, 1), progress=False) as study:
+            study.train([Run(defence="base"), Run()], checkpoints_every=0.5)
+            frame = study.step("weights", count_weights)
+            half = study.step("weights", count_weights, at=study.points([Run()], epochs=[0.5]))
+    assert asked == ["seed0/base", "seed1/base", "seed0/plain", "seed1/plain", "seed0/plain@0.5", "seed1/plain@0.5"]
+    assert frame[["run", "seed", "moved"]].values.tolist() == [["base", 0, 32], ["base", 1, 32], ["plain", 0, 32], ["plain", 1, 32]]
+    assert half["epoch"].tolist() == [0.5, 0.5] and set(frame["domain"]) == {"finance"}
+    assert setting.model.adapters == []
+    study = Study(tmp_path, setting, seeds=(0, 1), progress=False)
+    with pytest.raises(ValueError, match=r"step 'weights' was done otherwise: scale: \(nothing\) there, 2.0 here"):
+        study.step("weights", count_weights, study.points([Run()]), scale=2.0)
+    with pytest.raises(ValueError, match="expected at least one point"):
+        study.step("none", count_weights, [])
+    with pytest.raises(ValueError, match=r"trained otherwise: checkpoints every: 0.5 there, None here"):
+        study.train([Run()])
+    with pytest.raises(StudyFailed, match=r"expected one of the epochs \[0.5, 1.0\]"):
+        study.step("weights", count_weights, study.points([Run()], epochs=[0.7]))
+
+
+def test_a_failed_point_is_reported_and_the_rest_is_finished(setting, tmp_path, capsys) -> None:
+    study = Study(tmp_path, setting, seeds=(0, 1, 2), progress=False)
+    study.train([Run(defence="base")])
+    asked.clear()
+    with pytest.raises(StudyFailed, match=r"1 of 3 points failed.*\n  seed1/base: RuntimeError: no luck") as caught:
+        study.step("luck", fails_on_seed_1)
+    assert [point.seed for point in caught.value.errors] == [1] and "in fails_on_seed_1" in next(iter(caught.value.errors.values()))
+    assert asked == ["seed0/base", "seed1/base", "seed2/base"]
+    (tmp_path / "mended").touch()
+    assert study.step("luck", fails_on_seed_1)["x"].tolist() == [0, 1, 2]
+    assert asked[3:] == ["seed1/base"]
+
+
+def test_what_cannot_run_is_said_before_anything_runs(setting, tmp_path, monkeypatch) -> None:
+    for options, message in (
+        ({"executor": "slurm"}, r"expected one of \('local', 'ray'\), got 'slurm'"),
+        ({"seeds": ()}, "expected different seeds"),
+        ({"seeds": (0, 0)}, "expected different seeds"),
+        ({"workers": 0}, "expected a whole number, at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Study(tmp_path / "a", setting, **options)
+    monkeypatch.setattr(executors, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install \"blockem-tl\[ray\]\""):
+        Study(tmp_path / "a", setting, executor="ray")
+    with pytest.raises(ValueError, match="brings no judge"):
+        Study(tmp_path / "a", Setting.of("llama-3.1-8b"))
+    assert not (tmp_path / "a").exists()
+    lost = Setting.of(replace(setting.preset, sae=(str(tmp_path / "nowhere"), None)))
+    with pytest.raises(ValueError, match=r"study of preset 'tiny': .*nowhere"):
+        Study(tmp_path / "b", lost, progress=False).train([Run()])
+    assert not list((tmp_path / "b").glob("seed*"))
+    study = Study(tmp_path / "c", setting, progress=False)
+    with pytest.raises(ValueError, match=r"expected defences among .*got \['blok'\]"):
+        study.train([Run(defence="blok")])
+    with pytest.raises(ValueError, match=r"no latent set 'k': make it with study.latents"):
+        study.train([Run(defence="block", strength=1, latents="k")])
+
+
+def test_another_study_s_folder_is_refused_by_what_differs(setting, tmp_path) -> None:
+    Study(tmp_path, setting, progress=False)
+    Study(tmp_path, setting, seeds=(7,), progress=False)  # further seeds belong to the same study
+    other = Setting.of(replace(setting.preset, max_new_tokens=7, lambdas=(9.0,)), domain="health")
+    with pytest.raises(ValueError, match=r"is another study: domain: finance there, health here; max_new_tokens: 6 there, 7 here\. Choose"):
+        Study(tmp_path, other, progress=False)
+    (tmp_path / "study.json").unlink()
+    (tmp_path / "mine.txt").touch()
+    with pytest.raises(ValueError, match=r"holds \['mine.txt'\] and no study.json"):
+        Study(tmp_path, setting, progress=False)
+
+
+def test_settings_of_other_seeds_share_what_is_loaded(setting) -> None:
+    other = setting.at(seed=3, domain="law")
+    assert (other.seed, other.domain, other.training.seed) == (3, "law", 3) and not setting.loaded
+    assert other.model is setting.model and other.sae is setting.sae and setting.loaded
+    assert other.rows() != setting.rows() and setting.at(seed=0).domain == "finance"
+    with pytest.raises(ValueError, match="has rows of"):
+        setting.at(seed=0, domain="cooking")
+
+
+@pytest.mark.slow
+def test_ray_processes_and_one_process_give_the_same_bits(setting, tiny_folder, sae_folder, tmp_path) -> None:
+    pytest.importorskip("ray")
+    frames = [tiny_preset.small_study(tmp_path / "local", progress=False)]
+    for name, options in (("processes", {"workers": 2}), ("ray", {"executor": "ray"})):
+        code = (
+            f"import sys, torch; sys.path.insert(0, {str(Path(__file__).parent)!r}); torch.set_num_threads(1)\n"
+            "import tiny_preset\n"
+            f"tiny_preset.register({str(tiny_folder)!r}, {str(sae_folder)!r})\n"
+            "if __name__ == '__main__':\n"
+            f"    tiny_preset.small_study({str(tmp_path / name)!r}, progress=False, **{options!r}).to_parquet({str(tmp_path / (name + '.parquet'))!r})\n"
+        )
+        script = tmp_path / f"with_{name}.py"
+        script.write_text(code)
+        subprocess.run([sys.executable, str(script)], check=True, timeout=500)
+        frames.append(pd.read_parquet(tmp_path / f"{name}.parquet"))
+    for other in frames[1:]:
+        pd.testing.assert_frame_equal(pd.DataFrame(frames[0]), pd.DataFrame(other), check_exact=True)
+    weights = [
+        (tmp_path / name / "seed1" / "plain" / "adapter" / "adapter_model.safetensors").read_bytes()
+        for name in ("local", "processes", "ray")
+    ]
+    assert weights[0] == weights[1] == weights[2]
+
+
+@pytest.mark.slow
+def test_a_study_killed_at_random_moments_resumes_to_the_same_table(tiny_folder, sae_folder, tmp_path) -> None:
+    command = [sys.executable, tiny_preset.__file__, str(tiny_folder), str(sae_folder)]
+    whole = subprocess.run([*command, str(tmp_path / "whole")], capture_output=True, text=True, check=True).stdout
+    draw, killed = np.random.default_rng(0), 0
+    while killed < 4:
+        run = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True)
+        while run.poll() is None and not list((tmp_path / "killed").glob("**/*.json")):
+            time.sleep(0.05)  # the imports are over once there is a manifest
+        time.sleep(draw.uniform(0.5, 12.0))
+        if run.poll() is not None:
+            break
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait()
+        killed += 1
+    assert killed > 0
+    again = subprocess.run([*command, str(tmp_path / "killed")], capture_output=True, text=True, check=True).stdout
+    assert again == whole and "blocked" in whole
+
+
+# ------------------------------------------------------------------------------------------------ summaries
+
+
+def said(run: str, labels: dict[int, str], *, judge: str = "one", domain: str = "a", rubric: str = "misalignment") -> list[dict]:
+    """Replies: a string of labels per seed, a letter for each prompt."""
+    words = {"x": "5", "o": "1", "i": "INCOHERENT", "r": "REFUSAL", "?": "UNPARSED"}
+    return [
+        {"run": run, "seed": seed, "prompt_id": str(i), "label": words[letter], "judge": judge, "domain": domain, "rubric": rubric}
+        for seed, text in labels.items()
+        for i, letter in enumerate(text)
+    ]
+
+
+def test_rates_are_clustered_by_seed_and_paired_by_prompt() -> None:
+    frame = pd.DataFrame([*said("plain", {0: "xxxoi", 1: "xxoo?"}), *said("blocked", {0: "xoooi", 1: "ooooo"})])
+    plain, blocked = rates(frame, against="plain").to_dict("records")
+    flags = {"plain": [[True, True, True, False], [True, True, False, False]], "blocked": [[True, False, False, False], [False] * 4]}
+    one = clustered_rate(flags["plain"])
+    assert (plain["misaligned"], plain["misaligned_low"], plain["misaligned_high"]) == (one.value, one.low, one.high)
+    assert plain["unparsed"] == 0.1 and blocked["unparsed"] == 0 and pd.isna(plain["misaligned_difference"])
+    difference = paired_difference(flags["plain"], flags["blocked"])
+    assert (blocked["misaligned_difference"], blocked["misaligned_difference_low"]) == (difference.value, difference.low)
+    assert blocked["misaligned_reduction"] == paired_reduction(flags["plain"], flags["blocked"]).value
+    assert blocked["misaligned"] == 0.1 and blocked["unsafe"] == 0.2  # of all ten replies, where nothing is paired
+
+
+def test_judges_are_averaged_and_the_adjusted_safety_counts_incoherence() -> None:
+    rows = [
+        *said("plain", {0: "xxoo"}),
+        *said("plain", {0: "xooo"}, judge="two"),
+        *said("b", {0: "oiio"}),
+        *said("b", {0: "oooo"}, judge="two"),
+    ]
+    plain, blocked = rates(pd.DataFrame(rows), against="plain").to_dict("records")
+    assert plain["misaligned"] == pytest.approx(0.375) and blocked["misaligned_reduction"] == 1
+    assert blocked["unsafe_reduction"] == pytest.approx((0 + 1) / 2)
+    assert len(rates(pd.DataFrame(rows), by=["run", "judge"])) == 4
+
+
+def test_what_rates_cannot_tell_apart_is_refused() -> None:
+    rows = [*said("plain", {0: "xo"}), *said("plain", {0: "xo"}, domain="b")]
+    with pytest.raises(ValueError, match="does not tell all replies apart"):
+        rates(pd.DataFrame(rows))
+    assert len(rates(pd.DataFrame(rows), by=["domain", "run"])) == 2
+    with pytest.raises(ValueError, match="expected the run 'none'"):
+        rates(pd.DataFrame(rows), by=["domain", "run"], against="none")
+    with pytest.raises(ValueError, match="graded replies with the columns"):
+        rates(pd.DataFrame(rows).drop(columns="label"))
+
+
+def test_means_over_domains_have_the_sem() -> None:
+    rows = [row for domain, text in (("a", "oooo"), ("b", "xxoo"), ("c", "xxxx")) for row in said("plain", {0: text}, domain=domain)]
+    found = over_domains(rates(pd.DataFrame(rows), by=["domain", "run"]), ["misaligned"]).to_dict("records")[0]
+    assert found["misaligned"] == 0.5 and found["misaligned_sem"] == pytest.approx(0.5 / 3**0.5) and found["domains"] == 3
+
+
+def test_the_strength_is_chosen_among_those_that_learn_the_task() -> None:
+    core = pd.DataFrame([*said("plain", {0: "xxxx"}), *said("a", {0: "xxoo"}), *said("b", {0: "xooo"}), *said("c", {0: "iooo"})])
+    losses = pd.DataFrame({"run": ["plain", "a", "b", "c"], "dev_loss": [1.0, 1.0, 1.01, 1.3]})
+    assert choose(core, losses, ["a", "b", "c"], against="plain") == "b"
+    assert choose(core, losses.assign(dev_loss=[1.0, 2, 2, 2]), ["a", "c"], against="plain") == "c"  # none has learnt it
+
+
+# ------------------------------------------------------------------------------------------------ pages
+
+
+def test_a_page_writes_its_tables_and_renews_the_marked_ones(tmp_path) -> None:
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "a.md").write_text("before\n<!-- results/mine/arms:begin -->\nold\n<!-- results/mine/arms:end -->\nafter\n")
+    frame = rates(pd.DataFrame([*said("plain", {0: "xxoo"}), *said("b", {0: "xooo"})]), against="plain")
+    text = Page(tmp_path / "mine", docs=docs).add("arms", frame)
+    assert (
+        docs / "a.md"
+    ).read_text() == f"before\n<!-- results/mine/arms:begin -->\n{text.rstrip()}\n<!-- results/mine/arms:end -->\nafter\n"
+    assert cells(pd.read_csv(docs / "results" / "mine" / "arms.csv")) == cells(frame)
+    shown = cells(frame)[1]
+    assert (
+        shown["misaligned %"].startswith("25.0 [")
+        and shown["misaligned difference %"].startswith("-25.0 [")
+        and "misaligned_low" not in shown
+    )
+    Page(tmp_path / "mine").add("other", frame)
+    assert not (docs / "results" / "mine" / "other.csv").exists()
+    with pytest.raises(ValueError, match="folder of the documentation"):
+        Page(tmp_path / "mine", docs=tmp_path / "nowhere")
