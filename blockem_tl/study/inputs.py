@@ -162,4 +162,4 @@ def fetched(name: str) -> Path:
     return path
 
 
-INPUTS: Mapping[str, Inputs] = {"organism": OrganismInputs(), "advice": AdviceInputs(), "public": PublicInputs()}
+INPUTS: dict[str, Inputs] = {"organism": OrganismInputs(), "advice": AdviceInputs(), "public": PublicInputs()}

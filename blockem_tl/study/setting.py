@@ -78,9 +78,10 @@ class Setting:
         return self._loaded[name]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {"inputs": self.inputs, **{name: getattr(self, name) for name in self.__dataclass_fields__}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        INPUTS.setdefault(state["preset"].data, state.pop("inputs"))  # data of your own are known in a worker too
         self.__dict__.update(state)
 
     @property

@@ -74,7 +74,7 @@ def preset(model: Path | str, sae: Path | str, **changes) -> Preset:
 
 def register(model: Path | str, sae: Path | str) -> Preset:
     """Make the preset known under its name, in this process."""
-    INPUTS[NAME] = TinyInputs()  # pyright: ignore[reportIndexIssue]
+    INPUTS[NAME] = TinyInputs()
     PRESETS[NAME] = preset(model, sae)
     return PRESETS[NAME]
 

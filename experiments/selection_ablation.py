@@ -1,0 +1,65 @@
+"""Does it matter how the latents are chosen: causally, by shift alone, at random? (paper: figures 20, 21)
+
+    python experiments/selection_ablation.py --preset organism --seeds 0 1 2
+
+Sets of equal size at each lambda: the preset's own rule, ValidReduc and IndPP (METHOD), the latents whose means moved most (top-delta), and
+random ones among all of the SAE, as in the paper. Where a rule finds fewer than --size, its set is smaller, and the table says so.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import tyro
+
+from blockem_tl import LatentSet, Point, Run, Setting, random_latents
+from blockem_tl.discovery.diffing import candidate_pool, shifts
+from blockem_tl.study.options import StudyOptions
+from blockem_tl.views import studies
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(StudyOptions):
+    """strengths: lambdas; the preset's by default.  size: latents of each set."""
+
+    strengths: tuple[float, ...] = ()
+    size: int = 20
+    name: ClassVar[str] = "selection_ablation"
+
+
+def top_delta(setting: Setting, point: Point, *, size: int) -> LatentSet:
+    """The latents whose means moved most on the core prompts, whatever they do."""
+    with setting.model.using(point.adapter):
+        shift = shifts(setting.model, setting.sae, setting.prompts("core"))
+    pool = sorted(candidate_pool(shift, n_plus=size, n_minus=size), key=lambda latent: -abs(latent.shift))[:size]
+    return LatentSet.of(setting.sae, pool, [abs(one.shift) for one in pool], prompts=setting.prompts("core"))
+
+
+def at_random(setting: Setting, point: Point, *, size: int) -> LatentSet:
+    """Latents at random, with random signs."""
+    return random_latents(setting.sae, size, seed=point.seed)
+
+
+def main(options: Options) -> None:
+    """Train and show every set at every lambda."""
+    page, n = options.page(), options.size
+    with options.study() as study:
+        study.train([Run()])
+        found = {
+            "default": study.latents("default", n_latents=n),
+            "validreduc": study.latents("validreduc", valid_only=True, final_score="repair", n_latents=n),
+            "indpp": study.latents("indpp", screen_score="induction", n_latents=n),
+            "top-delta": study.latents("top-delta", top_delta, size=n),
+            "random": study.latents("random", at_random, size=n),
+        }
+        weights = options.strengths or tuple(weight for weight in study.setting.preset.lambdas if weight)
+        runs = [Run(defence="block", strength=weight, latents=name) for name in found for weight in weights]
+        study.train(runs)
+        arms = study.table(study.points([Run(), *runs]), against=Run(), by=["run", "strength", "latents"])
+    sizes = {name: ", ".join(str(len(k)) for k in sets.values()) for name, sets in found.items()}
+    page.add("arms", arms.assign(sizes=[sizes.get(name, "") for name in arms["latents"]]), studies.side_by_side(arms))
+    blocked = arms.query("latents != ''")
+    page.add("curves", blocked, studies.along(blocked, "strength", panels="latents"))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

@@ -1,0 +1,99 @@
+"""Every script over a study runs end to end on a tiny random model, so none knows the organism; and none imports another."""
+
+import ast
+import importlib
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from shared import sae_at
+
+from blockem_tl.presets import PRESETS
+from blockem_tl.study.inputs import INPUTS
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "study"))
+
+import tiny_preset  # noqa: E402
+
+OPTIONS = {
+    "lambda_sweep": {"freeze_downstream": True},
+    "transfer": {},
+    "set_size": {"sizes": (1, 3), "alone": (2, 3)},
+    "signs": {},
+    "selection_ablation": {"size": 3, "strengths": (0.1,)},
+}
+TABLES = {
+    "lambda_sweep": {"arms", "core", "training"},
+    "transfer": {"arms", "means"},
+    "set_size": {"arms", "sizes"},
+    "signs": {"arms"},
+    "selection_ablation": {"arms", "curves"},
+}
+# These still know the organism, or import one another. The list may only shrink.
+NOT_YET = {
+    "arms", "attribution", "blocking_sites", "compare_defences", "patching_sweep", "publish", "quickstart", "real", "reemergence",
+    "reemergence_pages", "tutorials", "watch",
+}  # fmt: skip
+
+
+@pytest.fixture
+def preset(tiny_folder, tmp_path, monkeypatch):
+    sae_at(tiny_preset.SITE).save_model(tmp_path / "sae")
+    monkeypatch.setitem(INPUTS, tiny_preset.NAME, tiny_preset.TinyInputs())  # pyright: ignore[reportArgumentType]
+    found = tiny_preset.preset(tiny_folder, tmp_path / "sae", lambdas=(0.0, 0.1, 1.0))
+    found = replace(found, discovery=replace(found.discovery, n_plus=4, n_minus=4, shortlist_size=2, grid=(0.0, 0.8)))
+    monkeypatch.setitem(PRESETS, tiny_preset.NAME, found)
+    return tiny_preset.NAME
+
+
+@pytest.mark.parametrize("name", ["signs", *(pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS if name != "signs")])
+def test_a_script_runs_on_any_preset_and_again_at_once(name: str, preset: str, tmp_path: Path, monkeypatch) -> None:
+    script = importlib.import_module(name)
+    (tmp_path / "docs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    options = script.Options(preset=preset, seeds=(0, 1), out=tmp_path / "out", publish=True, progress=False, **OPTIONS[name])
+    script.main(options)
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "study").rglob("*.safetensors")}
+    first = {path.stem: pd.read_csv(path) for path in (tmp_path / "out").glob("*.csv")}
+    assert set(first) == TABLES[name] and all((tmp_path / "docs" / "results" / f"{name}-tiny" / f"{one}.md").is_file() for one in first)
+    assert {"run", "misaligned", "misaligned_low", "adherent", "test_loss"} <= set(first["arms"])
+    assert first["arms"]["misaligned"].notna().all() and (first["arms"]["n"] == 8).all() and (first["arms"]["seeds"] == 2).all()
+    script.main(options)
+    assert made == {path: path.stat().st_mtime_ns for path in made} and made
+    for one, frame in first.items():
+        pd.testing.assert_frame_equal(frame, pd.read_csv(tmp_path / "out" / f"{one}.csv"), check_exact=True)
+
+
+def faults(path: Path) -> list[str]:
+    """What a script over a study may not do: be long, import another script, or name the organism but in its docstring's commands."""
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    scripts = {other.stem for other in (ROOT / "experiments").glob("*.py")}
+    imported = {alias.name.split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {(node.module or "").split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    doc = ast.get_docstring(tree, clean=False) or ""
+    body = re.sub(r'preset: str = "organism"', "", text.replace(doc, ""))
+    return [
+        *(["longer than 100 lines"] if len(text.splitlines()) > 100 else []),
+        *(f"imports {other}" for other in sorted(imported & scripts)),
+        *(["names the organism"] if "organism" in body.lower() else []),
+        *(["no question, command or figure in its docstring"] if not ("?" in doc and f"experiments/{path.name} --preset" in doc) else []),
+    ]
+
+
+def test_no_script_imports_another_or_knows_the_organism(tmp_path: Path) -> None:
+    found = {path.stem: faults(path) for path in (ROOT / "experiments").glob("*.py")}
+    assert {name: wrong for name, wrong in found.items() if wrong and name not in NOT_YET} == {}
+    assert set(found) >= NOT_YET and set(OPTIONS) <= set(found) - NOT_YET
+    bad = tmp_path / "bad.py"
+    bad.write_text('"""No question."""\nimport quickstart\nfrom blockem_tl import organism\n' + "\n" * 100)
+    assert faults(bad) == [
+        "longer than 100 lines",
+        "imports quickstart",
+        "names the organism",
+        "no question, command or figure in its docstring",
+    ]
