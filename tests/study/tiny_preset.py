@@ -1,6 +1,6 @@
 """A preset of a tiny random Llama and a tiny random SAE, with rows, prompts and a judge that mean nothing: what a study needs, in seconds.
 
-python tests/study/tiny_preset.py MODEL SAE OUT runs a small study there, for the tests that kill it.
+`tiny_preset.py MODEL SAE OUT` runs a small study there, for the tests that kill it.
 """
 
 import sys
