@@ -16,4 +16,4 @@ _ARTEFACTS = Path(__file__).parent / "organism" / "artefacts"
 embedded.register("model", "organism", _ARTEFACTS / "base")
 embedded.register("sae", "organism", _ARTEFACTS / "sae")
 embedded.register("model", "smollm2-135m", "blockem_tl.models.smollm2:folder")
-embedded.register("sae", "smollm2-135m", "blockem_tl.models.smollm2:sae_folder")
+embedded.register("sae", "smollm2-135m", Path(__file__).parent / "advice" / "sae")

