@@ -63,7 +63,7 @@ class Study:
         setting: the preset, and its narrow task.
         executor: "local", or "ray".  workers: processes; by default one, this one, and two on Ray. The results are the same bits.
         n_rows: training rows of every run, all by default.
-        defences: of your own, by the name that `Run.defence` says.
+        defences: of your own, by the name that a run has as its defence.
         progress: show one bar over all that the study does.
 
     Raises:
