@@ -33,5 +33,5 @@ def test_an_sae_that_explains_little_is_warned_of_before_it_finds_anything() -> 
     ):
         discover(model, random, organism.OrganismJudge(), prompts, **options)
     with warnings.catch_warnings(), suppress(NoLatents):
-        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("error", message="the SAE explains", category=UserWarning)
         discover(model, sae, organism.OrganismJudge(), prompts, **options)
