@@ -1,5 +1,7 @@
 """Used by several test files: rows, SAEs and latent sets on the tiny Llama, other tiny architectures, interrupted runs."""
 
+from dataclasses import replace
+
 import torch
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from transformers import (
@@ -15,7 +17,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from blockem_tl import Example, LatentSet
+from blockem_tl import Example, LatentSet, Setting, finetune
 from blockem_tl.types import Candidate
 
 SITES = ("blocks.1.hook_resid_post", "blocks.2.hook_resid_post")
@@ -87,3 +89,11 @@ def perturbed(model, name: str, seed: int = 0, std: float = 0.2) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.adapter_parameters(name):
         parameter.data = torch.randn(parameter.shape, generator=generator) * std
+
+
+def harmed_organism() -> Setting:
+    """The organism with a short harmful fine-tune, "tuned", whose adapter ends at the site: all that it does passes there."""
+    setting = Setting.of("organism")
+    config = replace(setting.training, epochs=0.4, up_to_block=2)
+    finetune(setting.model, setting.rows(), config=config, adapter="tuned", progress=False)
+    return setting

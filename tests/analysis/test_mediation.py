@@ -1,11 +1,10 @@
 """How much of a fine-tune runs through latents: taken apart exactly, checked against what must be so, and against a plain restatement."""
 
-from dataclasses import replace
-
 import pytest
 import torch
+from shared import harmed_organism
 
-from blockem_tl import Setting, completion_loss, finetune, mediation, preference
+from blockem_tl import Setting, completion_loss, mediation, preference
 from blockem_tl.analysis.mediation import TakenOut, _checked, change_of
 from blockem_tl.data.chat import encode_examples
 from blockem_tl.evaluation.preference import sides
@@ -15,11 +14,7 @@ SITE = "blocks.2.hook_resid_post"
 
 @pytest.fixture(scope="module")
 def setting() -> Setting:
-    """The organism with a short harmful fine-tune, whose adapter ends at the site: all that it does passes there."""
-    setting = Setting.of("organism")
-    config = replace(setting.training, epochs=0.4, up_to_block=2)
-    finetune(setting.model, setting.rows(), config=config, adapter="tuned", progress=False)
-    return setting
+    return harmed_organism()
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import spearmanr
+from shared import harmed_organism
 
-from blockem_tl import Condition, Setting, Steering, discover, finetune, latents_by_attribution, mediation, preference
+from blockem_tl import Condition, Setting, Steering, discover, latents_by_attribution, mediation, preference
 from blockem_tl.data.chat import encode_examples, pad
 from blockem_tl.data.checks import prompt_hash
 from blockem_tl.discovery.attributing import pair_diff
@@ -24,11 +25,7 @@ QUIET = {"progress": False}
 
 @pytest.fixture(scope="module")
 def setting() -> Setting:
-    """The organism with a short harmful fine-tune."""
-    setting = Setting.of("organism")
-    config = replace(setting.training, epochs=0.4, up_to_block=2)
-    finetune(setting.model, setting.rows(), config=config, adapter="tuned", progress=False)
-    return setting
+    return harmed_organism()
 
 
 @pytest.fixture(scope="module")
