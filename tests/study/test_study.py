@@ -183,23 +183,25 @@ def test_ray_processes_and_one_process_give_the_same_bits(setting, tiny_folder, 
 
 
 @pytest.mark.slow
-def test_a_study_killed_at_random_moments_resumes_to_the_same_table(tiny_folder, sae_folder, tmp_path) -> None:
+def test_a_study_killed_ten_times_at_random_resumes_to_the_same_table(tiny_folder, sae_folder, tmp_path) -> None:
+    """The clock is the number of files that the study has written, so that a fast machine is killed as often as a slow one."""
     command = [sys.executable, tiny_preset.__file__, str(tiny_folder), str(sae_folder)]
     whole = subprocess.run([*command, str(tmp_path / "whole")], capture_output=True, text=True, check=True).stdout
-    draw, killed = np.random.default_rng(0), 0
-    while killed < 4:
-        run = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.PIPE, text=True)
-        while run.poll() is None and not list((tmp_path / "killed").glob("**/*.json")):
-            time.sleep(0.05)  # the imports are over once there is a manifest
-        time.sleep(draw.uniform(0.5, 12.0))
-        if run.poll() is not None:
-            break
+    draw = np.random.default_rng(0)
+    for n_files in sorted(draw.choice(np.arange(1, 0.9 * n_files_in(tmp_path / "whole")), 10, replace=False)):
+        run = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        while run.poll() is None and n_files_in(tmp_path / "killed") < n_files:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.2))
+        assert run.poll() is None, "the study ended before it could be killed"
         os.kill(run.pid, signal.SIGKILL)
         run.wait()
-        killed += 1
-    assert killed > 0
     again = subprocess.run([*command, str(tmp_path / "killed")], capture_output=True, text=True, check=True).stdout
     assert again == whole and "blocked" in whole
+
+
+def n_files_in(folder: Path) -> int:
+    return sum(path.is_file() for path in folder.rglob("*"))
 
 
 # ------------------------------------------------------------------------------------------------ summaries
