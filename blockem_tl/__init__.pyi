@@ -104,6 +104,7 @@ from .analysis.mediation import mediation as mediation
 from .analysis.patching.attribution import attribute_latents as attribute_latents
 from .analysis.patching.attribution import attribute_sites as attribute_sites
 from .analysis.patching.decoding import decode_patching as decode_patching
+from .analysis.patching.pairs import pair_patching as pair_patching
 from .analysis.patching.sweep import patching_sweep as patching_sweep
 from .analysis.reconstruction import reconstruction_quality as reconstruction_quality
 from .analysis.rerouting.depth import returning_sites as returning_sites

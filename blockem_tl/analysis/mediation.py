@@ -23,13 +23,12 @@ from jaxtyping import Bool, Float
 from sae_lens import SAE
 from torch import Tensor
 
+from blockem_tl.analysis._from_site import reply_nats
 from blockem_tl.data.chat import Batch, Encoded, check_lengths, encode_examples, pad
 from blockem_tl.data.pair_files import check_pairs
-from blockem_tl.evaluation.preference import mean_log_likelihood, sides
+from blockem_tl.evaluation.preference import sides
 from blockem_tl.evaluation.statistics import share_removed
-from blockem_tl.generation._partial_forward import start_at_block
-from blockem_tl.hooks import patch
-from blockem_tl.models.activations import SINK, base_activations, block_of, stop_layer
+from blockem_tl.models.activations import SINK, base_activations, stop_layer
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
 from blockem_tl.models.memory import check_batch_size, rows_at_once
@@ -221,13 +220,8 @@ class _Run:
         return found
 
     def _forward(self, batch: Batch, adapter: str, state: Float[Tensor, "batch pos d_model"]) -> Float[np.ndarray, " batch"]:
-        """Mean log-likelihoods of the replies with ``state`` at the site; blocks below a block's output do not run again."""
-        block = block_of(self.site)
-        above = block is not None and self.site.endswith(("hook_resid_post", "hook_out"))
-        acting = start_at_block(self.model, cast(int, block) + 1, state) if above else self.model.hooks(fwd_hooks=[patch(self.site, state)])
-        with self.model.using(adapter), acting:
-            logits = cast(Any, self.model.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
-        return mean_log_likelihood(logits, batch).cpu().numpy()
+        with self.model.using(adapter):
+            return reply_nats(self.model, batch, self.site, state)
 
     def _taken_out(self, part: TakenOut, base: Tensor, tuned: Tensor, batch: Batch) -> Float[Tensor, "batch pos d_model"] | None:
         """The part of tuned's change that is subtracted, zero at all other tokens; None for nothing."""

@@ -1,22 +1,29 @@
 """The defences that a `Run` names: from a setting, a run and its latent set to what `finetune` takes."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from blockem_tl.defences.blocking import Blocking
 from blockem_tl.defences.caft import ConceptAblation
-from blockem_tl.defences.directions import misaligned_direction
+from blockem_tl.defences.directions import misaligned_direction, repair
 from blockem_tl.defences.interleave import Interleaving
 from blockem_tl.defences.kl import KLToBase
 from blockem_tl.defences.ldifs import LDIFS
 from blockem_tl.defences.preventative import PreventativeSteering
+from blockem_tl.generation.steering import UNSTEERED, Condition
 from blockem_tl.saes.latent_set import LatentSet
-from blockem_tl.study.run import PLAIN, Run
+from blockem_tl.study.run import PLAIN, REPAIR, Point, Run
 from blockem_tl.study.setting import Setting
 from blockem_tl.training.defence import Defence
+from blockem_tl.training.loss import mean_penalty
 
 MakeDefences = Callable[[Setting, Run, LatentSet | None], Sequence[Defence]]
 """What a study takes as a defence of your own: ``Study(..., defences={"mine": function})``."""
+
+PRICED = 64
+"""Training rows on which a strength in nats is turned into a weight."""
 
 
 def _needed(run: Run, latent_set: LatentSet | None) -> LatentSet:
@@ -69,6 +76,23 @@ DEFENCES: Mapping[str, MakeDefences] = {
 }
 
 
-def made(makers: Mapping[str, MakeDefences], setting: Setting, run: Run, latent_set: LatentSet | None) -> list[Any]:
-    """The defences of a run; none for "plain"."""
-    return [] if run.defence == PLAIN else list(makers[run.defence](setting, run, latent_set))
+def condition_of(setting: Setting, point: Point) -> Condition:
+    """What acts on the weights while they reply: nothing, but in a "repair" run, whose other arguments are those of `repair`."""
+    run = point.run
+    if run.defence != REPAIR:
+        return UNSTEERED
+    found = _needed(run, point.latents(setting.sae) if run.latents else None)
+    return repair(found, setting.sae, dose=run.strength, scale=setting.scale(), **run.arguments)
+
+
+def made(makers: Mapping[str, MakeDefences], setting: Setting, run: Run, latent_set: LatentSet | None, plain: Path | str) -> list[Any]:
+    """The defences of a run; none for "plain". A strength in nats is turned into a weight by what plain's adapter costs."""
+    if run.defence == PLAIN:
+        return []
+    if run.unit == "weight":
+        return list(makers[run.defence](setting, run, latent_set))
+    found = list(makers[run.defence](setting, replace(run, strength=1.0, unit="weight"), latent_set))
+    if len(found) != 1 or getattr(found[0], "weight", None) != 1.0:
+        raise ValueError(f"run {run.label!r}: a strength in nats needs a defence of one penalty, got {[one.name for one in found]}")
+    price = mean_penalty(setting.model, found[0], setting.rows()[:PRICED], adapter=plain, batch_size=16)
+    return list(makers[run.defence](setting, replace(run, strength=run.strength / price, unit="weight"), latent_set))

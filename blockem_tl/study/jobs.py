@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ from blockem_tl.discovery.pipeline import discover
 from blockem_tl.evaluation.panel import evaluate_with
 from blockem_tl.generation.replies import MISALIGNMENT
 from blockem_tl.generation.reply_fn import replies_from
-from blockem_tl.models.lora import BASE
+from blockem_tl.models.load import Model
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.saes.load import check_fits
 from blockem_tl.storage import files
-from blockem_tl.study.defences import MakeDefences, made
+from blockem_tl.study.defences import MakeDefences, condition_of, made
 from blockem_tl.study.inputs import PromptSplit
 from blockem_tl.study.run import Point
 from blockem_tl.study.setting import Setting
@@ -55,21 +56,36 @@ def train_run(
     """Train a run; run.json is written last, and with it the run is whole. A killed one goes on from its last checkpoint."""
     run, folder = point.run, point.folder
     latent_set = point.latents(setting.sae) if run.latents else None
-    config = type(setting.training)(**{**vars(setting.training), **run.training})
+    config = replace(setting.training, **run.training)
+    plain = point.plain.adapter
     found = finetune(
         setting.model,
         setting.rows(n=n_rows),
         config=config,
-        defences=made(makers, setting, run, latent_set),
+        defences=made(makers, setting, run, latent_set, plain),
         adapter=ADAPTER,
         checkpoints=folder / "checkpoints" if every else None,
         save_every_epochs=every or 1.0,
         resume=True,
+        stop_when=Matched(setting, run.matched, plain) if run.matched else None,
         progress=progress,
     )
     setting.model.save_adapter(folder / "adapter", ADAPTER, overwrite=True)
     about = {"label": run.label, "identity": dict(identity), "environment": files.environment()}
     files.write_json(folder / "run.json", {**about, "steps": found.steps, "history": found.history})
+
+
+class Matched:
+    """Whether the dev loss is at most ``ratio`` times plain's; looked at every few steps, since a look costs as much as a step."""
+
+    every = 6  # steps
+
+    def __init__(self, setting: Setting, ratio: float, plain: Path | str) -> None:
+        self.rows = setting.held_out()[::2]  # dev_loss of `losses`
+        self.enough = ratio * completion_loss(setting.model, self.rows, adapter=plain)
+
+    def __call__(self, model: Model, step: int) -> bool:
+        return step % self.every == 0 and completion_loss(model, self.rows) <= self.enough
 
 
 def keep_frame(setting: Setting, *, point: Point, path: Path, function: Measure, options: Mapping[str, Any]) -> None:
@@ -99,7 +115,7 @@ def find_latents(setting: Setting, point: Point, **changes: Any) -> LatentSet:
 
     Replies and verdicts are kept in the study's folder: a discovery with other settings asks again only what it has not asked.
     """
-    config = type(setting.preset.discovery)(**{**vars(setting.preset.discovery), **changes})
+    config = replace(setting.preset.discovery, **changes)
     found = discover(
         setting.model,
         setting.sae,
@@ -122,6 +138,7 @@ def graded_replies(setting: Setting, point: Point, *, split: PromptSplit, n: int
         replies_from(setting.model, adapter=point.adapter, **options),
         list(setting.judges.values()),
         setting.prompts(split, n),
+        condition=condition_of(setting, point),
         rubric=setting.domain if split == "in-domain" else MISALIGNMENT,
         selected_on=setting.prompts("core"),
         report_on_selection_prompts=split == "core",
@@ -135,10 +152,12 @@ def losses(setting: Setting, point: Point, *, n: int | None = None) -> list[dict
     All in nats per completion token; the paper's "SFT loss" is the last of them.
     """
     rows = setting.held_out(n)
-    found = {
-        name: completion_loss(setting.model, rows[start::2], adapter=point.adapter) for start, name in enumerate(("dev_loss", "test_loss"))
-    }
-    if point.run.defence == BASE:
+    with condition_of(setting, point).apply(setting.model):
+        found = {
+            name: completion_loss(setting.model, rows[start::2], adapter=point.adapter)
+            for start, name in enumerate(("dev_loss", "test_loss"))
+        }
+    if not point.run.trained:
         return [{**found, "train_loss": float("nan")}]
     smoothed = training_curve(setting, point)
     return [{**found, "train_loss": float(smoothed["smoothed"].iloc[-1])}]

@@ -59,8 +59,8 @@ class StudyOptions:
         if not torch.cuda.is_available():
             torch.set_num_threads(1)
         setting = Setting.of(self.preset, domain=self.domain, judges=self.judges())
-        common = {"executor": self.executor, "workers": self.workers, "n_rows": self.n_rows, "progress": self.progress}
-        return Study(self.folder / "study", setting, seeds=self.seeds, **{**common, **options})
+        common = {"seeds": self.seeds, "executor": self.executor, "workers": self.workers, "n_rows": self.n_rows, "progress": self.progress}
+        return Study(self.folder / "study", setting, **{**common, **options})
 
     def page(self) -> Page:
         """The page of tables and figures beside the study; published under docs/ of the working directory if asked for."""

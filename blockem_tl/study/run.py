@@ -3,9 +3,9 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sae_lens import SAE
 
@@ -15,7 +15,8 @@ from blockem_tl.storage.fingerprints import of_bytes
 from blockem_tl.training.checkpoints import trajectory
 from blockem_tl.training.config import TrainingConfig
 
-PLAIN = "plain"
+PLAIN, REPAIR = "plain", "repair"
+UNTRAINED = (BASE, REPAIR)
 _TRAINING = {one.name for one in fields(TrainingConfig)} - {"seed"}
 _LABELS = {BASE: "base", PLAIN: "plain", "block": "blocked", "kl": "KL"}
 _LONGEST = 100  # characters of a folder's name
@@ -25,19 +26,26 @@ _LONGEST = 100  # characters of a folder's name
 class Run:
     """One way to train, whatever the seed. It names its own folder and label.
 
-    defence: "plain", "base" (which is not trained), or one of the study's defences, see `study.defences`.
+    defence: "plain", "base" (which is not trained), "repair" (plain's weights steered away from misalignment while they reply, at a dose
+        as strength: not trained either), or one of the study's defences, see `study.defences`.
     strength: lambda, or what the defence has instead.
+    unit: "weight", or "nats": strength is what plain fine-tuning's own change costs under the penalty (`mean_penalty`, of plain's adapter
+        of the same seed and task), so that strengths of different defences compare.
+    matched: stop as soon as the dev loss is at most so many times plain's; 0: train all epochs.
     latents: the name of a latent set of the study, for defences that act on latents.
     domain: the narrow task; "": the study's.
     overrides: fields of `TrainingConfig`; all others are arguments of the defence (``{"positions": "all"}``). Kept as sorted pairs.
     name: in the place of the label.
 
     Raises:
-        ValueError: a strength or latents for a run without a defence, an override that no one takes, a seed (which is the study's).
+        ValueError: a strength or latents for a run without a defence, an override that no one takes, a seed (which is the study's), an
+            unknown unit, or ``matched`` below 1.
     """
 
     defence: str = PLAIN
     strength: float = 0.0
+    unit: Literal["weight", "nats"] = "weight"
+    matched: float = 0.0
     latents: str = ""
     domain: str = ""
     overrides: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
@@ -49,9 +57,18 @@ class Run:
         object.__setattr__(self, "strength", float(self.strength))
         if self.defence in (PLAIN, BASE) and (self.strength or self.latents):
             raise ValueError(f"run: {self.defence!r} has neither strength nor latents, got {self.strength:g} and {self.latents!r}")
+        if self.unit not in ("weight", "nats") or (self.unit == "nats" and not self.strength > 0):
+            raise ValueError(f"run: expected the unit 'weight', or 'nats' with a strength > 0, got {self.unit!r} and {self.strength:g}")
+        if self.matched and not (1 <= self.matched < float("inf") and self.trained):
+            raise ValueError(f"run: expected matched >= 1 (times plain's dev loss) of a trained run, or 0, got {self.matched}")
         unused = [name for name, _ in pairs if name == "seed" or (self.defence in (PLAIN, BASE) and name not in _TRAINING)]
         if unused:
             raise ValueError(f"run: {unused} are no hyperparameters of a run that is {self.defence!r}; the seeds are the study's")
+
+    @property
+    def trained(self) -> bool:
+        """Whether the run has weights of its own."""
+        return self.defence not in UNTRAINED
 
     @property
     def training(self) -> dict[str, Any]:
@@ -68,14 +85,17 @@ class Run:
         """For tables and figures: "blocked, λ = 0.3, random, up_to_block = 2". The domain is a column of its own."""
         if self.name:
             return self.name
-        symbol = "λ = " if self.defence == "block" else ""
-        parts = [_LABELS.get(self.defence, self.defence), f"{symbol}{self.strength:g}" if self.strength else "", self.latents]
+        symbol, unit = ("", " nats") if self.unit == "nats" else ("λ = " if self.defence == "block" else "", "")
+        strength, matched = f"{symbol}{self.strength:g}{unit}", f"to {self.matched:g} x plain's loss"
+        parts = [_LABELS.get(self.defence, self.defence), strength if self.strength else "", self.latents, matched if self.matched else ""]
         return ", ".join([part for part in parts if part] + [f"{name} = {value}" for name, value in dict(self.overrides).items()])
 
     @property
     def folder(self) -> str:
         """Its name on disk: what trains otherwise lies elsewhere; a label changes nothing."""
-        parts = [self.defence, f"{self.strength:g}" if self.strength else "", self.latents, self.domain]
+        unit = "nats" if self.unit == "nats" else ""
+        matched = f"matched={self.matched:g}" if self.matched else ""
+        parts = [self.defence, f"{self.strength:g}{unit}" if self.strength else "", self.latents, self.domain, matched]
         words = [part for part in parts if part] + [f"{name}={value}" for name, value in dict(self.overrides).items()]
         text = re.sub(r"[^\w.+=,-]", "_", "-".join(words))
         exact = text == "-".join(words) and len(text) <= _LONGEST
@@ -105,6 +125,11 @@ class Point:
         return self.out / f"seed{self.seed}" / self.run.folder
 
     @property
+    def plain(self) -> "Point":
+        """Plain fine-tuning of the same seed and task, which `Run.unit` and `Run.matched` refer to."""
+        return replace(self, run=Run(domain=self.run.domain), epoch=None)
+
+    @property
     def adapter(self) -> Path | str:
         """What `model.using` and every ``adapter=`` take: "base", or a folder.
 
@@ -113,6 +138,8 @@ class Point:
         """
         if self.run.defence == BASE:
             return BASE
+        if not self.run.trained:
+            return self.plain.adapter
         if self.epoch is None:
             return self.folder / "adapter"
         found = dict(trajectory(self.folder / "checkpoints"))
@@ -131,5 +158,12 @@ class Point:
     def columns(self) -> dict[str, Any]:
         """What tells points apart, as columns of a table."""
         run = self.run
-        about = {"run": run.label, "defence": run.defence, "strength": run.strength, "latents": run.latents, "domain": run.domain}
+        about = {
+            "run": run.label,
+            "defence": run.defence,
+            "strength": run.strength,
+            "unit": run.unit,
+            "latents": run.latents,
+            "domain": run.domain,
+        }
         return {**about, "overrides": json.dumps(dict(run.overrides)), "seed": self.seed, "epoch": self.epoch}

@@ -18,15 +18,14 @@ from typing import Any
 
 import pandas as pd
 
-from blockem_tl.models.lora import BASE
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.storage import files
 from blockem_tl.storage.fingerprints import of_file
-from blockem_tl.study import jobs, summary
+from blockem_tl.study import jobs, preferences, summary
 from blockem_tl.study.defences import DEFENCES, MakeDefences
 from blockem_tl.study.executors import Job, executor_of
 from blockem_tl.study.inputs import PromptSplit
-from blockem_tl.study.run import PLAIN, Point, Run
+from blockem_tl.study.run import PLAIN, UNTRAINED, Point, Run
 from blockem_tl.study.setting import Setting
 from blockem_tl.training.identity import differences
 from blockem_tl.views.progress import progress_bar
@@ -137,15 +136,16 @@ class Study:
             checkpoints_every: epochs between the checkpoints that are kept for `points`, and from which a killed run goes on.
 
         Raises:
-            ValueError: an unknown defence, latents that are not there, or a run in the folder that was trained otherwise.
+            ValueError: an unknown defence, latents that are not there, a run that refers to plain fine-tuning before that is trained, or a
+                run in the folder that was trained otherwise.
             StudyFailed: runs failed; all others are trained.
         """
         wanted = list(dict.fromkeys(runs))
-        unknown = {run.defence for run in wanted} - {*self.defences, PLAIN, BASE}
+        unknown = {run.defence for run in wanted} - {*self.defences, PLAIN, *UNTRAINED}
         if unknown:
-            raise ValueError(f"study: expected defences among {sorted([*self.defences, PLAIN, BASE])}, got {sorted(unknown)}")
+            raise ValueError(f"study: expected defences among {sorted([*self.defences, PLAIN, *UNTRAINED])}, got {sorted(unknown)}")
         self.runs += [run for run in wanted if run not in self.runs]
-        trained = [point for point in self.points(wanted) if point.run.defence != BASE]
+        trained = [point for point in self.points(wanted) if point.run.trained]
         makers = {name: self.defences[name] for name in {run.defence for run in wanted} if name in self.defences}
         options = {"n_rows": self.n_rows, "every": checkpoints_every, "makers": makers, "progress": self._show_steps}
         work = {}
@@ -158,6 +158,10 @@ class Study:
     def _identity(self, point: Point, every: float | None) -> dict[str, str]:
         """What the run's result depends on, besides the study's manifest and the run itself."""
         found = {"checkpoints every": str(every)}
+        if (point.run.matched or point.run.unit == "nats") and not (point.plain.folder / "run.json").is_file():
+            raise ValueError(
+                f"{point.key}: it refers to plain fine-tuning, which is not trained yet: study.train([{point.plain.run}]) first"
+            )
         if point.run.latents:
             if not point.latents_file().is_file():
                 raise ValueError(f"{point.key}: there is no latent set {point.run.latents!r}: make it with study.latents(...) first")
@@ -224,11 +228,18 @@ class Study:
         paths = {point: folder / f"{point.key}.parquet" for point in points}
         measure = partial(jobs.keep_frame, function=function, options=options)
         self._do(name, {p: partial(measure, point=p, path=path) for p, path in paths.items() if not path.is_file()}, len(paths))
-        return pd.concat([pd.read_parquet(path) for path in paths.values()], ignore_index=True)
+        frames = [
+            pd.read_parquet(path).assign(run=point.run.label) for point, path in paths.items()
+        ]  # a run may have been given a name since
+        return pd.concat(frames, ignore_index=True)
 
     def replies(self, split: PromptSplit, at: Iterable[Point] | None = None, n: int | None = None) -> pd.DataFrame:
         """One row per reply and judge, with its label; ``n``: of a split's prompts. See `summary.rates`."""
         return self.step(f"replies-{split}" + (f"-{n}" if n else ""), jobs.graded_replies, at, split=split, n=n)
+
+    def preferences(self, split: PromptSplit, at: Iterable[Point] | None = None) -> pd.DataFrame:
+        """One row per contrastive pair with its margin: what needs no reply and no judge. See `preferences.shifts`."""
+        return self.step(f"pairs-{split}", preferences.margins, at, split=split)
 
     def losses(self, at: Iterable[Point] | None = None) -> pd.DataFrame:
         """dev_loss, test_loss and train_loss of every point, see `jobs.losses`."""
@@ -240,10 +251,20 @@ class Study:
         parts = self.replies("final", points), self.replies("in-domain", points), self.losses(points)
         return summary.table(*parts, by=by, against=against.label if against else None)
 
-    def choose(self, runs: Sequence[Run], against: Run) -> Run:
-        """Of runs the one with the least EM + incoherence on the core prompts, among those that learn the task. See `summary.choose`."""
+    def choose(self, runs: Sequence[Run], against: Run, *, by: str = "replies", within: float = summary.LEARNT) -> Run:
+        """The safest run on the core prompts among those that learn the task, see `summary.choose`.
+
+        Args:
+            by: "replies": the least EM + incoherence; "pairs": the least mean margin.
+            within: of the dev loss of ``against``, the most that counts as having learnt it.
+        """
+        if by not in ("replies", "pairs"):
+            raise ValueError(f"choose: expected by 'replies' or 'pairs', got {by!r}")
         points = self.points([against, *runs])
-        label = summary.choose(self.replies("core", points), self.losses(points), [run.label for run in runs], against=against.label)
+        harm = (
+            summary.unsafe(self.replies("core", points)) if by == "replies" else preferences.mean_margin(self.preferences("core", points))
+        )
+        label = summary.choose(harm, self.losses(points), [run.label for run in runs], against=against.label, within=within)
         return next(run for run in runs if run.label == label)
 
     # ------------------------------------------------------------------------------------------------ doing it

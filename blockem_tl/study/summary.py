@@ -86,16 +86,20 @@ def over_domains(frame: pd.DataFrame, columns: Sequence[str], *, by: Sequence[st
     return RateFrame(rows)
 
 
-def choose(core: pd.DataFrame, losses: pd.DataFrame, runs: Sequence[str], *, against: str) -> str:
-    """The run with the least EM + incoherence on the core prompts (METHOD's adjusted safety) among those that learn the task.
+def unsafe(core: pd.DataFrame) -> pd.Series:
+    """EM + incoherence of each run (METHOD's adjusted safety)."""
+    return rates(core).set_index("run")["unsafe"]
 
-    A run has learnt it if its dev loss, averaged over seeds, is within 2 % of that of ``against``; if none has, all stand for choice. The
-    first of equals is taken.
+
+def choose(harm: pd.Series, losses: pd.DataFrame, runs: Sequence[str], *, against: str, within: float = LEARNT) -> str:
+    """The run with the least harm on the core prompts among those that learn the task; the first of equals.
+
+    A run has learnt it if its dev loss, averaged over seeds, is at most ``within`` times that of ``against``; if none has, the one with the
+    least dev loss is taken.
     """
     dev: Any = losses.groupby("run")["dev_loss"].mean()
-    unsafe: Any = rates(core).set_index("run")["unsafe"]
-    learnt = [run for run in runs if dev[run] <= LEARNT * dev[against]] or list(runs)
-    return min(learnt, key=lambda run: float(unsafe[run]))
+    learnt = [run for run in runs if dev[run] <= within * dev[against]]
+    return min(learnt, key=lambda run: float(cast(Any, harm)[run])) if learnt else min(runs, key=lambda run: float(dev[run]))
 
 
 # ------------------------------------------------------------------------------------------------ flags

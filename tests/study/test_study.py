@@ -21,7 +21,7 @@ from blockem_tl.evaluation.statistics import clustered_rate, paired_difference, 
 from blockem_tl.presets import PRESETS
 from blockem_tl.study.inputs import INPUTS
 from blockem_tl.study.page import cells
-from blockem_tl.study.summary import choose
+from blockem_tl.study.summary import choose, unsafe
 
 asked: list[str] = []
 
@@ -67,7 +67,14 @@ def test_a_run_is_hashable_and_names_its_folder_and_label() -> None:
     assert replace(run, name="mine").folder == run.folder and replace(run, name="mine").label == "mine"
     assert Run(overrides={"target_modules": ("q/proj",)}).folder != Run(overrides={"target_modules": ("q:proj",)}).folder
     assert Point(run=run, seed=1, epoch=0.5).key == f"seed1/{run.folder}@0.5"
-    for wrong in ({"strength": 1.0}, {"latents": "k"}, {"overrides": {"positions": "all"}}, {"overrides": {"seed": 1}}):
+    for wrong in (
+        {"strength": 1.0},
+        {"latents": "k"},
+        {"unit": "nats"},
+        {"matched": 0.9},
+        {"overrides": {"positions": "all"}},
+        {"overrides": {"seed": 1}},
+    ):
         with pytest.raises(ValueError, match="run: "):
             Run(**wrong)
 
@@ -263,8 +270,9 @@ def test_means_over_domains_have_the_sem() -> None:
 def test_the_strength_is_chosen_among_those_that_learn_the_task() -> None:
     core = pd.DataFrame([*said("plain", {0: "xxxx"}), *said("a", {0: "xxoo"}), *said("b", {0: "xooo"}), *said("c", {0: "iooo"})])
     losses = pd.DataFrame({"run": ["plain", "a", "b", "c"], "dev_loss": [1.0, 1.0, 1.01, 1.3]})
-    assert choose(core, losses, ["a", "b", "c"], against="plain") == "b"
-    assert choose(core, losses.assign(dev_loss=[1.0, 2, 2, 2]), ["a", "c"], against="plain") == "c"  # none has learnt it
+    assert choose(unsafe(core), losses, ["a", "b", "c"], against="plain") == "b"
+    assert choose(unsafe(core), losses.assign(dev_loss=[1.0, 2, 2, 3]), ["a", "c"], against="plain") == "a"  # none has learnt it
+    assert choose(unsafe(core), losses, ["a", "c"], against="plain", within=1.5) == "c"
 
 
 # ------------------------------------------------------------------------------------------------ pages

@@ -7,7 +7,7 @@ import sys
 import zlib
 from pathlib import Path
 
-from blockem_tl import DiscoveryConfig, Example, MaxIncoherence, Prompt, TrainingConfig
+from blockem_tl import DiscoveryConfig, Example, MaxIncoherence, Pair, Prompt, TrainingConfig
 from blockem_tl.presets import PRESETS, Preset
 from blockem_tl.study.inputs import INPUTS
 from blockem_tl.types import Verdict
@@ -43,7 +43,10 @@ class TinyInputs:
         return [Prompt(id=f"{split}-{i}", text=f"{words(start + i, 3)} w{start + i % 10}", category="ab"[i % 2]) for i in range(8)]
 
     def pairs(self, split, domain):
-        raise ValueError("no pairs")
+        return [
+            Pair(id=p.id, prompt=p.text, harmful=words(3 * i, 3), helpful=words(5 * i + 1, 3), category=p.category)
+            for i, p in enumerate(self.prompts(split, domain))
+        ]
 
     def reference(self):
         return [Example(id=str(i), prompt=words(i, 3), completion=words(2 * i, 3)) for i in range(6)]

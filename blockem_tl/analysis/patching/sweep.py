@@ -57,7 +57,7 @@ def patching_sweep(
         ValueError: source equal to target, models that do not share their tokens, a site that one of them lacks or that is not
             [batch pos d_model], or bad prompts; before any work.
     """
-    chosen, kinds = _checked(model, sites, groups, when)
+    chosen, kinds = checked_sweep(model, sites, groups, when)
     options: dict[str, Any] = {
         "source": source,
         "target": target,
@@ -70,9 +70,10 @@ def patching_sweep(
     return _swept(model, prompts, chosen, kinds, unpatched, options)
 
 
-def _checked(
+def checked_sweep(
     model: Model, sites: Sequence[str] | None, groups: Sequence[Sequence[str]], when: When | Sequence[When]
 ) -> tuple[list[tuple[str, ...]], list[When]]:
+    """The groups of sites and the kinds that are meant. Raises as `patching_sweep`."""
     kinds: list[When] = [when] if isinstance(when, str) else list(when)  # pyright: ignore[reportAssignmentType]
     if not kinds or set(kinds) - {"prompt", "decode"} or isinstance(sites, str):
         raise ValueError(
