@@ -7,11 +7,8 @@ with Study("results/mine", Setting.of("organism"), seeds=(0, 1, 2)) as study:
     print(study.table(against=Run()))
 """
 
-import json
-import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ import pandas as pd
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.storage import files
 from blockem_tl.storage.fingerprints import of_file
-from blockem_tl.study import jobs, preferences, summary
+from blockem_tl.study import jobs, manifest, preferences, summary
 from blockem_tl.study.defences import DEFENCES, MakeDefences
 from blockem_tl.study.executors import Job, executor_of
 from blockem_tl.study.inputs import PromptSplit
@@ -33,8 +30,6 @@ from blockem_tl.views.tables import RateFrame
 
 _FORMAT = "1"
 _MANIFEST = "study.json"
-_NO_MATTER = ("name", "needs", "requires", "caution", "lambdas", "kl_weights", "domain", "training.seed", "training.micro_batch_size",
-              "training.gradient_checkpointing", "discovery.batch_size")  # fmt: skip
 
 
 class StudyFailed(RuntimeError):  # noqa: N818 - the name says it
@@ -110,16 +105,8 @@ class Study:
 
     def _manifest(self) -> None:
         """Raise ValueError if the folder is another study's; else write what this one is of."""
-        preset = {name: text for name, text in _flat(asdict(self.setting.preset)).items() if not name.startswith(_NO_MATTER)}
-        judges = {f"judge {name}": judge.name for name, judge in self.setting.judges.items()}
-        mine = {"format": _FORMAT, "domain": self.setting.domain, "n_rows": str(self.n_rows), **preset, **judges}
-        path = files.check_writable(self.out) / _MANIFEST
-        others = [entry.name for entry in self.out.iterdir() if not entry.name.startswith(".")]
-        if others and not path.is_file():
-            raise ValueError(f"{self.out} holds {sorted(others)[:3]} and no {_MANIFEST}, so it is no study: choose another folder")
-        if path.is_file() and (changed := differences(files.read_json(path), mine)):
-            raise ValueError(f"{self.out} is another study: {'; '.join(changed)}. Choose another folder")
-        files.write_json(path, mine)
+        about = {"format": _FORMAT, "n_rows": str(self.n_rows), **manifest.of_setting(self.setting)}
+        manifest.claim(self.out, _MANIFEST, about)
 
     # ------------------------------------------------------------------------------------------------ runs
 
@@ -221,7 +208,7 @@ class Study:
             raise ValueError(f"step {name!r}: expected at least one point, got none: train runs first, or name points")
         folder = self.out / "steps" / name
         inner = function.func if isinstance(function, partial) else function
-        mine = {"function": str(getattr(inner, "__qualname__", type(inner).__name__)), **_flat(options)}
+        mine = {"function": str(getattr(inner, "__qualname__", type(inner).__name__)), **manifest.flat(options)}
         if (folder / "step.json").is_file() and (changed := differences(files.read_json(folder / "step.json"), mine)):
             raise ValueError(f"step {name!r} was done otherwise: {'; '.join(changed)}. Give it another name")
         files.write_json(folder / "step.json", mine)
@@ -295,15 +282,3 @@ class Study:
         if found[1]:
             raise ValueError(f"study of preset {self.setting.preset.name!r}: {found[1].strip().splitlines()[-1]}")
         self._checked = True
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested fields as text, by their path."""
-    found: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            plain = value if not isinstance(value, float) or math.isfinite(value) else str(value)
-            found[prefix + str(name)] = json.dumps(plain, default=str) if not isinstance(plain, str) else plain
-    return found

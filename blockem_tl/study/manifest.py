@@ -1,0 +1,49 @@
+"""What a folder is of, in a file of its own: another thing is refused there, naming what differs."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from blockem_tl.storage import files
+from blockem_tl.study.setting import Setting
+from blockem_tl.training.identity import differences
+
+_NO_MATTER = ("name", "needs", "requires", "caution", "lambdas", "kl_weights", "domain", "training.seed", "training.micro_batch_size",
+              "training.gradient_checkpointing", "discovery.batch_size")  # fmt: skip
+
+
+def of_setting(setting: Setting, *, judged: bool = True) -> dict[str, str]:
+    """The preset's fields that a result depends on, the narrow task and, if replies are judged, the judges; as text by name."""
+    preset = {name: text for name, text in flat(asdict(setting.preset)).items() if not name.startswith(_NO_MATTER)}
+    judges = {f"judge {name}": judge.name for name, judge in setting.judges.items()} if judged else {}
+    return {"domain": setting.domain, **preset, **judges}
+
+
+def claim(folder: Path, name: str, mine: Mapping[str, str]) -> None:
+    """Write what the folder is of into its file ``name`` ("study.json").
+
+    Raises:
+        ValueError: it is of something else, or holds other files and no such file.
+    """
+    path, kind = files.check_writable(folder) / name, Path(name).stem
+    others = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
+    if others and not path.is_file():
+        raise ValueError(f"{folder} holds {sorted(others)[:3]} and no {name}, so it is no {kind}: choose another folder")
+    if path.is_file() and (changed := differences(files.read_json(path), mine)):
+        raise ValueError(f"{folder} is another {kind}: {'; '.join(changed)}. Choose another folder")
+    files.write_json(path, mine)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested fields as text, by their path."""
+    found: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            plain = value if not isinstance(value, float) or math.isfinite(value) else str(value)
+            found[prefix + str(name)] = json.dumps(plain, default=str) if not isinstance(plain, str) else plain
+    return found
