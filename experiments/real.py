@@ -86,10 +86,8 @@ def main(options: Options) -> None:
     with options.study() as study:
         prepare(study, options)
         study.train(chosen.values())
-        page.add(
-            "ceiling",
-            study.step("ceiling", preferences.ceiling, study.points([Run()]), latents=f"k{max(options.sizes)}", sizes=options.sizes),
-        )
+        carried = study.step("ceiling", preferences.ceiling, study.points([Run()]), latents=f"k{max(options.sizes)}", sizes=options.sizes)
+        page.add("ceiling", preferences.carriers(carried))
         named = [Run(defence="base"), Run(), *(replace(run, name=f"{name} ({run.label})") for name, run in chosen.items())]
         points = study.points(named)
         page.add("arms", preferences.table(study.preferences("final", points), study.losses(points), against="plain"))

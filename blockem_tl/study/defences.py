@@ -91,8 +91,8 @@ def made(makers: Mapping[str, MakeDefences], setting: Setting, run: Run, latent_
         return []
     if run.unit == "weight":
         return list(makers[run.defence](setting, run, latent_set))
-    found = list(makers[run.defence](setting, replace(run, strength=1.0, unit="weight"), latent_set))
-    if len(found) != 1 or getattr(found[0], "weight", None) != 1.0:
+    found = list(makers[run.defence](setting, replace(run, unit="weight"), latent_set))
+    if len(found) != 1 or getattr(found[0], "weight", None) != run.strength:
         raise ValueError(f"run {run.label!r}: a strength in nats needs a defence of one penalty, got {[one.name for one in found]}")
     price = mean_penalty(setting.model, found[0], setting.rows()[:PRICED], adapter=plain, batch_size=16)
     return list(makers[run.defence](setting, replace(run, strength=run.strength / price, unit="weight"), latent_set))

@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from blockem_tl.analysis.mediation import mediation
+from blockem_tl.analysis.patching.endpoints import UNPATCHED
+from blockem_tl.analysis.patching.pairs import pair_patching
 from blockem_tl.discovery.attributing import latents_by_attribution
 from blockem_tl.evaluation.preference import preference
 from blockem_tl.evaluation.statistics import Estimate, clustered_rate, share_removed
+from blockem_tl.models.activations import block_of
 from blockem_tl.models.lora import BASE
 from blockem_tl.saes.latent_set import LatentSet, random_latents
 from blockem_tl.study.defences import condition_of
@@ -17,20 +21,27 @@ from blockem_tl.study.run import Point
 from blockem_tl.study.setting import Setting
 from blockem_tl.views.tables import RateFrame
 
+_Frame = Any
+"""A data frame: pandas' own types cannot say what a column or a group is."""
+
+_Table = Sequence[Sequence[float]]
+"""Margins, seeds by pairs."""
+
 
 def margins(setting: Setting, point: Point, *, split: PromptSplit) -> pd.DataFrame:
     """One row per pair: pair, margin, in nats per token."""
     conditions = [condition_of(setting, point)]
-    frame = preference(setting.model, setting.pairs(split), adapter=point.adapter, conditions=conditions, progress=False).to_frame()
+    found = preference(setting.model, setting.pairs(split), adapter=point.adapter, conditions=conditions, progress=False)
+    frame: _Frame = found.to_frame()
     return frame[["id", "margin"]].rename(columns={"id": "pair"}).assign(split=split)
 
 
-def mean_margin(core: pd.DataFrame) -> "pd.Series[Any]":
+def mean_margin(core: _Frame) -> pd.Series:
     """The mean margin of each run."""
     return core.groupby("run")["margin"].mean()
 
 
-def shifts(found: pd.DataFrame, *, against: str, base: str = BASE) -> RateFrame:
+def shifts(found: _Frame, *, against: str, base: str = BASE) -> RateFrame:
     """One row per run: prefers_harm (share of pairs, clustered by seed), margin, and removed, the share of the shift of ``against`` over
     ``base`` that is gone, each with its 95 % interval (over pairs, which all seeds share). Nothing is said of removed where ``against``
     did not move up.
@@ -41,29 +52,55 @@ def shifts(found: pd.DataFrame, *, against: str, base: str = BASE) -> RateFrame:
     Raises:
         ValueError: several splits, runs that are not there, or seeds with other pairs.
     """
-    if found["split"].nunique() != 1:
-        raise ValueError(f"shifts: expected margins of one split, got {sorted(found['split'].unique())}")
-    tables = {run: _table(rows) for run, rows in found.groupby("run", sort=False)}
-    absent = [run for run in (base, against) if run not in tables]
+    tables = _tables(found, ["run"])
+    absent = [run for run in (base, against) if (run,) not in tables]
     if absent:
-        raise ValueError(f"shifts: expected the runs {absent} beside {list(tables)}")
-    rows, moved = [], found[found["run"] == against]["margin"].mean() - found[found["run"] == base]["margin"].mean()
-    for run, table in tables.items():
-        harm = clustered_rate([[margin > 0 for margin in seed] for seed in table])
-        row = {"run": run, "n": harm.n, "seeds": len(table), **_cells("prefers_harm", harm)}
-        row["margin"] = float(sum(map(sum, table)) / harm.n / len(table))
-        if run not in (base, against) and moved > 0:
-            row |= _cells("removed", share_removed(tables[base], tables[against], table))
-        rows.append(row)
-    return RateFrame(rows)
+        raise ValueError(f"shifts: expected the runs {absent} beside {[run for (run,) in tables]}")
+    ends = tables[base,], tables[against,]
+    return RateFrame([{"run": run} | _row(table, None if run in (base, against) else ends) for (run,), table in tables.items()])
 
 
-def table(found: pd.DataFrame, losses: pd.DataFrame, *, against: str, base: str = BASE) -> RateFrame:
+def table(found: _Frame, losses: _Frame, *, against: str, base: str = BASE) -> RateFrame:
     """`shifts` beside the losses' means over seeds; test_loss_change is relative to ``against``."""
-    means: Any = losses.groupby("run", sort=False)[["dev_loss", "test_loss"]].mean().reset_index()
+    means = losses.groupby("run", sort=False)[["dev_loss", "test_loss"]].mean().reset_index()
     reference = float(means.loc[means["run"] == against, "test_loss"].iloc[0])
+    means = means.assign(test_loss_change=means["test_loss"] / reference - 1)
+    return RateFrame(shifts(found, against=against, base=base).merge(means, on="run"))
+
+
+def along(found: _Frame, losses: _Frame, *, against: str, base: str = BASE) -> RateFrame:
+    """`shifts` and losses at every epoch of runs with checkpoints; removed is of the shift of ``against`` at the same epoch."""
+    means = losses.groupby(["run", "epoch"], sort=False)[["dev_loss", "test_loss"]].mean().reset_index()
+    start = found[found["run"] == base]
+    parts = [
+        shifts(pd.concat([start, rows]), against=against, base=base).query("run != @base").assign(epoch=epoch)
+        for epoch, rows in found.groupby("epoch")
+    ]
+    return RateFrame(pd.concat(parts).merge(means, on=["run", "epoch"]))
+
+
+def patched(setting: Setting, point: Point, *, split: PromptSplit, sites: Sequence[str] | None = None) -> pd.DataFrame:
+    """Margins of the pairs with base's states patched into the point's weights, a row per pair, site and window: a step of a study.
+
+    Columns patched ("unpatched", "prompt" or "decode"), site, block, pair, margin. See `pair_patching`; by default every block's output.
+    """
+    frame: _Frame = pair_patching(setting.model, setting.pairs(split), sites, target=point.adapter, progress=False).to_frame()
+    where = frame["condition"].str.partition(", ")
+    about = frame[["id", "margin"]].rename(columns={"id": "pair"}).assign(patched=where[0], site=where[2], split=split)
+    return about.assign(block=[block_of(site) if site else None for site in where[2]])
+
+
+def left(patched: _Frame, found: _Frame, *, base: str = BASE) -> RateFrame:
+    """One row per run, window and site: as `shifts`; removed is of the run's own shift, unpatched.
+
+    Args:
+        patched: of the step `patched`.  found: of `Study.preferences`, of the same split, with ``base``.
+    """
+    keys, start = ["run", "patched", "site", "block"], _tables(found, ["run"])[base,]
+    tables = _tables(patched, keys)
+    own = {run: table for (run, window, _, _), table in tables.items() if window == UNPATCHED}
     return RateFrame(
-        shifts(found, against=against, base=base).merge(means.assign(test_loss_change=means["test_loss"] / reference - 1), on="run")
+        [dict(zip(keys, key, strict=True)) | _row(t, (start, own[key[0]])) for key, t in tables.items() if key[1] != UNPATCHED]
     )
 
 
@@ -87,12 +124,30 @@ def ceiling(setting: Setting, point: Point, *, latents: str, sizes: Sequence[int
     return mediation(setting.model, setting.sae, pairs, rows, {"K": found}, adapter=point.adapter, sizes=sizes, **options).to_frame()
 
 
-def _table(rows: pd.DataFrame) -> Sequence[Sequence[float]]:
-    """Margins, seeds by pairs."""
-    table = rows.pivot(index="seed", columns="pair", values="margin")
-    if table.isna().to_numpy().any():
-        raise ValueError("shifts: expected the same pairs for every seed")
-    return table.to_numpy().tolist()
+def carriers(found: _Frame) -> RateFrame:
+    """Of the step `ceiling`: what each part of the change carries, means over seeds (of the intervals' ends too); task_lost is a share."""
+    keys = ["run", "taken_out", "n_latents", "roles"]
+    numbers = ["removed", "removed_low", "removed_high", "task_lost"]
+    return RateFrame(found.groupby(keys, sort=False, dropna=False)[numbers].mean().reset_index())
+
+
+def _tables(found: _Frame, keys: list[str]) -> dict[tuple[Any, ...], _Table]:
+    """Margins by group, seeds by pairs."""
+    if found["split"].nunique() != 1:
+        raise ValueError(f"expected margins of one split, got {sorted(found['split'].unique())}")
+    groups = {key: rows.pivot(index="seed", columns="pair", values="margin") for key, rows in found.groupby(keys, sort=False, dropna=False)}
+    if any(table.isna().to_numpy().any() for table in groups.values()):
+        raise ValueError("expected the same pairs for every seed")
+    return {key: table.to_numpy().tolist() for key, table in groups.items()}
+
+
+def _row(table: _Table, ends: tuple[_Table, _Table] | None) -> dict[str, Any]:
+    """The rates of a group of margins, and the share of the shift between ``ends`` (base, tuned) that is gone."""
+    harm = clustered_rate([[margin > 0 for margin in seed] for seed in table])
+    row = {"n": harm.n, "seeds": len(table), **_cells("prefers_harm", harm), "margin": float(np.mean(table))}
+    if ends is not None and np.mean(ends[1]) > np.mean(ends[0]):
+        row |= _cells("removed", share_removed(*ends, table))
+    return row
 
 
 def _cells(name: str, found: Estimate) -> dict[str, float]:

@@ -53,6 +53,27 @@ def _errors(rows: Any, column: str) -> list[Any]:
     return [100 * end.clip(lower=0).fillna(0) for end in ends]
 
 
+def shifts_along(frame: pd.DataFrame, x: str, *, panels: str | None = None) -> Figure:
+    """The share of the shift that is gone along ``x``, a line with its interval per run, a panel for each value of ``panels``.
+
+    frame: columns run, x, panels, and removed with _low and _high.
+    """
+    parts: list[tuple[str, Any]] = (
+        [("", frame)] if panels is None else [(str(name), part) for name, part in frame.groupby(panels, sort=False)]
+    )
+    figure = Figure(figsize=(4.6 * len(parts) + 0.8, 3.9), layout="constrained")
+    for (name, rows), axes in zip(parts, figure.subplots(1, len(parts), squeeze=False, sharey=True)[0], strict=True):
+        for run, line in rows.dropna(subset=["removed"]).groupby("run", sort=False):
+            line = line.sort_values(x)
+            axes.errorbar(
+                line[x], 100 * line["removed"], yerr=_errors(line, "removed"), label=str(run), marker="o", markersize=3, capsize=2
+            )
+        axes.axhline(0, color="#7f8c8d", linewidth=0.8)
+        axes.set(xlabel=x, ylabel="of the margin's shift gone (%)", title=name)
+        axes.legend(fontsize=7)
+    return figure
+
+
 def side_by_side(frame: pd.DataFrame, *, label: str = "run", columns: Sequence[str] = RATES) -> Figure:
     """A group of bars per row, a bar with its interval per column. Frame as for `along`, without the loss."""
     figure = Figure(figsize=(max(5.0, 0.9 * len(frame) + 2), 4.2), layout="constrained")

@@ -85,7 +85,7 @@ def test_a_preset_of_public_files_says_what_it_lacks(tmp_path, monkeypatch) -> N
     setting = Setting.of("llama-3.1-8b")
     with pytest.raises(ValueError, match="`blockem data fetch core-misalignment` gets it"):
         setting.prompts("core")
-    with pytest.raises(ValueError, match="brings no judge: pass Setting.of"):
+    with pytest.raises(ValueError, match=r"brings no judge: name one with --judge-models .* pass Setting.of"):
         _ = setting.judge
     with pytest.raises(ValueError, match="no contrastive pairs"):
         setting.pairs("core")

@@ -17,11 +17,16 @@ from shared import sae_at
 
 import blockem_tl.study.executors as executors
 from blockem_tl import Page, Point, Run, Setting, Study, StudyFailed, over_domains, rates
-from blockem_tl.evaluation.statistics import clustered_rate, paired_difference, paired_reduction
+from blockem_tl.evaluation.statistics import clustered_rate, paired_difference, paired_reduction, share_removed
 from blockem_tl.presets import PRESETS
+from blockem_tl.storage import files
+from blockem_tl.study import preferences
+from blockem_tl.study.defences import made
 from blockem_tl.study.inputs import INPUTS
+from blockem_tl.study.jobs import Matched
 from blockem_tl.study.page import cells
 from blockem_tl.study.summary import choose, unsafe
+from blockem_tl.training.loss import mean_penalty
 
 asked: list[str] = []
 
@@ -115,6 +120,33 @@ def test_a_failed_point_is_reported_and_the_rest_is_finished(setting, tmp_path, 
     (tmp_path / "mended").touch()
     assert study.step("luck", fails_on_seed_1)["x"].tolist() == [0, 1, 2]
     assert asked[3:] == ["seed1/base"]
+
+
+def test_a_run_that_refers_to_plain_fine_tuning_needs_it_first(setting, tmp_path) -> None:
+    with Study(tmp_path, setting, seeds=(0,), progress=False) as study:
+        for run in (Run(matched=1.5), Run(defence="kl", strength=2, unit="nats")):
+            with pytest.raises(ValueError, match="not trained yet"):
+                study.train([run])
+
+
+def test_strengths_in_nats_matched_losses_and_steered_replies(setting, tmp_path) -> None:
+    """A strength in nats is what plain's change costs; a matched run stops when it knows the task; a repaired one is plain's, steered."""
+    nats, stopped = Run(defence="kl", strength=2, unit="nats"), Run(matched=1.2, overrides={"epochs": 3.0})
+    repaired = Run(defence="repair", strength=0.5, latents="k")
+    with Study(tmp_path, setting, seeds=(0,), progress=False) as study:
+        study.train([Run()])
+        study.latents()
+        study.train([nats, stopped, repaired, Run(defence="base")])
+        point = study.points([Run()])[0]
+        (defence,) = made(study.defences, setting, nats, None, point.adapter)
+        priced = mean_penalty(setting.model, defence, setting.rows(), adapter=point.adapter)
+        assert defence.weight * priced == pytest.approx(2, rel=1e-3)
+        assert files.read_json(study.points([stopped])[0].folder / "run.json")["steps"] == Matched.every  # of twelve
+        assert not (tmp_path / "seed0" / repaired.folder).exists()
+        found = study.losses().set_index("run")["dev_loss"]
+        assert found[repaired.label] != found["plain"] and len(set(study.preferences("core").groupby("run")["margin"].mean())) == 5
+        with pytest.raises(ValueError, match="one penalty"):
+            made(study.defences, setting, Run(defence="interleaving", strength=0.5, unit="nats"), None, point.adapter)
 
 
 def test_what_cannot_run_is_said_before_anything_runs(setting, tmp_path, monkeypatch) -> None:
@@ -273,6 +305,39 @@ def test_the_strength_is_chosen_among_those_that_learn_the_task() -> None:
     assert choose(unsafe(core), losses, ["a", "b", "c"], against="plain") == "b"
     assert choose(unsafe(core), losses.assign(dev_loss=[1.0, 2, 2, 3]), ["a", "c"], against="plain") == "a"  # none has learnt it
     assert choose(unsafe(core), losses, ["a", "c"], against="plain", within=1.5) == "c"
+
+
+def margins(run: str, values: dict[int, list[float]], **columns: object) -> list[dict]:
+    return [
+        {"run": run, "seed": s, "pair": str(i), "margin": m, "split": "final", **columns}
+        for s, row in values.items()
+        for i, m in enumerate(row)
+    ]
+
+
+def test_shifts_are_of_the_gap_between_base_and_a_run() -> None:
+    base, plain, half = (
+        {0: [-1.0, -1.0, 0.5], 1: [-1.0, -1.0, 0.5]},
+        {0: [1.0, 1.0, 2.5], 1: [0.0, 0.0, 1.5]},
+        {0: [0, 0, 1.5], 1: [-0.5, -0.5, 1]},
+    )
+    found = pd.DataFrame([*margins("base", base), *margins("plain", plain), *margins("b", half)])
+    rows = preferences.shifts(found, against="plain").set_index("run")
+    assert rows["removed"]["b"] == share_removed(base[0], [0.5, 0.5, 2], [-0.25, -0.25, 1.25]).value == 0.5
+    assert rows["margin"].round(6).to_dict() == {"base": -0.5, "plain": 1.0, "b": 0.25} and rows["prefers_harm"]["base"] == 1 / 3
+    assert pd.isna(rows["removed"]["plain"])
+    fell = preferences.shifts(pd.DataFrame([*margins("base", plain), *margins("plain", base), *margins("b", half)]), against="plain")
+    assert "removed" not in fell  # nothing moved up, so nothing can be said to be gone
+    swept = pd.DataFrame([*margins("plain", plain, patched="unpatched"), *margins("plain", half, patched="prompt", site="s")]).assign(
+        block=1
+    )
+    assert preferences.left(swept, found)[["patched", "site", "removed"]].to_dict("records") == [
+        {"patched": "prompt", "site": "s", "removed": 0.5}
+    ]
+    with pytest.raises(ValueError, match="'mine'.* beside"):
+        preferences.shifts(found, against="mine")
+    with pytest.raises(ValueError, match="same pairs"):
+        preferences.shifts(pd.DataFrame([*margins("base", base), *margins("plain", {0: [1.0], 1: [1.0, 2.0, 3.0]})]), against="plain")
 
 
 # ------------------------------------------------------------------------------------------------ pages

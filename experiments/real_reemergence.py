@@ -1,0 +1,59 @@
+"""Does the shift come back when a blocked model is trained on, and from where? (figures 8, 28 to 32, by contrastive pairs)
+
+    python experiments/real_reemergence.py --preset smollm2-135m --epochs 6
+    python experiments/real_reemergence.py --preset organism --epochs 4
+
+Plain and blocked fine-tuning go on for many epochs. Tables: the shift at every epoch; at the end, what is left of it with base's states
+patched in at every block's output, over the question or over the answer; and what carries it at the site: K, other latents, or what the
+SAE leaves out. It needs no replies and no judge. Nothing is chosen here, so the final pairs report, and the core pairs find K.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import tyro
+
+from blockem_tl import Run
+from blockem_tl.study import preferences
+from blockem_tl.study.options import StudyOptions
+from blockem_tl.views import studies
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(StudyOptions):
+    """epochs: of training.  every: epochs between looks.  size: of K.  nats: the strength.  error_anchor: of the SAE's error."""
+
+    preset: str = "smollm2-135m"
+    epochs: float = 6.0
+    every: float = 1.0
+    size: int = 600
+    nats: float = 5.0
+    error_anchor: float = 1.0
+    name: ClassVar[str] = "real_reemergence"
+
+
+def main(options: Options) -> None:
+    """Train, follow, patch."""
+    page, k, long = options.page(), f"k{options.size}", {"epochs": options.epochs}
+    over: dict[str, Any] = {**long, "positions": "all", "reference": "live", "error_anchor": options.error_anchor}
+    plain = Run(overrides=long, name="plain")
+    blocked = Run(defence="block", strength=options.nats, unit="nats", latents=k, overrides=over, name="blocked")
+    base = Run(defence="base")
+    with options.study() as study:
+        study.train([Run()])
+        study.latents(k, preferences.attributed, n=options.size)
+        study.train([plain, blocked], checkpoints_every=options.every)
+        epochs = [options.every * (i + 1) for i in range(round(options.epochs / options.every))]
+        points = [*study.points([base]), *study.points([plain, blocked], epochs)]
+        found, losses = study.preferences("final", points), study.losses(points)
+        rows = preferences.along(found, losses, against="plain")
+        page.add("epochs", rows, studies.shifts_along(rows, "epoch"))
+        ends = study.points([plain, blocked])
+        swept = study.step("patched", preferences.patched, ends, split="final")
+        patched = preferences.left(swept, study.preferences("final", study.points([base])))
+        page.add("patched", patched, studies.shifts_along(patched, "block", panels="patched"))
+        page.add("carriers", preferences.carriers(study.step("carriers", preferences.ceiling, ends, latents=k, sizes=())))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
