@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pooch
 import requests
@@ -78,15 +79,20 @@ def fetch(source: Source, folder: Path | None = None) -> Path:
 
 def _download(url: str, target: Path, expected: str | None) -> None:
     """Put the file at ``target``, whole and with the SHA-256 that is expected. Raises ValueError, and leaves nothing, if that fails."""
+    if not _is_secure(url):
+        raise ValueError(f"{url}: expected an address that begins with https://: what comes over another way may be altered on it")
     logger = pooch.get_logger()
     before, logger.disabled = logger.disabled, True
     target.parent.mkdir(parents=True, exist_ok=True)
+    getter: Any = pooch.HTTPDownloader(hooks={"response": _check_secure})
     try:
-        pooch.retrieve(url, expected, fname=target.name, path=target.parent)
+        pooch.retrieve(url, expected, fname=target.name, path=target.parent, downloader=getter)
     except requests.HTTPError as error:
         raise ValueError(f"{error}: was the file moved? Correct the address {url}") from error
     except requests.exceptions.ChunkedEncodingError as error:
         raise ValueError(f"{url}: the download broke off ({error}): run it again") from error
+    except _InsecureError as error:
+        raise ValueError(f"{url}: {error}: nothing was kept; find an address that stays with https://") from error
     except requests.RequestException as error:
         raise ValueError(f"{url}: cannot be reached ({error}): is there a network? The file can also be put at {target} by hand") from error
     except ValueError as error:
@@ -95,3 +101,19 @@ def _download(url: str, target: Path, expected: str | None) -> None:
         logger.disabled = before
         if not any(target.parent.iterdir()):
             target.parent.rmdir()
+
+
+class _InsecureError(requests.RequestException):
+    """A server sends us on to an address without TLS."""
+
+
+def _is_secure(url: str) -> bool:
+    """Whether it is https, or a server on this very machine."""
+    address = urlsplit(url)
+    return address.scheme == "https" or (address.scheme == "http" and address.hostname in ("127.0.0.1", "::1", "localhost"))
+
+
+def _check_secure(response: requests.Response, **_: Any) -> None:
+    """Refuse an answer, before its body is read, that did not come over https (requests follows redirects)."""
+    if not _is_secure(response.url):
+        raise _InsecureError(f"it leads to {response.url}, which is not https")

@@ -6,10 +6,13 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from blockem_tl.judging.backend import Completion, NoLogprobs, Request, completion_of, label_schema
 from blockem_tl.judging.threads import Pace, in_threads
 
+_NO_KEY = "none"
+_SECRET = 8  # characters of a key at least; "EMPTY" and the like are no secrets, and may be a part of an answer
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0  # seconds before a malformed body is asked for again; the client waits as long after its errors
 
 
@@ -35,7 +38,8 @@ class Endpoint:
     The openai client tries again after the errors 408, 409, 429 and 5xx, dropped connections and timeouts. It waits as long as the
     server's Retry-After says, or else 0.5 s, doubling up to 8 s. Bodies that are no completion are asked for again as often.
 
-    The key is read from ``api_key_variable`` in the environment; servers that need none ignore it.
+    The key is read from ``api_key_variable`` in the environment; servers that need none ignore it. It is nowhere written: what a server
+    repeats of it is starred out, and an address with a name and password or a query is refused. ``extra_body`` is not shown.
     """
 
     model: str
@@ -46,7 +50,7 @@ class Endpoint:
     per_minute: float | None = None
     choices: Literal["vllm", "json"] = "vllm"
     api_key_variable: str = "OPENAI_API_KEY"
-    extra_body: dict[str, Any] = field(default_factory=dict)
+    extra_body: dict[str, Any] = field(default_factory=dict, repr=False)
     limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     temperature: float | None = 0.0
     alternatives: int = 20
@@ -57,6 +61,12 @@ class Endpoint:
         if not self.model or not self.base_url.startswith(("http://", "https://")):
             raise ValueError(
                 f"endpoint: expected a model and a base_url with http:// or https://, got {self.model!r} and {self.base_url!r}"
+            )
+        address = urlsplit(self.base_url)
+        if "@" in address.netloc or address.query or address.fragment:
+            raise ValueError(
+                f"endpoint: expected an address without a password or a query, got one at {address.hostname}: put the key into the "
+                f"environment, as {self.api_key_variable}"
             )
         if self.choices not in ("vllm", "json") or self.limit_name not in ("max_tokens", "max_completion_tokens"):
             raise ValueError(f"endpoint: unknown choices {self.choices!r} or limit_name {self.limit_name!r}; see the documentation")
@@ -72,9 +82,8 @@ class Endpoint:
     def check(self) -> None:
         """Ask which models are served. Raises JudgeUnreachable if nobody answers, ValueError if the model is not among them."""
         openai = _openai()
-        client = openai.OpenAI(base_url=self.base_url, api_key=self._key(), timeout=min(self.timeout, 10.0), max_retries=1)
         try:
-            with client:
+            with self._client(min(self.timeout, 10.0), retries=1) as client:
                 served = [model.id for model in client.models.list()]
         except (openai.APIError, json.JSONDecodeError) as error:
             raise self._unreachable(error) from error
@@ -91,12 +100,20 @@ class Endpoint:
             ValueError: log-probabilities are needed, and the endpoint returns none.
             JudgeUnreachable: a request fails in any other way, retries included. What was under way then is still yielded.
         """
-        openai, pace = _openai(), Pace(self.per_minute)
-        paced = openai.DefaultHttpxClient(event_hooks={"request": [lambda _: pace.turn()]})  # the client's own retries too
-        with openai.OpenAI(
-            base_url=self.base_url, api_key=self._key(), timeout=self.timeout, max_retries=self.attempts - 1, http_client=paced
-        ) as client:
+        with self._client(self.timeout, retries=self.attempts - 1) as client:
             yield from in_threads(requests, lambda request: self._ask(client, request), threads=self.concurrency)
+
+    def _client(self, timeout: float, *, retries: int) -> Any:
+        """An openai client that keeps the pace, its own retries included, and never sees its key in an answer."""
+        openai, pace, key = _openai(), Pace(self.per_minute), self._key()
+
+        def without_key(response: Any) -> None:
+            if (body := response.read()) and key.encode() in body:
+                response._content = body.replace(key.encode(), b"***")  # an error's text would be logged, an answer stored
+
+        hooks = {"request": [lambda _: pace.turn()], "response": [without_key] if len(key) >= _SECRET else []}
+        http = openai.DefaultHttpxClient(event_hooks=hooks)
+        return openai.OpenAI(base_url=self.base_url, api_key=key, timeout=timeout, max_retries=retries, http_client=http)
 
     def _ask(self, client: Any, request: Request) -> Completion:
         openai = _openai()
@@ -124,7 +141,10 @@ class Endpoint:
         raise AssertionError("the last attempt returns or raises")
 
     def _key(self) -> str:
-        return os.environ.get(self.api_key_variable) or "none"
+        key = os.environ.get(self.api_key_variable, "").strip() or _NO_KEY
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(f"the key in {self.api_key_variable} holds characters that no header may have: set it anew")
+        return key
 
     def _arguments(self, request: Request) -> dict[str, Any]:
         arguments: dict[str, Any] = {

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
@@ -18,6 +19,15 @@ from blockem_tl.data.templates import pin_arguments
 from blockem_tl.models._peft_bridge import check_live, tuner_layers
 from blockem_tl.storage import embedded
 from blockem_tl.views.progress import allowed
+
+_STRICT = {
+    "attn_implementation": "eager",
+    "output_loading_info": True,
+    "ignore_mismatched_sizes": True,  # listed by name in `_check_weights`
+    "use_safetensors": True,  # anything else is a pickle
+    "trust_remote_code": False,  # None would ask at the terminal
+}
+"""Every model is loaded so. One with code or weights of its own kind can be loaded by its user, and passed as it is."""
 
 
 def of_loaded(model: PreTrainedModel | PeftModel) -> tuple[Any, str]:
@@ -35,7 +45,7 @@ def tokenizer_of(source: str, given: PreTrainedTokenizerBase | None, arguments: 
     if given is None:
         if not source:
             raise ValueError("load_model: expected tokenizer=... along with a model that names no source of its own")
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if tokenizer.pad_token is None and tokenizer.eos_token is not None:
             tokenizer.pad_token = tokenizer.eos_token
     else:
@@ -56,13 +66,12 @@ def from_weights(name: str, dtype: torch.dtype | str | None, device: str | torch
         raise ValueError(f'load_model: expected dtype "auto", "float32", "bfloat16", "float16" or a torch.dtype, got {dtype!r}')
     try:
         with _loading_bar():
-            hf, found = cast(Any, AutoModelForCausalLM).from_pretrained(
-                source, dtype=dtype, attn_implementation="eager", output_loading_info=True, ignore_mismatched_sizes=True
-            )
-    except OSError as error:
+            hf, found = cast(Any, AutoModelForCausalLM).from_pretrained(source, dtype=dtype, **_STRICT)
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
-            f"cannot load a model from {name!r}: expected an embedded name, a folder with config.json and weights, or a hub id that you "
-            f"can reach (gated models need `hf auth login`). transformers says: {error}"
+            f"cannot load a model from {name!r}: expected an embedded name, a folder with config.json and weights as safetensors, or a hub "
+            "id that you can reach (gated models need `hf auth login`). Pickled weights and code of a model's own are never loaded: if you "
+            f"trust them, load the model with transformers and pass it. transformers says: {str(error)[:500]}"
         ) from error
     _check_weights(name, cast(nn.Module, hf), found)
     _check_plain(cast(nn.Module, hf), repr(name))

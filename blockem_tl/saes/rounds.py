@@ -48,10 +48,14 @@ class Rounds:
             shutil.rmtree(before)
 
     def restore(self, trainer: Any) -> None:
-        """Go on from the last state, if there is one."""
-        if (last := self.last()) is not None:
+        """Go on from the last state, if there is one. Raises ValueError for a state that is broken, or holds more than tensors."""
+        if (last := self.last()) is None:
+            return
+        try:
             trainer.sae.load_weights_from_checkpoint(last)
-            trainer.load_trainer_state(last)
+            trainer.load_trainer_state(last)  # by torch.load, which unpickles nothing: weights_only is its default
+        except Exception as error:  # its readers have no common class
+            raise ValueError(f"{self.folder} cannot be gone on from: {str(error)[:300]}. To train anew, delete it") from error
 
     def remove(self) -> None:
         """Forget everything: the SAE is there."""

@@ -131,6 +131,8 @@ class Processes:
 
 def _ray() -> tuple[Any, Any]:
     """Ray and its pickle, which also takes functions of a script."""
+    if "ray" not in sys.modules:  # read when it is imported: a cluster of its own listens on loopback alone, as it does on Windows
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     return import_module("ray"), import_module("ray.cloudpickle")
 
 
