@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow test-vllm install install-vllm lint types docs readme organism clean
+.PHONY: demo real test test-slow test-vllm install install-vllm lint types docs readme organism clean
 
 demo: install  ## misalign the embedded organism, find its latents, block them, show that it worked
 	$(BIN)/python experiments/quickstart.py
@@ -49,6 +49,10 @@ lint: install
 
 types: install
 	$(BIN)/pyright
+
+real: install  ## the method on a real instruct model of 135M: latents, blocking, its rivals, and what comes back (docs/real.md)
+	$(BIN)/python experiments/real.py
+	$(BIN)/python experiments/real_reemergence.py
 
 docs: install  ## the documentation as a site in site/; a warning or a dead link ends it
 	$(BIN)/python -m mkdocs build --strict --config-file .mkdocs.yml

@@ -2,10 +2,9 @@
 
     python experiments/real.py --preset smollm2-135m --seeds 0 1 2
 
-It needs no replies and no judge: harm is the margin of contrastive pairs. Every arm trains until its dev loss is within 3 % of plain's;
-strengths are in nats of plain's own change, so that they compare. Strengths and the size of K are chosen on the core pairs and dev rows of
-the first seed; the final pairs are looked at once, for all seeds. On the preset above 12 to 15 minutes per seed and core, and as long
-again for the choice.
+It needs no replies and no judge: harm is the margin of contrastive pairs. Arms train until their dev loss is within 3 % of plain's; strengths
+are in nats of plain's own change, so that they compare. Strengths and the size of K are chosen on the core pairs and dev rows of the first
+seed; the final pairs are looked at once, for all seeds.
 """
 
 from dataclasses import dataclass, replace
@@ -21,7 +20,8 @@ from blockem_tl.study.options import StudyOptions
 @dataclass(frozen=True, kw_only=True)
 class Options(StudyOptions):
     """sizes: of K; all are tried with the SAE's error anchored, the first one elsewhere.  nats: strengths, tried.  doses: of steering,
-    tried.  matched: of plain's dev loss, where an arm stops.  longest: in epochs, where it gives up."""
+    tried.  matched: of plain's dev loss, where an arm stops.  longest: in epochs, where it gives up.  report: defences that are trained on
+    every seed and looked at on the final pairs; all by default."""
 
     preset: str = "smollm2-135m"
     sizes: tuple[int, ...] = (600, 200)
@@ -29,6 +29,7 @@ class Options(StudyOptions):
     doses: tuple[float, ...] = (0.1, 0.2, 0.4)
     matched: float = 1.03
     longest: float = 1.6
+    report: tuple[str, ...] = ()
     name: ClassVar[str] = "real"
 
 
@@ -83,15 +84,17 @@ def main(options: Options) -> None:
         chosen |= beside(chosen)
         points = study.points([Run(defence="base"), Run(), *(run for runs in tried.values() for run in runs)])
         page.add("tried", preferences.table(study.preferences("core", points), study.losses(points), against="plain"))
+    chosen = {name: chosen[name] for name in options.report or chosen}
     with options.study() as study:
         prepare(study, options)
         study.train(chosen.values())
-        carried = study.step("ceiling", preferences.ceiling, study.points([Run()]), latents=f"k{max(options.sizes)}", sizes=options.sizes)
+        sets = [f"k{max(options.sizes)}"]
+        carried = study.step("ceiling", preferences.ceiling, study.points([Run()]), sets=sets, sizes=options.sizes)
         page.add("ceiling", preferences.carriers(carried))
         named = [Run(defence="base"), Run(), *(replace(run, name=f"{name} ({run.label})") for name, run in chosen.items())]
         points = study.points(named)
-        page.add("arms", preferences.table(study.preferences("final", points), study.losses(points), against="plain"))
-        page.add("in-domain", preferences.table(study.preferences("in-domain", points), study.losses(points), against="plain"))
+        for split, name in (("final", "arms"), ("in-domain", "in-domain")):
+            page.add(name, preferences.table(study.preferences(split, points), study.losses(points), against="plain"))
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def main(options: Options) -> None:
         swept = study.step("patched", preferences.patched, ends, split="final")
         patched = preferences.left(swept, study.preferences("final", study.points([base])))
         page.add("patched", patched, studies.shifts_along(patched, "block", panels="patched"))
-        page.add("carriers", preferences.carriers(study.step("carriers", preferences.ceiling, ends, latents=k, sizes=())))
+        page.add("carriers", preferences.carriers(study.step("carriers", preferences.ceiling, ends, sets=(k,))))
 
 
 if __name__ == "__main__":

@@ -115,13 +115,15 @@ def random_beside(setting: Setting, point: Point, *, beside: str) -> LatentSet:
     return random_latents(setting.sae, len(found), seed=point.seed, exclude=found.latents)
 
 
-def ceiling(setting: Setting, point: Point, *, latents: str, sizes: Sequence[int]) -> pd.DataFrame:
-    """What a set's latents carry of the shift on the core pairs, and of the task: a step. See `mediation`."""
-    found = point.latents(setting.sae, latents)
-    options: dict[str, Any] = {"one_sided": True, "roles": [("reply",), ("prompt", "reply")], "progress": False}
-    sizes = [n for n in sizes if n < len(found)]
-    pairs, rows = setting.pairs("core"), setting.held_out()[::2]
-    return mediation(setting.model, setting.sae, pairs, rows, {"K": found}, adapter=point.adapter, sizes=sizes, **options).to_frame()
+def ceiling(setting: Setting, point: Point, *, sets: Sequence[str], sizes: Sequence[int] = ()) -> pd.DataFrame:
+    """What latent sets of the study carry of the shift on the core pairs, and of the task, one-sidedly: a step. See `mediation`.
+
+    sizes: also the first so many latents of each.
+    """
+    latents = {name: point.latents(setting.sae, name) for name in sets}
+    options: dict[str, Any] = {"one_sided": True, "roles": [("reply",), ("prompt", "reply")], "progress": False, "adapter": point.adapter}
+    sizes = [n for n in sizes if n < max(map(len, latents.values()))]
+    return mediation(setting.model, setting.sae, setting.pairs("core"), setting.held_out()[::2], latents, sizes=sizes, **options).to_frame()
 
 
 def carriers(found: _Frame) -> RateFrame:

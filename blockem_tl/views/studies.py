@@ -74,6 +74,19 @@ def shifts_along(frame: pd.DataFrame, x: str, *, panels: str | None = None) -> F
     return figure
 
 
+def against(frame: pd.DataFrame, *, x: str, y: str, label: str) -> Figure:
+    """One share over another with its interval, beside the line of equality: columns ``x``, ``y`` with its ends, ``label``."""
+    figure = Figure(figsize=(5.2, 4.8), layout="constrained")
+    axes = figure.subplots()
+    for name, rows in frame.groupby(label, sort=False):
+        axes.errorbar(100 * rows[x], 100 * rows[y], yerr=_errors(rows, y), label=str(name), marker="o", linestyle="", capsize=3)
+    ends = [100 * frame[x].min(), 100 * frame[x].max()]
+    axes.plot(ends, ends, color="#7f8c8d", linewidth=0.8)
+    axes.set(xlabel=f"{x} (%)", ylabel=f"{y} (%)")
+    axes.legend(title=label, fontsize=8)
+    return figure
+
+
 def side_by_side(frame: pd.DataFrame, *, label: str = "run", columns: Sequence[str] = RATES) -> Figure:
     """A group of bars per row, a bar with its interval per column. Frame as for `along`, without the loss."""
     figure = Figure(figsize=(max(5.0, 0.9 * len(frame) + 2), 4.2), layout="constrained")

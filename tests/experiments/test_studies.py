@@ -26,6 +26,7 @@ OPTIONS = {
     "signs": {},
     "selection_ablation": {"size": 3, "strengths": (0.1,)},
     "real": {"sizes": (2, 3), "nats": (0.5, 1.0)},
+    "ceiling": {"sizes": (2, 3), "random": (2,), "nats": 0.5},
     "real_reemergence": {"size": 3, "nats": 0.5, "epochs": 2.0},
 }
 TABLES = {
@@ -35,6 +36,7 @@ TABLES = {
     "signs": {"arms"},
     "selection_ablation": {"arms", "curves"},
     "real": {"tried", "ceiling", "arms", "in-domain"},
+    "ceiling": {"combinations", "agreement"},
     "real_reemergence": {"epochs", "patched", "carriers"},
 }
 # These still know the organism, or import one another. The list may only shrink.
@@ -64,10 +66,13 @@ def test_a_script_runs_on_any_preset_and_again_at_once(name: str, preset: str, t
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "study").rglob("*.safetensors")}
     first = {path.stem: pd.read_csv(path) for path in (tmp_path / "out").glob("*.csv")}
     assert set(first) == TABLES[name] and all((tmp_path / "docs" / "results" / f"{name}-tiny" / f"{one}.md").is_file() for one in first)
-    rate, beside = ("prefers_harm", "margin") if name.startswith("real") else ("misaligned", "adherent")
-    arms = first["epochs" if name == "real_reemergence" else "arms"]
-    assert {"run", rate, f"{rate}_low", beside, "test_loss"} <= set(arms)
-    assert arms[rate].notna().all() and (arms["n"] == 8).all() and (arms["seeds"] == 2).all()
+    if name == "ceiling":
+        assert first["combinations"].notna().all().all() and len(first["combinations"]) == first["agreement"]["combinations"][0] == 6
+    else:
+        rate, beside = ("prefers_harm", "margin") if name.startswith("real") else ("misaligned", "adherent")
+        arms = first["epochs" if name == "real_reemergence" else "arms"]
+        assert {"run", rate, f"{rate}_low", beside, "test_loss"} <= set(arms)
+        assert arms[rate].notna().all() and (arms["n"] == 8).all() and (arms["seeds"] == 2).all()
     script.main(options)
     assert made == {path: path.stat().st_mtime_ns for path in made} and made
     for one, frame in first.items():
