@@ -2,9 +2,9 @@
 
     python experiments/real.py --preset smollm2-135m --seeds 0 1 2
 
-It needs no replies and no judge: harm is the margin of contrastive pairs. Arms train until their dev loss is within 3 % of plain's; strengths
-are in nats of plain's own change, so that they compare. Strengths and the size of K are chosen on the core pairs and dev rows of the first
-seed; the final pairs are looked at once, for all seeds.
+It needs no replies and no judge: harm is the margin of contrastive pairs. Arms train until their dev loss is within 3 % of plain's, and
+strengths are in nats of plain's own change, so that they compare. Strengths and the size of K are chosen on the core pairs and dev rows of
+the first seed; then the final pairs are looked at once, for all seeds.
 """
 
 from dataclasses import dataclass, replace
@@ -44,7 +44,6 @@ def arms(options: Options, site: str) -> dict[str, list[Run]]:
         return Run(defence=defence, strength=strength, unit="nats", **{**match, **rest})
 
     k = f"k{sizes[0]}"
-    steer = {"defence": "repair", "latents": k, "overrides": {"combine": "sum"}}
     return {
         "plain, stopped": [Run(matched=options.matched)],
         "plain, as long": [Run(overrides=train)],
@@ -55,7 +54,7 @@ def arms(options: Options, site: str) -> dict[str, list[Run]]:
         "KL": [priced("kl", s) for s in nats],
         "safe rows": [Run(defence="interleaving", strength=0.3, **match)],
         "CAFT": [Run(defence="caft", strength=min(20, sizes[0]), latents=k, **match)],
-        "steered while replying": [Run(**steer, strength=dose) for dose in options.doses],
+        "steered while replying": [Run(defence="repair", strength=x, latents=k, overrides={"combine": "sum"}) for x in options.doses],
     }
 
 
@@ -75,24 +74,24 @@ def prepare(study: Study, options: Options) -> None:
 
 def main(options: Options) -> None:
     """Choose on the first seed, train all, look at the final pairs."""
-    page = options.page()
+    page, base = options.page(), Run(defence="base")
     with options.study(seeds=options.seeds[:1]) as study:
         prepare(study, options)
         tried = arms(options, study.setting.site)
         study.train([run for runs in tried.values() for run in runs])
         chosen = {name: study.choose(runs, Run(), by="pairs", within=1.05) for name, runs in tried.items()}
         chosen |= beside(chosen)
-        points = study.points([Run(defence="base"), Run(), *(run for runs in tried.values() for run in runs)])
+        points = study.points([base, Run(), *(run for runs in tried.values() for run in runs)])
         page.add("tried", preferences.table(study.preferences("core", points), study.losses(points), against="plain"))
     chosen = {name: chosen[name] for name in options.report or chosen}
     with options.study() as study:
         prepare(study, options)
         study.train(chosen.values())
-        sets = [f"k{max(options.sizes)}"]
-        carried = study.step("ceiling", preferences.ceiling, study.points([Run()]), sets=sets, sizes=options.sizes)
+        k = [f"k{max(options.sizes)}"]
+        carried = study.step("ceiling", preferences.ceiling, study.points([Run()]), sets=k, sizes=options.sizes)
         page.add("ceiling", preferences.carriers(carried))
-        named = [Run(defence="base"), Run(), *(replace(run, name=f"{name} ({run.label})") for name, run in chosen.items())]
-        points = study.points(named)
+        named = [replace(run, name=f"{name} ({run.label})") for name, run in chosen.items()]
+        points = study.points([base, Run(), *named])
         for split, name in (("final", "arms"), ("in-domain", "in-domain")):
             page.add(name, preferences.table(study.preferences(split, points), study.losses(points), against="plain"))
 

@@ -31,9 +31,10 @@ def analysis_lines(notebook) -> int:
     return sum(bool(line.strip()) for cell in cells for line in cell.source.splitlines())
 
 
-def test_there_are_seven() -> None:
+def test_there_are_eight() -> None:
     assert [path.stem for path in TUTORIALS] == [
         "1_tour", "2_new_analysis", "3_patching_sweep", "4_two_layers_another_sae", "5_one_latent", "6_your_own_defence", "7_eight_billion",
+        "8_without_a_judge",
     ]  # fmt: skip
 
 
