@@ -1,4 +1,8 @@
-"""The `blockem` command: presets, doctor, scale, doses, train-sae, ceiling, data, judge, plan."""
+"""The `blockem` command, in the order of the method.
+
+Look around: presets, doctor, plan. Measure and prepare: scale, train-sae. The stages: finetune, ceiling, doses, discover, sweep, evaluate,
+patch. Replies from elsewhere: judge.
+"""
 
 # Heavy imports stand inside the commands: `blockem --help` answers at once.
 import os
@@ -10,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from blockem_tl.data.commands import COMMANDS as DATA_COMMANDS
-from blockem_tl.study.commands import COMMANDS as STUDY_COMMANDS
+from blockem_tl.study.commands import ceiling, scale, train_sae
+from blockem_tl.study.stage_commands import discover, evaluate, finetune, patch, sweep
 
 if TYPE_CHECKING:
     from blockem_tl.judging.judge import LLMJudge
@@ -238,7 +243,21 @@ def doses(
         plots.save(found.plot(), o.figure)
 
 
-COMMANDS = {"presets": presets, "doctor": doctor, "doses": doses, "judge": judge, "plan": plan, **STUDY_COMMANDS}
+COMMANDS = {
+    "presets": presets,
+    "doctor": doctor,
+    "plan": plan,
+    "scale": scale,
+    "train-sae": train_sae,
+    "finetune": finetune,
+    "ceiling": ceiling,
+    "doses": doses,
+    "discover": discover,
+    "sweep": sweep,
+    "evaluate": evaluate,
+    "patch": patch,
+    "judge": judge,
+}
 
 
 def main(args: list[str] | None = None) -> None:

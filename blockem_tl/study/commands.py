@@ -1,4 +1,4 @@
-"""The `blockem` commands on a preset's experiments: scale, train-sae, ceiling."""
+"""The `blockem` commands on a preset's model and SAE: scale, train-sae, ceiling."""
 
 # Heavy imports stand inside the commands: `--help` answers at once.
 import random
@@ -183,6 +183,3 @@ def ceiling(
     print(found)
     if options.csv is not None:
         files.write_text(options.csv, found.to_frame().to_csv(index=False))
-
-
-COMMANDS = {"scale": scale, "train-sae": train_sae, "ceiling": ceiling}

@@ -75,6 +75,9 @@ DEFENCES: Mapping[str, MakeDefences] = {
     "interleaving": interleaving,
 }
 
+ON_LATENTS = ("block", "caft", "preventative")
+"""The defences that need a latent set."""
+
 
 def condition_of(setting: Setting, point: Point) -> Condition:
     """What acts on the weights while they reply: nothing, but in a "repair" run, whose other arguments are those of `repair`."""

@@ -4,18 +4,20 @@ import io
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
-from blockem_tl.discovery.pipeline import discover
+from blockem_tl.discovery.pipeline import Discovery, discover
 from blockem_tl.evaluation.panel import evaluate_with
 from blockem_tl.generation.replies import MISALIGNMENT
-from blockem_tl.generation.reply_fn import replies_from
+from blockem_tl.generation.reply_fn import ReplyFn, cached, replies_from
+from blockem_tl.judging.cached import CachedJudge
 from blockem_tl.models.load import Model
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.saes.load import check_fits
 from blockem_tl.storage import files
+from blockem_tl.storage.store import Store
 from blockem_tl.study.defences import MakeDefences, condition_of, made
 from blockem_tl.study.inputs import PromptSplit
 from blockem_tl.study.run import Point
@@ -23,6 +25,9 @@ from blockem_tl.study.setting import Setting
 from blockem_tl.training.finetune import finetune
 from blockem_tl.training.loss import completion_loss
 from blockem_tl.types import Checkable, check_judge
+
+Evidence = Literal["replies", "pairs"]
+"""Judged replies, or margins of contrastive pairs."""
 
 Measure = Callable[..., Any]
 """function(setting, point, **options) -> a data frame, or rows for one."""
@@ -93,8 +98,13 @@ def keep_frame(setting: Setting, *, point: Point, path: Path, function: Measure,
     frame = pd.DataFrame(function(setting, point, **options))
     columns = point.columns() | {"domain": setting.domain}
     about = pd.DataFrame([{name: value for name, value in columns.items() if name not in frame}] * len(frame), index=frame.index)
+    write_frame(path, pd.concat([about, frame], axis=1))
+
+
+def write_frame(path: Path, frame: pd.DataFrame) -> None:
+    """A parquet file, whole or not at all."""
     buffer = io.BytesIO()
-    pd.concat([about, frame], axis=1).to_parquet(buffer, index=False)
+    frame.to_parquet(buffer, index=False)
     files.write_bytes(path, buffer.getvalue())
 
 
@@ -111,39 +121,61 @@ def keep_latents(setting: Setting, *, point: Point, path: Path, function: Measur
 
 
 def find_latents(setting: Setting, point: Point, **changes: Any) -> LatentSet:
-    """K of a plainly fine-tuned model, by the preset's discovery on the core prompts. ``changes``: fields of its configuration.
+    """K of a plainly fine-tuned model: of `discovery`."""
+    return discovery(setting, point, **changes).latent_set
+
+
+def discovery(setting: Setting, point: Point, *, by: Evidence = "replies", progress: bool = False, **changes: Any) -> Discovery:
+    """The preset's discovery on the core prompts, or on the core pairs. ``changes``: fields of its configuration.
 
     Replies and verdicts are kept in the study's folder: a discovery with other settings asks again only what it has not asked.
     """
-    config = replace(setting.preset.discovery, **changes)
-    found = discover(
+    evidence: tuple[Any, ...] = (setting.pairs("core"),) if by == "pairs" else (setting.judge, setting.prompts("core"))
+    return discover(
         setting.model,
         setting.sae,
-        setting.judge,
-        setting.prompts("core"),
+        *evidence,
         adapter=point.adapter,
         scale=setting.scale(),
-        config=config,
+        config=replace(setting.preset.discovery, **changes),
         provenance={"preset": setting.preset.name, "domain": setting.domain, "seed": point.seed, "run": point.run.label},
-        store=point.out / f"seed{point.seed}" / "asked",
-        progress=False,
+        store=None if by == "pairs" else asked_at(point),
+        progress=progress,
     )
-    return found.latent_set
 
 
-def graded_replies(setting: Setting, point: Point, *, split: PromptSplit, n: int | None = None) -> pd.DataFrame:
-    """One row per reply and judge; under the domain's rubric for "in-domain", and marked for "core", which selects."""
-    options: dict[str, Any] = {"max_new_tokens": setting.preset.max_new_tokens, "progress": False}
+def asked_at(point: Point) -> Path:
+    """The folder of the store of replies and verdicts."""
+    return point.out / f"seed{point.seed}" / "asked"
+
+
+def graded_replies(
+    setting: Setting, point: Point, *, split: PromptSplit, n: int | None = None, keep: bool = False, progress: bool = False
+) -> pd.DataFrame:
+    """One row per reply and judge; under the domain's rubric for "in-domain", and marked for "core", which selects.
+
+    keep: replies and verdicts, as soon as they are there, as `discovery` does.
+    """
+    reply_fn: ReplyFn = replies_from(setting.model, adapter=point.adapter, max_new_tokens=setting.preset.max_new_tokens, progress=progress)
+    judges = list(setting.judges.values())
+    if keep:
+        store = Store(asked_at(point) / "store.sqlite")
+        reply_fn, judges = cached(reply_fn, store), [CachedJudge(judge=judge, store=store) for judge in judges]
     panel = evaluate_with(
-        replies_from(setting.model, adapter=point.adapter, **options),
-        list(setting.judges.values()),
+        reply_fn,
+        judges,
         setting.prompts(split, n),
         condition=condition_of(setting, point),
-        rubric=setting.domain if split == "in-domain" else MISALIGNMENT,
+        rubric=rubric_of(setting, split),
         selected_on=setting.prompts("core"),
         report_on_selection_prompts=split == "core",
     )
     return pd.concat([one.to_frame() for one in panel.evaluations], ignore_index=True).assign(split=split)
+
+
+def rubric_of(setting: Setting, split: PromptSplit) -> str:
+    """The rubric under which replies to a split are graded."""
+    return setting.domain if split == "in-domain" else MISALIGNMENT
 
 
 def losses(setting: Setting, point: Point, *, n: int | None = None) -> list[dict[str, float]]:

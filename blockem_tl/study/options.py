@@ -54,13 +54,16 @@ class StudyOptions:
         made = {m: LLMJudge(backend=Endpoint(model=m, base_url=u)) for m, u in zip(self.judge_models, each, strict=False)}
         return made or None
 
-    def study(self, **options: Any) -> Study:
-        """The study; on a CPU in one thread, which is as fast and gives the same bits on every machine of its kind."""
+    def setting(self, seed: int = 0) -> Setting:
+        """The preset's setting; on a CPU in one thread, which is as fast and gives the same bits on every machine of its kind."""
         if not torch.cuda.is_available():
             torch.set_num_threads(1)
-        setting = Setting.of(self.preset, domain=self.domain, judges=self.judges())
+        return Setting.of(self.preset, seed=seed, domain=self.domain, judges=self.judges())
+
+    def study(self, **options: Any) -> Study:
+        """The study beside the page."""
         common = {"seeds": self.seeds, "executor": self.executor, "workers": self.workers, "n_rows": self.n_rows, "progress": self.progress}
-        return Study(self.folder / "study", setting, **{**common, **options})
+        return Study(self.folder / "study", self.setting(), **{**common, **options})
 
     def page(self) -> Page:
         """The page of tables and figures beside the study; published under docs/ of the working directory if asked for."""

@@ -119,8 +119,8 @@ class Setting:
         found = self.own_judges or self.inputs.judges()
         if not found:
             raise ValueError(
-                f"preset {self.preset.name!r} brings no judge: pass Setting.of(..., judges={{name: LLMJudge(backend=Endpoint(model=..., "
-                "base_url=...))}); `blockem doctor` checks an endpoint"
+                f"preset {self.preset.name!r} brings no judge: name one with --judge-models and --judge-urls; in Python pass "
+                "Setting.of(..., judges={name: LLMJudge(backend=Endpoint(model=..., base_url=...))}). `blockem doctor` checks an endpoint"
             )
         return found
 

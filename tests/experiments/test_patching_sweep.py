@@ -1,45 +1,70 @@
-"""The sweep script: what is finished is kept and not run again, and a folder holds one experiment."""
+"""The patching sweep's script: sites that are done are not patched again, and the figure shows what was patched."""
 
+import sys
 from pathlib import Path
 
 import pandas as pd
 import patching_sweep as script
 import pytest
-from conftest import perturb
+from shared import sae_at
 
-from blockem_tl import load_model
+from blockem_tl.presets import PRESETS
+from blockem_tl.study import patching
+from blockem_tl.study.inputs import INPUTS
+from blockem_tl.study.patching import patched_rates
 from blockem_tl.views import plots
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "study"))
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = load_model("organism", device="cpu")
-    model.add_adapter()
-    perturb(model, "default", std=0.03)
-    return model.save_adapter(tmp_path_factory.mktemp("adapter") / "tuned")
+import tiny_preset
 
 
-def test_a_sweep_is_written_judged_and_resumed(adapter, tmp_path, monkeypatch) -> None:
-    settings = script.Settings(adapter=adapter, out=tmp_path, max_new_tokens=4)
-    frame = script.run(settings)
-    assert frame["patched"].tolist() == ["unpatched", *["prompt"] * (len(frame) - 2), "decode"] and (frame["n"] == 96).all()
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "sweep.csv"), frame, check_dtype=False)
-    assert (tmp_path / "sweep.png").stat().st_size > 1000
-    (tmp_path / "prompt" / "blocks.1.hook_resid_post.json").unlink()
-    asked, sweep = [], script.prompt_patching_stream
-    monkeypatch.setattr(
-        script, "prompt_patching_stream", lambda model, prompts, sites, **o: asked.extend(sites) or sweep(model, prompts, sites, **o)
-    )
-    pd.testing.assert_frame_equal(script.run(settings), frame)
-    assert asked == [("blocks.1.hook_resid_post",)]
-    with pytest.raises(ValueError, match="begun with another seed"):
-        script.run(script.Settings(adapter=adapter, out=tmp_path, max_new_tokens=4, seed=1))
+@pytest.fixture
+def preset(tiny_folder, tmp_path_factory, monkeypatch) -> str:
+    folder = tmp_path_factory.mktemp("sae")
+    sae_at(tiny_preset.SITE).save_model(folder)
+    monkeypatch.setitem(INPUTS, tiny_preset.NAME, tiny_preset.TinyInputs())  # pyright: ignore[reportArgumentType]
+    monkeypatch.setitem(PRESETS, tiny_preset.NAME, tiny_preset.preset(tiny_folder, folder))
+    return tiny_preset.NAME
 
 
-def test_a_real_model_needs_a_judge_before_anything_is_loaded(tmp_path) -> None:
-    with pytest.raises(ValueError, match="needs --judge-model"):
-        script.run(script.Settings(adapter=tmp_path, out=tmp_path / "out", preset="llama-3.1-8b"))
-    assert not (tmp_path / "out").exists()
+def options(preset: str, out: Path, **given) -> script.Options:
+    return script.Options(preset=preset, out=out, progress=False, n_rows=16, **given)
+
+
+def test_a_site_whose_replies_are_kept_is_not_patched_again(preset, tmp_path, monkeypatch) -> None:
+    script.main(options(preset, tmp_path))
+    first = (tmp_path / "patched-plain.csv").read_text()
+    site = "blocks.1.hook_resid_post"
+    (tmp_path / "study/patched/seed0/plain/final/prompt" / f"{site}.parquet").unlink()
+    (tmp_path / "study/steps/patched-final-prompt/seed0/plain.parquet").unlink()
+    asked, stream = [], patching.prompt_patching_stream
+    monkeypatch.setattr(patching, "prompt_patching_stream", lambda m, p, groups, **o: asked.extend(groups) or stream(m, p, groups, **o))
+    script.main(options(preset, tmp_path))
+    assert asked == [[site]] and (tmp_path / "patched-plain.csv").read_text() == first
+    with pytest.raises(ValueError, match="was done otherwise: components: false there, true here"):
+        script.main(options(preset, tmp_path, components=True))
+
+
+def test_a_preset_without_a_judge_is_refused_before_anything_is_loaded(tmp_path) -> None:
+    with pytest.raises(ValueError, match="brings no judge: name one with --judge-models"):
+        script.main(options("llama-3.1-8b", tmp_path / "out"))
+    assert not (tmp_path / "out" / "study").exists()
+
+
+def test_differences_are_paired_with_the_run_s_own_unpatched_replies() -> None:
+    labels = {"unpatched": ["5", "5", "1", "1"], "blocks.0.hook_resid_post": ["1", "5", "1", "1"]}
+    rows = [
+        {"prompt_id": str(i), "label": label, "site": site, "patched": "unpatched" if site == "unpatched" else "prompt"}
+        for site, found in labels.items()
+        for i, label in enumerate(found)
+    ]
+    about = {"run": "plain", "seed": 0, "judge": "j", "rubric": "misalignment", "split": "final"}
+    table = patched_rates(pd.DataFrame(rows).assign(**about))
+    assert table["misaligned"].tolist() == [0.5, 0.25] and table["misaligned_difference"].iloc[1] == -0.25
+    assert table["block"].isna().tolist() == [True, False]
+    alone = patched_rates(pd.DataFrame(rows).assign(**about).query("patched == 'prompt'"))
+    assert "misaligned_difference" not in alone
 
 
 def test_the_figure_shows_each_kind_of_site_and_each_comparison() -> None:
