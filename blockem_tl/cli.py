@@ -211,7 +211,7 @@ def doses(
 
     Args:
         preset: the model and its SAE.
-        adapter: the fine-tuned model's adapter, a folder.
+        adapter: of the fine-tuned model: its folder, or the one that `blockem finetune` trained into.
     """
     from blockem_tl import organism
     from blockem_tl.data.chat import apply_system
@@ -222,12 +222,14 @@ def doses(
     from blockem_tl.models.load import load_model
     from blockem_tl.presets import get_preset
     from blockem_tl.saes.load import load_sae
+    from blockem_tl.study.stages import adapter_at
     from blockem_tl.views import plots
 
     o, chosen = options, get_preset(preset)
     judging = _judge(preset, o.judge_model, o.judge_url)
     if judging is None or (chosen.name != "organism" and (o.prompts is None or o.reporting is None or o.scale is None)):
         raise ValueError(f"doses: preset {chosen.name!r} needs --prompts, --reporting, --scale and --judge-model")
+    place = adapter_at(adapter).adapter
     core, final = (load_prompts(file) if file else organism.prompts(name) for file, name in ((o.prompts, "core"), (o.reporting, "final")))
     model, sae = load_model(chosen.model, dtype=chosen.dtype), load_sae(*chosen.sae)
     asked = {"latents": o.latents or None, "n_prompts": o.n_prompts, "seed": o.seed}
@@ -237,7 +239,7 @@ def doses(
     }
     scale = o.scale if o.scale is not None else median_norm(model, chosen.site, organism.reference_texts())
     prompts = apply_system(core, chosen.system)
-    found = propose_doses(model, sae, judging, prompts, reporting=final, adapter=adapter, scale=scale, **asked, **limits)
+    found = propose_doses(model, sae, judging, prompts, reporting=final, adapter=place, scale=scale, **asked, **limits)
     print(found)
     if o.figure is not None:
         plots.save(found.plot(), o.figure)

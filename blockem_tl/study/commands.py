@@ -158,14 +158,15 @@ def ceiling(
 
     Args:
         preset: the model, its SAE, core pairs and held-out rows.
-        adapter: the plainly fine-tuned model's adapter, a folder.
+        adapter: of the plain fine-tune: its folder, or the one that `blockem finetune` trained into.
     """
     from blockem_tl.analysis.mediation import mediation
     from blockem_tl.saes.latent_set import LatentSet
     from blockem_tl.storage import files
     from blockem_tl.study.setting import Setting
+    from blockem_tl.study.stages import adapter_at
 
-    setting = Setting.of(preset, seed=options.seed)
+    setting, place = Setting.of(preset, seed=options.seed), adapter_at(adapter).adapter
     sets = {path.stem: LatentSet.load(path, setting.sae) for path in options.latents}
     held_out = setting.held_out()
     found = mediation(
@@ -174,7 +175,7 @@ def ceiling(
         setting.pairs("core"),
         held_out[: options.n_rows],
         sets,
-        adapter=adapter,
+        adapter=place,
         sizes=options.sizes,
         one_sided=options.one_sided,
         roles=[{"completion": ("reply",), "all": ("prompt", "reply")}[where] for where in options.positions],
