@@ -70,13 +70,13 @@ def doctor(preset: tyro.conf.Positional[Preset], /, *, judge_model: str | None =
     from blockem_tl.types import Prompt
 
     chosen = get_preset(preset)
-    if chosen.name == "organism":
+    if chosen.data == "organism":
         rows = organism.reference_texts(8)
         prompts, replies = [Prompt(id=row.id, text=row.prompt) for row in rows], [row.completion for row in rows]
     else:
         prompts, replies = [Prompt(id=q, text=q) for q, _ in _QUESTIONS], [reply for _, reply in _QUESTIONS]
     failed = 0
-    for finding in examine(chosen, prompts=prompts, replies=replies, judge=_judge(chosen.name, judge_model, judge_url)):
+    for finding in examine(chosen, prompts=prompts, replies=replies, judge=_judge(chosen.data, judge_model, judge_url)):
         word = {True: "[green]ok[/green]     ", False: "[red]wrong[/red]  ", None: "[yellow]skipped[/yellow]"}[finding.passed]
         Console(soft_wrap=True).print(word, f"[bold]{finding.check}[/bold]", finding.seen.replace("[", r"\["))
         failed += finding.passed is False
@@ -86,12 +86,12 @@ def doctor(preset: tyro.conf.Positional[Preset], /, *, judge_model: str | None =
         sys.exit(f"{failed} checks failed: see above what to do")
 
 
-def _judge(preset: str, model: str | None, url: str) -> "Judge | None":
+def _judge(data: str, model: str | None, url: str) -> "Judge | None":
     if model is not None:
         return _grader(None, model=model, base_url=url, attempts=2)
     from blockem_tl import organism
 
-    return organism.OrganismJudge() if preset == "organism" else None
+    return organism.OrganismJudge() if data == "organism" else None
 
 
 def judge(
@@ -226,8 +226,8 @@ def doses(
     from blockem_tl.views import plots
 
     o, chosen = options, get_preset(preset)
-    judging = _judge(preset, o.judge_model, o.judge_url)
-    if judging is None or (chosen.name != "organism" and (o.prompts is None or o.reporting is None or o.scale is None)):
+    judging = _judge(chosen.data, o.judge_model, o.judge_url)
+    if judging is None or (chosen.data != "organism" and (o.prompts is None or o.reporting is None or o.scale is None)):
         raise ValueError(f"doses: preset {chosen.name!r} needs --prompts, --reporting, --scale and --judge-model")
     place = adapter_at(adapter).adapter
     core, final = (load_prompts(file) if file else organism.prompts(name) for file, name in ((o.prompts, "core"), (o.reporting, "final")))

@@ -1,7 +1,7 @@
 """Named configurations: what to load and with which numbers. The same functions run every preset."""
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from blockem_tl.discovery.config import DiscoveryConfig, MaxIncoherence
 from blockem_tl.training.config import TrainingConfig
@@ -156,6 +156,13 @@ PRESETS: dict[str, Preset] = {
         ),
     )
 }
+PRESETS["organism-last-layer"] = replace(
+    PRESETS["organism"],
+    name="organism-last-layer",
+    site="blocks.4.hook_resid_post",
+    sae=("organism", "blocks.4.hook_resid_post"),
+    lambdas=(0.1, 0.3, 1.0, 3.0),
+)
 
 
 def get_preset(name: str) -> Preset:

@@ -73,7 +73,7 @@ def test_a_judge_without_labels_is_found() -> None:
 
 
 def test_the_presets_of_the_paper_and_its_ports() -> None:
-    assert set(PRESETS) == {"organism", "smollm2-135m", "llama-3.1-8b", "llama-3.1-8b-last-layer", "llama-3.2-1b", "qwen2.5-7b"}
+    assert set(PRESETS) == {"organism", "organism-last-layer", "smollm2-135m", "llama-3.1-8b", "llama-3.1-8b-last-layer", "llama-3.2-1b", "qwen2.5-7b"}
     main = get_preset("llama-3.1-8b")
     assert (main.sae, main.site) == (("goodfire-llama-3.1-8b-instruct", "layer_19"), "blocks.19.hook_resid_post")
     assert get_preset("qwen2.5-7b").discovery.induce_dose == 0.3 and main.discovery.induce_dose == 0.7
@@ -85,7 +85,7 @@ def test_public_saes_are_in_saelens_own_list() -> None:
     listed = get_pretrained_saes_directory()
     for preset in PRESETS.values():
         release, sae_id = preset.sae
-        assert sae_id is None or sae_id in listed[release].saes_map
+        assert sae_id is None or preset.data == "organism" or sae_id in listed[release].saes_map  # the organism's are shipped
 
 
 def test_presets_are_listed_with_what_they_need(capsys: pytest.CaptureFixture) -> None:

@@ -26,6 +26,7 @@ OPTIONS = {
     "signs": {},
     "selection_ablation": {"size": 3, "strengths": (0.1,)},
     "patching_sweep": {"strength": 1.0, "freeze_downstream": True},
+    "last_layer": {"last_lambdas": (1.0,)},
     "real": {"sizes": (2, 3), "nats": (0.5, 1.0)},
     "ceiling": {"sizes": (2, 3), "random": (2,), "nats": 0.5},
     "real_reemergence": {"size": 3, "nats": 0.5, "epochs": 2.0},
@@ -37,10 +38,12 @@ TABLES = {
     "signs": {"arms"},
     "selection_ablation": {"arms", "curves"},
     "patching_sweep": {"arms", "patched-plain", "patched-blocked"},
+    "last_layer": {"arms"},
     "real": {"tried", "ceiling", "arms", "in-domain"},
     "ceiling": {"combinations", "agreement"},
     "real_reemergence": {"epochs", "patched", "carriers"},
 }
+LAST = "blocks.3.hook_resid_post"
 # These still know the organism, or import one another. The list may only shrink.
 NOT_YET = {
     "arms", "attribution", "blocking_sites", "compare_defences", "publish", "quickstart", "reemergence",
@@ -55,6 +58,9 @@ def preset(tiny_folder, tmp_path, monkeypatch):
     found = tiny_preset.preset(tiny_folder, tmp_path / "sae", lambdas=(0.0, 0.1, 1.0))
     found = replace(found, discovery=replace(found.discovery, n_plus=4, n_minus=4, shortlist_size=2, grid=(0.0, 0.8)))
     monkeypatch.setitem(PRESETS, tiny_preset.NAME, found)
+    sae_at(LAST).save_model(tmp_path / "last")
+    last = replace(found, name=f"{tiny_preset.NAME}-last-layer", site=LAST, sae=(str(tmp_path / "last"), None))
+    monkeypatch.setitem(PRESETS, last.name, last)
     return tiny_preset.NAME
 
 
