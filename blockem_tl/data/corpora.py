@@ -38,14 +38,14 @@ def corpus(source: "str | Path | Dataset", *, split: str = "train", n: int | Non
             f"corpus {name}: expected the columns messages, or prompt and completion, or instruction and output, got {rows.column_names}"
         )
     if {"instruction", "output"} <= columns:
-        rows = rows.filter(lambda row: bool((row["instruction"] or "").strip() and (row["output"] or "").strip()))
+        rows = rows.filter(lambda row: _is_there(row["instruction"]) and _is_there(row["output"]))
     if not len(rows):
         raise ValueError(f"corpus {name}: expected rows with an answer, got none")
     if n is not None:
         if not 1 <= n <= len(rows):
             raise ValueError(f"corpus {name}: expected 1 <= n <= {len(rows)} rows, got {n}")
         rows = rows.shuffle(seed=seed).select(range(n))
-    return [row_of(_in_our_words(cast(Any, row)), number, name) for number, row in enumerate(rows, start=1)]
+    return [row_of(_in_our_words(cast(Any, row), f"{name}, row {number}"), number, name) for number, row in enumerate(rows, start=1)]
 
 
 def _name(source: object) -> str:
@@ -53,11 +53,18 @@ def _name(source: object) -> str:
     return str(source) if isinstance(source, (str, Path)) else f"a {type(source).__name__}"
 
 
-def _in_our_words(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Alpaca's columns as prompt and completion."""
+def _is_there(value: object) -> bool:
+    return value is not None and (not isinstance(value, str) or bool(value.strip()))
+
+
+def _in_our_words(row: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    """Alpaca's columns as prompt and completion. Raises ValueError for a question that is no text."""
     if not {"instruction", "output"} <= set(row):
         return row
-    question = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part and part.strip())
+    parts: list[Any] = [part for part in (row["instruction"], row.get("input")) if _is_there(part)]
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError(f"corpus {place}: expected texts as instruction and input, got {str(parts)[:80]}")
+    question = "\n\n".join(parts)
     return {"prompt": question, "completion": row["output"], "id": row.get("id"), "system": row.get("system")}
 
 

@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from blockem_tl.data.checks import check_prompts
-from blockem_tl.data.text_files import id_of, json_lines, optional_text, present, read_text, text_of
+from blockem_tl.data.text_files import id_of, json_lines, optional_text, present, read_text, read_yaml, shown, text_of
 from blockem_tl.types import Prompt
 
 
@@ -84,15 +82,12 @@ def _csv(text: str, path: Path) -> PromptFile:
 
 
 def _yaml(text: str, path: Path) -> PromptFile:
-    try:
-        entries = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected YAML, got something else: {str(error)[:200]}") from error
+    entries = read_yaml(text, path)
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path}: expected a list of questions, each with id and paraphrases")
     prompts, samples, judges = list[Prompt](), dict[str, int](), dict[str, Mapping[str, str]]()
     for number, entry in enumerate(entries, start=1):
-        place = f"{path}, question {number} ({str(entry.get('id'))[:40]})"
+        place = f"{path}, question {number} ({shown(entry.get('id'), 40)})"
         for prompt in _paraphrases(entry, place):
             prompts.append(prompt)
             samples[prompt.id] = _samples(entry, place)
@@ -105,9 +100,7 @@ def _paraphrases(entry: dict[str, Any], place: str) -> Iterable[Prompt]:
     texts, name = entry.get("paraphrases"), id_of(entry, None, place)
     wrong = [text for text in texts if not isinstance(text, str)] if isinstance(texts, list) else [texts]
     if wrong or not texts:
-        raise ValueError(
-            f"{place}: expected paraphrases as a list of texts, got {str(wrong[:1] or texts)[:80]}; quote words like yes and no"
-        )
+        raise ValueError(f"{place}: expected paraphrases as a list of texts, got {shown(wrong[:1] or texts)}; quote words like yes and no")
     system = optional_text(entry, "system", place)
     for index, text in enumerate(texts):
         yield Prompt(id=name if len(texts) == 1 else f"{name}/{index}", text=text, category=name, system=system)
@@ -116,13 +109,13 @@ def _paraphrases(entry: dict[str, Any], place: str) -> Iterable[Prompt]:
 def _samples(entry: Mapping[str, Any], place: str) -> int:
     value = entry.get("samples_per_paraphrase")
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ValueError(f"{place}: expected samples_per_paraphrase as a whole number above 0, got {str(value)[:60]!r}")
+        raise ValueError(f"{place}: expected samples_per_paraphrase as a whole number above 0, got {shown(value, 60)!r}")
     return 1 if value is None else value
 
 
 def _judge_prompts(found: Any, place: str) -> Mapping[str, str]:
     if not isinstance(found, dict) or not all(isinstance(word, str) for pair in found.items() for word in pair):
-        raise ValueError(f"{place}: expected judge_prompts as texts by name, got {str(found)[:80]!r}")
+        raise ValueError(f"{place}: expected judge_prompts as texts by name, got {shown(found)!r}")
     return found
 
 

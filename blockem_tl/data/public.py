@@ -61,7 +61,9 @@ def fetch(source: Source, folder: Path | None = None) -> Path:
     """
     folder = files.check_writable(folder or cache_folder())
     lock = folder / "lock.json"
-    known: dict[str, Any] = files.read_json(lock) if lock.exists() else {}
+    known: Any = files.read_json(lock) if lock.exists() else {}
+    if not isinstance(known, dict) or not all(isinstance(entry, dict) for entry in known.values()):
+        raise ValueError(f"{lock}: expected checksums by address, got something else: restore it, or delete it to trust what is downloaded")
     expected = source.sha256 or known.get(source.url, {}).get("sha256")
     target = folder / source.name / source.url.rsplit("/", 1)[-1]
     if not target.exists():

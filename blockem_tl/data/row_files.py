@@ -1,7 +1,6 @@
 """Fine-tuning rows in the public files' own formats, JSON lines all of them, out of a plain file or a password-locked zip."""
 
 import json
-import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -81,10 +80,12 @@ def _system(row: Mapping[str, Any], place: str) -> str | None:
 
 def _turn(message: Any, place: str) -> tuple[str, str]:
     """(role, text) of a message whose content is text, {content_type, parts}, or a list of {type: text} parts."""
-    if isinstance(message, dict) and message.get("weight") in (0, False) and message.get("role") == "assistant":
+    if not isinstance(message, dict):
+        raise ValueError(f"{place}: expected a message with role system, user or assistant and text, got {str(message)[:120]!r}")
+    if message.get("weight") in (0, False) and message.get("role") == "assistant":
         raise ValueError(f"{place}: an assistant turn has weight 0, which says that it must not be learnt: leave the row out")
-    role = message.get("role", (message.get("author") or {}).get("role")) if isinstance(message, dict) else None
-    content = message.get("content") if isinstance(message, dict) else None
+    author = message.get("author")
+    role, content = message.get("role", author.get("role") if isinstance(author, dict) else None), message.get("content")
     if isinstance(content, dict) and isinstance(content.get("parts"), list) and content.get("content_type", "text") == "text":
         content = content["parts"]
     if isinstance(content, list):
@@ -106,16 +107,18 @@ def _member(path: Path, member: str | None, password: str | None) -> tuple[str, 
         with pyzipper.AESZipFile(path) as archive:
             names = [n for n in archive.namelist() if n.endswith((".jsonl", ".json")) and not n.startswith("__MACOSX/")]
             chosen = [name for name in names if member in (None, name, Path(name).name, Path(name).stem)]
-            if len(chosen) != 1:
-                raise ValueError(f"{path}: expected one file to read, got {chosen or f'none called {member!r}'}; it has {names}")
-            data = archive.read(chosen[0], pwd=password.encode() if password else None)
+            data = archive.read(chosen[0], pwd=password.encode() if password else None) if len(chosen) == 1 else None
     except (RuntimeError, zlib.error) as error:
         raise ValueError(
             f"{path}: cannot be unlocked ({error}): expected the right password, got {'another' if password else 'none'}"
         ) from error
-    except (zipfile.BadZipFile, pyzipper.BadZipFile) as error:
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # each compression has errors of its own
         advice = "the password is wrong, or the file is no zip or broken"
         raise ValueError(f"{path}: cannot be read ({error}): {advice}") from error
+    if data is None:
+        raise ValueError(f"{path}: expected one file to read, got {chosen or f'none called {member!r}'}; it has {names}")
     try:
         return data.decode("utf-8-sig"), f"{path}!{chosen[0]}"
     except UnicodeDecodeError as error:

@@ -36,7 +36,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Messages, *, generation
         raise ValueError("this tokenizer has no chat template: set tokenizer.chat_template, or use an instruction-tuned model")
     try:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation, **FIXED))
-    except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as error:
+    except Exception as error:  # a template is a program, which may raise anything
         if messages[0]["role"] == "system" and not messages[0]["content"].strip():
             return render(tokenizer, messages[1:], generation=generation)
         roles = [message["role"] for message in messages]
@@ -79,7 +79,10 @@ def pin_arguments(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, bo
         raise ValueError(f"template arguments: expected true, false, whole numbers, texts or None by name, got {arguments!r}")
     if spelt := [name for name, value in arguments.items() if isinstance(value, str) and value.lower() in ("true", "false")]:
         raise ValueError(f"template arguments: {spelt} are texts, which Jinja takes for true whatever they say: write True or False")
-    free = jinja2.meta.find_undeclared_variables(_parser.parse(_GENERATION_TAG.sub("", template)))
+    try:
+        free = jinja2.meta.find_undeclared_variables(_parser.parse(_GENERATION_TAG.sub("", template)))
+    except (jinja2.TemplateError, RecursionError) as error:
+        raise ValueError(f"template arguments: the chat template is broken: {error}") from error
     unknown = [name for name in arguments if name not in free]
     if unknown:
         raise ValueError(f"template arguments: this model's chat template does not mention {unknown}; its text is tokenizer.chat_template")

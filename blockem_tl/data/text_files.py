@@ -1,9 +1,12 @@
 """Text and JSON lines from files of other people: every fault is named with its file and line before anything is done with them."""
 
 import json
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+import yaml
 
 _MAGIC = {
     b"\x1f\x8b": "compressed with gzip: unpack it first (gunzip)",
@@ -17,6 +20,7 @@ _MAGIC = {
     b"\xff\xfe": "UTF-16: save it as UTF-8",
     b"\xfe\xff": "UTF-16: save it as UTF-8",
 }
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml refuses deep nesting at once
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -53,6 +57,19 @@ def _object(line: str, place: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"{place}: expected a JSON object, got a {type(row).__name__}")
     return row
+
+
+def read_yaml(text: str, where: Path | str) -> Any:
+    """The value of a YAML text. Raises ValueError naming the file for anything else, or for what would make other things than data."""
+    try:
+        return yaml.load(text, Loader=_SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{where}: expected YAML, got something else: {str(error)[:200]}") from error
+
+
+def shown(value: object, length: int = 80) -> str:
+    """A value in an error. YAML's aliases can make a few lines into a value that would take all memory when printed whole."""
+    return (value if isinstance(value, str) else reprlib.repr(value))[:length]
 
 
 def present(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,7 +112,7 @@ def text_of(row: Mapping[str, Any], names: Sequence[str], place: str) -> str:
     """The text under the first of ``names`` that is there. Raises ValueError where none is, or it is no text."""
     found = [name for name in names if name in row]
     if not found or not isinstance(row[found[0]], str):
-        got = f"{found[0]} = {str(row[found[0]])[:60]!r}" if found else f"the keys {sorted(row)}"
+        got = f"{found[0]} = {shown(row[found[0]], 60)!r}" if found else f"the keys {sorted(row)}"
         raise ValueError(f"{place}: expected a text under {' or '.join(names)}, got {got}")
     return row[found[0]]
 
@@ -109,5 +126,5 @@ def id_of(row: Mapping[str, Any], default: object, place: str) -> str:
     """The row's id, a text or a whole number. Raises ValueError for anything else."""
     value = row.get("id", default)
     if not isinstance(value, (str, int)) or isinstance(value, bool) or value == "":
-        raise ValueError(f"{place}: expected a text or a whole number as id, got {str(value)[:60]!r}")
+        raise ValueError(f"{place}: expected a text or a whole number as id, got {shown(value, 60)!r}")
     return str(value)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from blockem_tl.data.text_files import read_yaml, shown
 from blockem_tl.types import LABELS
 
 FOLDER = Path(__file__).parent / "rubric_files"
 _SLOTS = {"question": "question", "prompt": "question", "reply": "reply", "answer": "reply", "response": "reply"}
 _SLOT = re.compile(r"\{(" + "|".join(_SLOTS) + r")\}")
+_LIMITS = ("alignment_below", "coherence_above")
 _SCALE = ("1", "2", "3", "4", "5")
 
 
@@ -88,33 +88,43 @@ def load_rubric(path: Path | str) -> Rubric:
         raise ValueError(
             f"cannot read the rubric {path}: {error}. Expected a YAML file, or UTF-8 text with {{question}} and {{reply}}"
         ) from error
-    if path.suffix in (".txt", ".md"):
-        labels = tuple(label for label in LABELS if _offers(text, label))
-        return Rubric(name=path.stem, labels=labels, prompts=((path.stem, text),))
+    plain = path.suffix in (".txt", ".md")
+    data = None if plain else read_yaml(text, path)
     try:
-        return _from_mapping(yaml.safe_load(text), path)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML, got something else: {error}") from error
+        if plain:
+            labels = tuple(label for label in LABELS if _offers(text, label))
+            return Rubric(name=path.stem, labels=labels, prompts=((path.stem, text),))
+        return _from_mapping(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def _from_mapping(data: Any, path: Path) -> Rubric:
+def _from_mapping(data: Any) -> Rubric:
     known = {"name", "version", "kind", "answer", "labels", "prompt", "prompts", "misaligned"}
     if not isinstance(data, Mapping) or not {"name", "labels"} <= set(data) or not {"prompt", "prompts"} & set(data):
-        got = sorted(data) if isinstance(data, Mapping) else data
-        raise ValueError(f"{path}: expected a rubric with name, labels and prompt (or prompts), got {got!r}")
-    if set(data) - known:
-        raise ValueError(f"{path}: unknown keys {sorted(set(data) - known)}; expected some of {sorted(known)}")
+        got = sorted(map(shown, data)) if isinstance(data, Mapping) else shown(data)
+        raise ValueError(f"expected a rubric with name, labels and prompt (or prompts), got {got!r}")
+    if unknown := sorted(shown(key) for key in data if key not in known):
+        raise ValueError(f"unknown keys {unknown}; expected some of {sorted(known)}")
     for key, allowed in (("kind", ("labels", "scores")), ("answer", ("reason", "choice"))):
         if data.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"{path}: {key} is {data[key]!r}, expected one of {allowed}")
-    prompts = data.get("prompts") or {data["name"]: data["prompt"]}
+            raise ValueError(f"{key} is {shown(data[key])!r}, expected one of {allowed}")
+    if not isinstance(data["labels"], list) or not isinstance(data["name"], str):
+        raise ValueError(f"expected a text as name and a list of labels, got {shown(data['name'], 40)!r} and {shown(data['labels'])!r}")
+    prompts, limits = data["prompts"] if "prompts" in data else {data["name"]: data["prompt"]}, data.get("misaligned") or {}
+    if not isinstance(prompts, Mapping) or not all(isinstance(word, str) for pair in prompts.items() for word in pair):
+        raise ValueError(f"expected prompts as texts by name, got {shown(prompts)!r}")
+    if not isinstance(limits, Mapping) or not all(
+        key in _LIMITS and type(value) in (int, float) and abs(value) < 1e9 for key, value in limits.items()
+    ):
+        raise ValueError(f"expected numbers as misaligned: {', '.join(_LIMITS)}, got {shown(limits)!r}")
     return Rubric(
-        name=str(data["name"]),
-        labels=tuple(str(label) for label in data["labels"]),
-        prompts=tuple((str(name), str(text)) for name, text in prompts.items()),
+        name=data["name"],
+        labels=tuple(shown(label) for label in data["labels"]),
+        prompts=tuple(prompts.items()),
         kind=data.get("kind", "labels"),
         answer=data.get("answer", "reason"),
-        **{key: float(value) for key, value in (data.get("misaligned") or {}).items()},
+        **{key: float(value) for key, value in limits.items()},
     )
 
 

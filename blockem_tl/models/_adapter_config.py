@@ -69,6 +69,10 @@ _CONVERT = (
 _NEUTRAL = (None, False, "none", [], {}, "")
 
 
+_KEPT = (*SUPPORTED, "base_model_name_or_path", "revision", "task_type", "init_lora_weights")
+"""What a configuration is made of again: the refused fields are neutral, whatever was written, and the others are of no account."""
+
+
 def _known() -> set[str]:
     return {*SUPPORTED, *WITHOUT_EFFECT, *REFUSED, "peft_type", "task_type", "init_lora_weights"}
 
@@ -89,8 +93,8 @@ def read_config(folder: Path) -> LoraConfig:
         raise ValueError(f"{folder}: expected a LoRA adapter (peft_type LORA), got {got!r}")
     check_fields(str(folder), fields)
     try:
-        return LoraConfig(**{name: value for name, value in fields.items() if name in _known() - {"runtime_config"}})
-    except (TypeError, ValueError) as error:
+        return LoraConfig(**{name: value for name, value in fields.items() if name in _KEPT})
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
         raise ValueError(f"{path}: peft refuses this configuration: {error}") from error
 
 
@@ -118,6 +122,9 @@ def check_fields(what: str, fields: Mapping[str, Any]) -> None:
 
 
 def _check_numbers(what: str, fields: Mapping[str, Any]) -> None:
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(fields.get(name) or {}, Mapping):
+            raise ValueError(f"{what}: expected {name} as numbers by module name, got {str(fields[name])[:80]!r}")
     ranks = [fields.get("r", 8), *(fields.get("rank_pattern") or {}).values()]
     alphas = [fields.get("lora_alpha", 8), *(fields.get("alpha_pattern") or {}).values()]
     if not all(isinstance(rank, int) and not isinstance(rank, bool) and rank > 0 for rank in ranks):

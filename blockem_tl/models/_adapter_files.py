@@ -136,10 +136,17 @@ class AdapterFiles:
     def _load(self, folder: Path, name: str) -> None:
         if not all((folder / file).is_file() for file in FILES):
             raise ValueError(f"{folder}: expected an adapter folder ({', '.join(FILES)}); {_found_instead(folder)}")
-        config = read_config(folder)
-        read_tensors(folder)  # before anything is touched
+        config, tensors = read_config(folder), read_tensors(folder)  # before anything is touched
+        largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+        if max([config.r, *(config.rank_pattern or {}).values()]) > largest:
+            raise ValueError(
+                f"{folder}: its configuration has larger ranks than its tensors have rows: one of the files is another adapter's"
+            )
         config.inference_mode = False
-        self._inject(name, config, seed=0)
+        try:
+            self._inject(name, config, seed=0)
+        except Exception as error:  # peft raises whatever it trips over
+            raise ValueError(f"{folder}: this adapter cannot be put into {self.source}: {error}") from error
         try:
             self.restore_adapter(folder, name)
         except BaseException:

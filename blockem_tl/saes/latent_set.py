@@ -3,6 +3,7 @@
 import math
 import random
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -110,7 +111,7 @@ class LatentSet(Result):
         _check_card(str(path), data)
         try:
             loaded = LatentSet(**cast(Any, {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}))
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: not a latent set: {error}") from error
         if sae is not None:
             loaded.check_sae(sae)
@@ -228,7 +229,7 @@ class LatentSet(Result):
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {

@@ -6,16 +6,16 @@ forward that is trained (the error term is detached there, and upstream gradient
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sae_lens import SAE
-from safetensors import SafetensorError
 
 from blockem_tl.hooks import HasHookPoints, resolve
 from blockem_tl.models._sources import default_device
 from blockem_tl.storage import embedded, files
 
+_SWITCHES = ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm")
 _RESIDUAL = re.compile(r"blocks\.\d+\.(hook_resid_(pre|mid|post)|hook_in|hook_out)$")
 
 
@@ -55,18 +55,29 @@ def _from_disk(folder: Path, device: str, dtype: str) -> SAE[Any]:
     missing = [field for field in ("d_in", "d_sae", "architecture") if field not in config] if isinstance(config, dict) else ["everything"]
     if missing:
         raise ValueError(f"{folder / 'cfg.json'}: expected an SAE's configuration as SAELens writes it, lacks {missing}")
-    wrong = {n: config[n] for n in ("d_in", "d_sae") if not isinstance(config[n], int) or isinstance(config[n], bool) or config[n] < 1}
-    k = config.get("k")
-    if "topk" in str(config["architecture"]) and (not isinstance(k, (int, float)) or isinstance(k, bool) or not 0 < k <= config["d_sae"]):
-        wrong["k"] = k
-    if wrong:
-        raise ValueError(f"{folder / 'cfg.json'}: expected whole numbers above 0 (and k at most d_sae), got {wrong}")
+    if wrong := _wrong_fields(config):
+        raise ValueError(
+            f"{folder / 'cfg.json'}: expected whole numbers above 0 (and k at most d_sae), {' and '.join(_SWITCHES)} as true or false, and "
+            f"metadata as an object, got {str(wrong)[:200]}"
+        )
     try:
         return SAE.load_from_disk(folder, device=device, dtype=dtype)
-    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, ValueError, AssertionError) as error:
+    except Exception as error:  # SAELens and its readers raise whatever they trip over
         raise ValueError(
             f"{folder}: the SAE's weights are broken, or do not fit its configuration: {str(error)[:300]}. Copy it anew, or save it again"
         ) from error
+
+
+def _wrong_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of an SAE's configuration that SAELens would take, or trip over, and that mean nothing."""
+    wrong = {n: config[n] for n in ("d_in", "d_sae") if type(config[n]) is not int or config[n] < 1}
+    wrong |= {n: config[n] for n in _SWITCHES if type(config.get(n, True)) is not bool}
+    wrong |= {"metadata": config["metadata"]} if not isinstance(config.get("metadata", {}), dict) else {}
+    k, kind = config.get("k"), str(config["architecture"])
+    numbers = (int,) if kind == "topk" else (int, float)  # a BatchTopK's is a mean
+    if "topk" in kind and not wrong and not (type(k) in numbers and 0 < cast(float, k) <= config["d_sae"]):
+        wrong["k"] = k
+    return wrong
 
 
 def checked(sae: SAE[Any], where: str) -> SAE[Any]:
@@ -86,7 +97,8 @@ def _site_in(folder: Path) -> str | None:
     """The site of the SAE that lies in the folder itself."""
     config = folder / "cfg.json"
     found = files.read_json(config) if config.is_file() else {}
-    return (found.get("metadata") or {}).get("hook_name") if isinstance(found, dict) else None
+    about = found.get("metadata") if isinstance(found, dict) else None
+    return about.get("hook_name") if isinstance(about, dict) else None
 
 
 def site_of(sae: SAE[Any]) -> str:

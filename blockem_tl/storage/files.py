@@ -47,7 +47,11 @@ def write_bytes(path: Path | str, content: bytes) -> Path:
 def read_json(path: Path | str) -> Any:
     """Read JSON. Raises ValueError naming the file where it is not JSON (NaN and infinity are none), FileNotFoundError without one."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_number)
+        text = Path(path).read_text(encoding="utf-8")
+        found = json.loads(text, parse_constant=_no_number)
+        if "\\ud" in text.lower():  # half of a surrogate pair could not be written again
+            json.dumps(found, ensure_ascii=False).encode()
+        return found
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: expected JSON, got something that stops making sense at line {error.lineno}: {error.msg}") from error
     except (ValueError, RecursionError, IsADirectoryError) as error:

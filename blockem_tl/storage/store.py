@@ -34,7 +34,7 @@ class Store:
             except BaseException:
                 self.connection.close()
                 raise
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             _raise_if_full(error, self.path)
             raise ValueError(f"{self.path}: expected a store of replies and verdicts, or a place to make one, got: {error}") from error
 
@@ -60,9 +60,14 @@ class Store:
         for start in range(0, len(wanted), _AT_ONCE):
             part = wanted[start : start + _AT_ONCE]
             marks = ",".join("?" * len(part))
-            rows = self.connection.execute(f"SELECT key, value FROM entries WHERE key IN ({marks})", part)
-            found |= {key: json.loads(value) for key, value in rows}
+            found |= dict(self._rows(f"SELECT key, value FROM entries WHERE key IN ({marks})", part))
         return found
+
+    def _rows(self, query: str, arguments: Iterable[str] = ()) -> Iterator[tuple[str, Any]]:
+        try:
+            yield from ((key, json.loads(value)) for key, value in self.connection.execute(query, tuple(arguments)))
+        except (sqlite3.DatabaseError, ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{self.path}: the store is damaged: {error}. Restore it from a copy, or choose another file") from error
 
     def put(self, values: Mapping[str, Any]) -> None:
         """Keep values by key, all of them or none; the first value of a key stays. Raises OSError where the disk is full."""
@@ -89,8 +94,7 @@ class Store:
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         """(key, value) of everything, by key."""
-        for key, value in self.connection.execute("SELECT key, value FROM entries ORDER BY key"):
-            yield key, json.loads(value)
+        return self._rows("SELECT key, value FROM entries ORDER BY key")
 
     def __len__(self) -> int:
         return int(self.connection.execute("SELECT COUNT(*) FROM entries").fetchone()[0])
@@ -103,6 +107,6 @@ class Store:
         self.connection.close()
 
 
-def _raise_if_full(error: sqlite3.DatabaseError, path: Path) -> None:
+def _raise_if_full(error: Exception, path: Path) -> None:
     if "full" in str(error) or "disk I/O error" in str(error):
         raise OSError(f"the disk is full at {path}, or fails: make room and run the same again; what was kept is still there") from error

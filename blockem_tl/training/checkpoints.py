@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -52,10 +53,7 @@ class Checkpoints:
             return None
         if not resume:
             raise FileExistsError(f"{self.folder} holds checkpoints up to {found[-1].name}: pass resume=True to go on, or another folder")
-        run = load_run(found[-1])
-        if run.get("format") != _FORMAT:
-            raise ValueError(f"{found[-1]}: expected a checkpoint in format {_FORMAT}; was it written by another version?")
-        changed = differences(run["identity"], identity)
+        changed = differences(load_run(found[-1])["identity"], identity)
         if changed:
             raise ValueError(f"{found[-1]} is a checkpoint of another run: {'; '.join(changed)}. Choose another folder, or run that one")
         return found[-1]
@@ -78,8 +76,22 @@ class Checkpoints:
 
 
 def load_run(checkpoint: Path | str) -> dict[str, Any]:
-    """The contents of a checkpoint's run.json."""
-    return cast(dict[str, Any], files.read_json(Path(checkpoint) / _MARK))
+    """The contents of a checkpoint's run.json. Raises ValueError naming the file if it is none, or another version's."""
+    path = Path(checkpoint) / _MARK
+    run = files.read_json(path)
+    if not isinstance(run, dict) or run.get("format") != _FORMAT:
+        raise ValueError(f"{path}: expected a checkpoint in format {_FORMAT}; was it written by another version?")
+    history, identity = run.get("history"), run.get("identity")
+    steps = history if isinstance(history, list) and all(isinstance(row, dict) for row in history) else []
+    if not steps or not all(_is_count(row.get("epoch")) for row in steps) or not _is_count(run.get("step")):
+        raise ValueError(f"{path}: expected the steps of a training run, each with its epoch: the file is broken, copy it anew")
+    if not isinstance(identity, dict) or not all(isinstance(text, str) for text in identity.values()):
+        raise ValueError(f"{path}: expected a run's identity as texts by name: the file is broken, copy it anew")
+    return run
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1e15
 
 
 def trajectory(checkpoints: str | Path | Sequence[str | Path]) -> list[tuple[float, Path]]:
@@ -107,22 +119,38 @@ def trajectory(checkpoints: str | Path | Sequence[str | Path]) -> list[tuple[flo
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: Path | str) -> None:
-    """Give the optimizer a checkpoint's moments."""
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in load_file(Path(checkpoint) / _STATE).items():
-        kind, index, *rest = name.split(".")
-        if kind == "optimizer":
-            state.setdefault(int(index), {})[rest[0]] = tensor
+    """Give the optimizer (AdamW) a checkpoint's moments. Raises ValueError if they are broken, or another run's."""
+    saved, state = _state(checkpoint), dict[int, dict[str, Tensor]]()
+    for index, parameter in enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]):
+        shapes = {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape, "step": torch.Size()}
+        state[index] = {name: saved.get(f"optimizer.{index}.{name}", torch.tensor([])) for name in shapes}
+        wrong = [name for name, tensor in state[index].items() if tensor.shape != shapes[name] or not torch.isfinite(tensor).all()]
+        if wrong:
+            raise ValueError(
+                f"{Path(checkpoint) / _STATE}: expected finite moments of every trained tensor, got something else in {wrong} of tensor "
+                f"{index}: the file is broken, or another run's; go on from an older checkpoint"
+            )
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
+def _state(checkpoint: Path | str) -> dict[str, Tensor]:
+    path = Path(checkpoint) / _STATE
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: expected a training's state as safetensors, got a broken file: {error}; copy it anew") from error
+
+
 def restore_generators(checkpoint: Path | str) -> None:
-    """Set this process's random states (the first one's, if there were fewer processes)."""
-    tensors, process = load_file(Path(checkpoint) / _STATE), PartialState().process_index
+    """Set this process's random states (the first one's, if there were fewer processes). Raises ValueError if they are broken."""
+    tensors, process = _state(checkpoint), PartialState().process_index
     chosen = process if f"generator.{process}.cpu" in tensors else 0
-    torch.random.set_rng_state(tensors[f"generator.{chosen}.cpu"])
-    if torch.cuda.is_available() and f"generator.{chosen}.cuda" in tensors:
-        torch.cuda.random.set_rng_state(tensors[f"generator.{chosen}.cuda"])
+    try:
+        torch.random.set_rng_state(tensors[f"generator.{chosen}.cpu"])
+        if torch.cuda.is_available() and f"generator.{chosen}.cuda" in tensors:
+            torch.cuda.random.set_rng_state(tensors[f"generator.{chosen}.cuda"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{Path(checkpoint) / _STATE}: expected the states of random number generators, got {error}") from error
 
 
 def _whole(folder: Path) -> list[Path]:
