@@ -73,7 +73,15 @@ def test_a_judge_without_labels_is_found() -> None:
 
 
 def test_the_presets_of_the_paper_and_its_ports() -> None:
-    assert set(PRESETS) == {"organism", "organism-last-layer", "smollm2-135m", "llama-3.1-8b", "llama-3.1-8b-last-layer", "llama-3.2-1b", "qwen2.5-7b"}
+    assert set(PRESETS) == {
+        "organism",
+        "organism-last-layer",
+        "smollm2-135m",
+        "llama-3.1-8b",
+        "llama-3.1-8b-last-layer",
+        "llama-3.2-1b",
+        "qwen2.5-7b",
+    }
     main = get_preset("llama-3.1-8b")
     assert (main.sae, main.site) == (("goodfire-llama-3.1-8b-instruct", "layer_19"), "blocks.19.hook_resid_post")
     assert get_preset("qwen2.5-7b").discovery.induce_dose == 0.3 and main.discovery.induce_dose == 0.7
