@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from filelock import FileLock, Timeout
-
 from blockem_tl.data.text_files import read_json_lines
 from blockem_tl.judging.cached import CachedJudge
 from blockem_tl.judging.judge import LLMJudge
@@ -39,7 +37,7 @@ def judge_file(judge: LLMJudge | CachedJudge, source: Path | str, target: Path |
         pass
     first, second = itertools.tee(_rows(source))
     counts: Counter[str] = Counter()
-    with _locked(target), _appearing(target) as file:
+    with files.held(target), _appearing(target) as file:
         verdicts = judge.stream(((row["prompt"], row["reply"]) for row in first), rubric=rubric)
         for row, judged in zip(second, verdicts, strict=True):
             counts[judged.label] += 1
@@ -47,22 +45,6 @@ def judge_file(judge: LLMJudge | CachedJudge, source: Path | str, target: Path |
             graded = {**row, "judge": judge.name, "rubric": rubric, **found}
             file.write(json.dumps(graded, ensure_ascii=False) + "\n")
     return dict(counts)
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Keep other runs from writing ``target`` meanwhile. Raises ValueError if one is writing it."""
-    path = target.with_name(f".{target.name}.lock")
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"{target}: another run is writing it: wait until it has finished, or choose another file") from error
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)  # while it is held: filelock does not accept a file that has lost its name
-        lock.release()
 
 
 @contextmanager

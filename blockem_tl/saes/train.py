@@ -99,7 +99,7 @@ def train_sae(
     Raises:
         TypeError: a site that is no name, corpora that are no dict, adapters that are no list.
         ValueError: an unknown site, corpora with fewer tokens than the SAE has latents, or an adapter that is none.
-            ``out``.training holds another training's state.
+            ``out``.training holds another training's state, or another run is writing it.
         FileExistsError: ``out`` exists.
     """
     adapters = _checked(model, site, corpora, adapters)
@@ -113,7 +113,10 @@ def train_sae(
         activations = ActivationStream(
             model, site, train, held, limit=limit, n_least=config.d_sae, seed=config.seed, kept_gb=config.kept_gb
         )
-        rounds = None if out is None else Rounds(Path(f"{out}.training"), _identity(model, site, corpora, held, config))
+        rounds = None
+        if out is not None:
+            stack.enter_context(files.held(files.check_writable(f"{out}.training")))
+            rounds = Rounds(Path(f"{out}.training"), _identity(model, site, corpora, held, config))
         sae = _trained(model, site, activations, config, rounds, progress)
         with tempfile.TemporaryDirectory() as nowhere:
             found = _saved(model, sae, heldout, held, limit, config, out or Path(nowhere) / "sae")

@@ -1,5 +1,6 @@
 """Files that are whole or absent: JSON written atomically, folders that appear only when finished, and what a run ran on."""
 
+import errno
 import json
 import os
 import platform
@@ -7,11 +8,14 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
+
+from filelock import FileLock, Timeout
 
 _NUMBERS = re.compile(r"\[[\d\s.,eE+-]+\]")  # a list of numbers is easier to read on one line
 _PACKAGES = ("blockem-tl", "torch", "transformers", "transformer-lens", "sae-lens", "peft")
@@ -38,10 +42,20 @@ def write_bytes(path: Path | str, content: bytes) -> Path:
             file.write(content)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        _raise_if_full(error, path)
         raise
     return path
+
+
+def _raise_if_full(error: BaseException, path: Path) -> None:
+    """Raise one clear OSError for a disk that is full, whoever met it: safetensors says the system's number in its text."""
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) and error.errno else int(said[1]) if said else None
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        why = os.strerror(number)
+        raise OSError(number, f"{why}: make room and run the same again; what was finished before is still there", str(path)) from error
 
 
 def read_json(path: Path | str) -> Any:
@@ -82,9 +96,33 @@ def finished_folder(path: Path | str, *, replaces: str | None = None) -> Iterato
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        _raise_if_full(error, path)
         raise
+
+
+@contextmanager
+def held(path: Path | str) -> Iterator[None]:
+    """Inside the block nobody else may write ``path``, a file or a folder that is there. A process that dies leaves it free.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    path = Path(path)
+    mark = path / ".lock" if path.is_dir() else path.with_name(f".{path.name}.lock")
+    lock = FileLock(mark)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"{path}: another run is writing it: wait until it has finished, or choose another place") from error
+    except NotImplementedError:
+        warnings.warn(f"{path} lies on a file system without locks: see to it yourself that one run at a time writes there", stacklevel=3)
+    try:
+        yield
+    finally:
+        mark.unlink(missing_ok=True)  # while it is held: filelock does not accept a file that has lost its name
+        lock.release()
 
 
 def check_replaceable(path: Path | str, replaces: str | None) -> None:

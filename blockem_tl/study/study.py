@@ -18,6 +18,7 @@ import pandas as pd
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.storage import files
 from blockem_tl.storage.fingerprints import of_file
+from blockem_tl.storage.interrupts import stoppable
 from blockem_tl.study import jobs, manifest, preferences, summary
 from blockem_tl.study.defences import DEFENCES, MakeDefences
 from blockem_tl.study.executors import Job, executor_of
@@ -257,7 +258,7 @@ class Study:
     # ------------------------------------------------------------------------------------------------ doing it
 
     def _do(self, what: str, work: Mapping[Point, Callable[[Setting], None]], n: int) -> None:
-        """Do what is missing of ``n`` points. Raises StudyFailed at the end if any failed."""
+        """Do what is missing of ``n`` points. Raises StudyFailed at the end if any failed, ValueError if another run is at work here."""
         self._bar.total = (self._bar.total or 0) + n
         self._bar.set_description(what)
         self._bar.update(n - len(work))
@@ -266,11 +267,12 @@ class Study:
         self._check_inputs()
         points, errors = list(work), {}
         todo = [Job(do=work[point], seed=point.seed, domain=point.run.domain) for point in points]
-        for index, error in self._executor.run(todo):
-            self._bar.update()
-            if error:
-                errors[points[index]] = error
-                self._bar.write(f"{what}, {points[index].key}: {error.strip().splitlines()[-1]}")
+        with files.held(self.out), stoppable(f"study in {self.out}, {what}"):
+            for index, error in self._executor.run(todo):
+                self._bar.update()
+                if error:
+                    errors[points[index]] = error
+                    self._bar.write(f"{what}, {points[index].key}: {error.strip().splitlines()[-1]}")
         if errors:
             raise StudyFailed(what, n, errors)
 

@@ -5,7 +5,8 @@ folder/epoch-0.5/   adapter_config.json, adapter_model.safetensors   the adapter
                     run.json                                         step, history, the defences' states, the run's identity
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,6 +58,12 @@ class Checkpoints:
         if changed:
             raise ValueError(f"{found[-1]} is a checkpoint of another run: {'; '.join(changed)}. Choose another folder, or run that one")
         return found[-1]
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside the block no other run writes here; of several processes of one run the first holds it. Raises as `files.held`."""
+        with files.held(self.folder) if PartialState().is_main_process else nullcontext():
+            yield
 
     def due(self, before: float, now: float) -> bool:
         """Whether a multiple of the time between checkpoints lies between two times (in epochs)."""
