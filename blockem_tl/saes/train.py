@@ -113,16 +113,20 @@ def train_sae(
         activations = ActivationStream(
             model, site, train, held, limit=limit, n_least=config.d_sae, seed=config.seed, kept_gb=config.kept_gb
         )
-        rounds = None
-        if out is not None:
-            stack.enter_context(files.held(files.check_writable(f"{out}.training")))
-            rounds = Rounds(Path(f"{out}.training"), _identity(model, site, corpora, held, config))
+        rounds = None if out is None else _rounds(out, _identity(model, site, corpora, held, config), stack)
         sae = _trained(model, site, activations, config, rounds, progress)
         with tempfile.TemporaryDirectory() as nowhere:
             found = _saved(model, sae, heldout, held, limit, config, out or Path(nowhere) / "sae")
     if rounds is not None:
         rounds.remove()
     return found
+
+
+def _rounds(out: Path | str, identity: dict[str, str], stack: ExitStack) -> Rounds:
+    """The kept states of this training, which nobody else may write until ``stack`` is closed."""
+    folder = files.check_writable(f"{out}.training")
+    stack.enter_context(files.held(folder))
+    return Rounds(folder, identity)
 
 
 def _checked(model: Model, site: object, corpora: object, adapters: object) -> list[str | Path]:

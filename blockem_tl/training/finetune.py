@@ -54,19 +54,14 @@ def finetune(
 
     Raises:
         TypeError: rows that are no examples, something that is no defence.
-        ValueError: a bad row, a defence that does not fit, a name already held, checkpoints of another run (naming what differs), or a
-            folder of checkpoints that another run is writing.
+        ValueError: a bad row, a defence that does not fit, a name already held, checkpoints of another run or that one is writing.
         FileExistsError: checkpoints are there already and ``resume`` is False.
         FloatingPointError: a loss or gradient that is NaN or infinite, naming the step, the rows and the last good checkpoint.
     """
     active, examples, encoded = _checked(model, examples, config, defences)
     kept = Checkpoints(checkpoints, save_every_epochs) if checkpoints is not None else None
-    with (
-        kept.held() if kept else nullcontext(),
-        _new_adapter(model, adapter, config, start, overwrite),
-        computing_as(model, config),
-        torch.random.fork_rng(),
-    ):
+    alone = kept.held() if kept else nullcontext()
+    with alone, _new_adapter(model, adapter, config, start, overwrite), computing_as(model, config), torch.random.fork_rng():
         torch.manual_seed(config.seed)
         loop = Loop(model, adapter, examples, encoded, config, active, kept)
         loop.prepare(resume=resume)
