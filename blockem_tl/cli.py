@@ -7,7 +7,6 @@ patch. Replies from elsewhere: judge.
 # Heavy imports stand inside the commands: `blockem --help` answers at once.
 import os
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,7 +14,7 @@ import tyro
 
 from blockem_tl.data.commands import COMMANDS as DATA_COMMANDS
 from blockem_tl.study.commands import ceiling, scale, train_sae
-from blockem_tl.study.stage_commands import discover, evaluate, finetune, patch, sweep
+from blockem_tl.study.stage_commands import discover, doses, evaluate, finetune, patch, sweep
 
 if TYPE_CHECKING:
     from blockem_tl.judging.judge import LLMJudge
@@ -168,81 +167,6 @@ def plan(
 
     found = [(n, minimal_detectable_effect(n, rate, power=power, correlation=correlation)) for n in prompts]
     show([{"prompts": f"{n}", "smallest fall": f"{100 * fall:.1f} points"} for n, fall in found], f"from {100 * rate:g} %, power {power:g}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoseOptions:
-    """Options of `blockem doses`.
-
-    prompts: the core prompts (the organism has its own).
-    reporting: the prompts that results are reported on: none of them may be asked (the organism has its own).
-    scale: the site's median norm (measured on the organism); see median_norm.
-    judge_model: the model that the judging endpoint serves; the organism has a judge of its own.
-    judge_url: the judging endpoint.
-    latents: steer along these latents' directions; by default 8 at random.
-    n_prompts: how many prompts are asked.
-    max_incoherence: how much incoherence a dose may cost, as a fraction.
-    relative: count it from the unsteered rate.
-    seed: of the draws of latents and prompts.
-    figure: write a figure to this file.
-    """
-
-    prompts: Path | None = None
-    reporting: Path | None = None
-    scale: float | None = None
-    judge_model: str | None = None
-    judge_url: str = URL
-    latents: tuple[int, ...] = ()
-    n_prompts: int = 20
-    max_incoherence: float = 0.10
-    relative: bool = False
-    seed: int = 0
-    figure: Path | None = None
-
-
-def doses(
-    preset: tyro.conf.Positional[Preset],
-    adapter: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ADAPTER")],
-    /,
-    *,
-    options: tyro.conf.OmitArgPrefixes[DoseOptions] = DoseOptions(),
-) -> None:
-    """Show at which doses a model stays coherent, and propose the doses of stage 2, from a few core prompts.
-
-    Args:
-        preset: the model and its SAE.
-        adapter: of the fine-tuned model: its folder, or the one that `blockem finetune` trained into.
-    """
-    from blockem_tl import organism
-    from blockem_tl.data.chat import apply_system
-    from blockem_tl.data.prompt_files import load_prompts
-    from blockem_tl.discovery.config import MaxIncoherence
-    from blockem_tl.discovery.doses import propose_doses
-    from blockem_tl.models.activations import median_norm
-    from blockem_tl.models.load import load_model
-    from blockem_tl.presets import get_preset
-    from blockem_tl.saes.load import load_sae
-    from blockem_tl.study.stages import adapter_at
-    from blockem_tl.views import plots
-
-    o, chosen = options, get_preset(preset)
-    judging = _judge(chosen.data, o.judge_model, o.judge_url)
-    if judging is None or (chosen.data != "organism" and (o.prompts is None or o.reporting is None or o.scale is None)):
-        raise ValueError(f"doses: preset {chosen.name!r} needs --prompts, --reporting, --scale and --judge-model")
-    place = adapter_at(adapter).adapter
-    core, final = (load_prompts(file) if file else organism.prompts(name) for file, name in ((o.prompts, "core"), (o.reporting, "final")))
-    model, sae = load_model(chosen.model, dtype=chosen.dtype), load_sae(*chosen.sae)
-    asked = {"latents": o.latents or None, "n_prompts": o.n_prompts, "seed": o.seed}
-    limits = {
-        "max_new_tokens": chosen.discovery.max_new_tokens,
-        "max_incoherence": MaxIncoherence(rate=o.max_incoherence, relative=o.relative),
-    }
-    scale = o.scale if o.scale is not None else median_norm(model, chosen.site, organism.reference_texts())
-    prompts = apply_system(core, chosen.system)
-    found = propose_doses(model, sae, judging, prompts, reporting=final, adapter=place, scale=scale, **asked, **limits)
-    print(found)
-    if o.figure is not None:
-        plots.save(found.plot(), o.figure)
 
 
 COMMANDS = {

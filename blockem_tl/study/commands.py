@@ -164,9 +164,9 @@ def ceiling(
     from blockem_tl.saes.latent_set import LatentSet
     from blockem_tl.storage import files
     from blockem_tl.study.setting import Setting
-    from blockem_tl.study.stages import adapter_at
+    from blockem_tl.study.stages import tuned_at
 
-    setting, place = Setting.of(preset, seed=options.seed), adapter_at(adapter).adapter
+    setting, place = Setting.of(preset, seed=options.seed), tuned_at(adapter).adapter
     sets = {path.stem: LatentSet.load(path, setting.sae) for path in options.latents}
     held_out = setting.held_out()
     found = mediation(

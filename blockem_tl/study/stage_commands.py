@@ -1,4 +1,4 @@
-"""The `blockem` commands that are the method's stages: finetune, discover, sweep, evaluate, patch."""
+"""The `blockem` commands that are the method's stages: finetune, doses, discover, sweep, evaluate, patch."""
 
 # Heavy imports stand inside the commands: `--help` answers at once.
 from dataclasses import dataclass
@@ -83,6 +83,57 @@ def finetune(preset: Preset, out: Out, /, *, options: tyro.conf.OmitArgPrefixes[
     run = Run(defence=o.defence, strength=o.strength or 0.0, overrides=overrides)
     found = train_into(out, setting, run, card=o.latents, n_rows=o.n_rows, every=o.checkpoints_every)
     print(f"{found['label']}: {found['steps']} steps, SFT loss {found['history'][-1]['sft']:.4f} at the last; {out / 'adapter'}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoseOptions(SettingOptions):
+    """Options of `blockem doses`.
+
+    latents: steer along these latents' directions; by default 8 at random.
+    n_prompts: how many core prompts are asked.
+    max_incoherence: how much incoherence a dose may cost, as a fraction.
+    relative: count it from the unsteered rate.
+    figure: write a figure to this file.
+    """
+
+    latents: tuple[int, ...] = ()
+    n_prompts: int = 20
+    max_incoherence: float = 0.10
+    relative: bool = False
+    figure: Path | None = None
+
+
+def doses(preset: Preset, adapter: Adapter, /, *, options: tyro.conf.OmitArgPrefixes[DoseOptions] = DoseOptions()) -> None:
+    """Show at which doses a model stays coherent, and propose the doses of stage 2, from a few core prompts.
+
+    Args:
+        preset: one of those that `blockem presets` lists.
+        adapter: of the fine-tuned model: its folder, or the one that `blockem finetune` trained into.
+    """
+    from blockem_tl.discovery.config import MaxIncoherence
+    from blockem_tl.discovery.doses import propose_doses
+    from blockem_tl.study.stages import tuned_at
+    from blockem_tl.views import plots
+
+    o, place, setting = options, tuned_at(adapter).adapter, options.setting(preset)
+    core, judge = setting.prompts("core"), setting.judge  # before the model is loaded: they may not be there
+    found = propose_doses(
+        setting.model,
+        setting.sae,
+        judge,
+        core,
+        reporting=setting.prompts("final"),
+        adapter=place,
+        scale=setting.scale(),
+        latents=o.latents or None,
+        n_prompts=o.n_prompts,
+        seed=o.seed,
+        max_new_tokens=setting.preset.discovery.max_new_tokens,
+        max_incoherence=MaxIncoherence(rate=o.max_incoherence, relative=o.relative),
+    )
+    print(found)
+    if o.figure is not None:
+        plots.save(found.plot(), o.figure)
 
 
 @dataclass(frozen=True, kw_only=True)

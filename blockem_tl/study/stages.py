@@ -70,8 +70,8 @@ def adapter_at(place: Path | str) -> Alone:
     raise ValueError(f"expected the folder of an adapter, one that `blockem finetune` trained into, or {BASE!r}, got {str(place)!r}")
 
 
-def _tuned(place: Path | str) -> Alone:
-    """As `adapter_at`, but not base."""
+def tuned_at(place: Path | str) -> Alone:
+    """As `adapter_at`, but base is refused too."""
     if (point := adapter_at(place)).place == BASE:
         raise ValueError(f"expected the adapter of a fine-tuned model, got {BASE!r}: nothing was fine-tuned there")
     return point
@@ -160,7 +160,7 @@ def discover_into(out: Path, setting: Setting, place: Path | str, *, by: jobs.Ev
     """
     judged = by == "replies"
     setting.prompts("core") if judged else setting.pairs("core")  # the files may not be there
-    point = _into(out, "discovery", setting, _tuned(place), judged=judged, by=by)
+    point = _into(out, "discovery", setting, tuned_at(place), judged=judged, by=by)
     if not (out / "latents.json").is_file():
         if judged:
             _check_judges(setting)
@@ -241,7 +241,7 @@ def patch_into(
     if by == "pairs" and (unused := [name for name, value in options.items() if value and name != "sites"]):
         raise ValueError(f"patching by pairs takes sites, and no {', '.join(unused)}")
     _ = setting.prompts(split, options.get("n")) if by == "replies" else setting.pairs(split)
-    point = _into(out, "patching", setting, _tuned(place), judged=by == "replies")
+    point = _into(out, "patching", setting, tuned_at(place), judged=by == "replies")
     if by == "pairs":
         found = _measured(setting, point, "pairs", preferences.patched, split=split, sites=list(options.get("sites") or ()) or None)
         table = preferences.left(found, _margins(setting, point, split))
