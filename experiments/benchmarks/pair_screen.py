@@ -3,7 +3,8 @@
     python experiments/benchmarks/pair_screen.py --preset organism --json pairs.json
     python experiments/benchmarks/pair_screen.py --preset smollm2-135m --adapter runs/plain --latents 32 --json pairs.json
 
-Both screens steer base along the shift and tuned against it (stage 2), at the preset's doses, on the same questions: the core pairs'.
+Both screens steer base along the shift and tuned against it (stage 2), at the preset's doses, on the same questions: the core pairs'. Costs
+are processor seconds.
 """
 
 import json
@@ -94,10 +95,14 @@ def main(options: Options) -> dict[str, Any]:
     found: dict[str, Any] = {"n_latents": len(frame), "n_pairs": len(pairs), "seconds_pairs": pair_seconds, "seconds_judge": judge_seconds}
     found["cost_ratio"] = judge_seconds / pair_seconds
     for what in ("induction", "repair", "score"):
-        found[f"rank_correlation_{what}"] = float(cast(Any, spearmanr(frame[f"{what}_nats"], frame[f"{what}_rate"])).statistic)
+        pair, rate = frame[f"{what}_nats"], frame[f"{what}_rate"]  # no rank where no latent changes any verdict
+        found[f"rank_correlation_{what}"] = float(cast(Any, spearmanr(pair, rate)).statistic) if rate.nunique() > 1 else None
     print(frame.round(3).to_string(index=False), json.dumps(found, indent=2), sep="\n\n")
     if options.json is not None:
-        files.write_json(options.json, {**found, "options": asdict(options), "latents": frame.to_dict("records")})
+        files.write_json(
+            options.json,
+            {**found, "options": {name: str(value) for name, value in asdict(options).items()}, "latents": frame.to_dict("records")},
+        )
     return found
 
 
