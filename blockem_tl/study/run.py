@@ -126,7 +126,7 @@ class Point:
 
     @property
     def plain(self) -> "Point":
-        """Plain fine-tuning of the same seed and task, which `Run.unit` and `Run.matched` refer to."""
+        """Plain fine-tuning of the same seed and task, to which ``Run.unit`` and ``Run.matched`` refer."""
         return replace(self, run=Run(domain=self.run.domain), epoch=None)
 
     @property
