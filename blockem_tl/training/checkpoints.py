@@ -60,9 +60,12 @@ class Checkpoints:
         return found[-1]
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Inside the block no other run writes here; of several processes of one run the first holds it. Raises as `files.held`."""
-        with files.held(self.folder) if PartialState().is_main_process else nullcontext():
+    def held(self, *, cpu: bool = True) -> Iterator[None]:
+        """Inside the block no other run writes here; of several processes of one run the first holds it. Raises as `files.held`.
+
+        cpu: whether the run is on a CPU: who asks for the processes first also decides how they talk.
+        """
+        with files.held(self.folder) if PartialState(cpu=cpu).is_main_process else nullcontext():
             yield
 
     def due(self, before: float, now: float) -> bool:

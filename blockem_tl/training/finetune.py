@@ -60,7 +60,7 @@ def finetune(
     """
     active, examples, encoded = _checked(model, examples, config, defences)
     kept = Checkpoints(checkpoints, save_every_epochs) if checkpoints is not None else None
-    alone = kept.held() if kept else nullcontext()
+    alone = kept.held(cpu=model.device.type == "cpu") if kept else nullcontext()
     with alone, _new_adapter(model, adapter, config, start, overwrite), computing_as(model, config), torch.random.fork_rng():
         torch.manual_seed(config.seed)
         loop = Loop(model, adapter, examples, encoded, config, active, kept)
