@@ -24,6 +24,7 @@ from blockem_tl.views.tables import RateFrame
 _Frame = Any
 """A data frame: pandas' own types cannot say what a column or a group is."""
 
+_SHARES = ("removed", "removed_low", "removed_high", "task_lost")
 _Table = Sequence[Sequence[float]]
 """Margins, seeds by pairs."""
 
@@ -118,19 +119,22 @@ def random_beside(setting: Setting, point: Point, *, beside: str) -> LatentSet:
 def ceiling(setting: Setting, point: Point, *, sets: Sequence[str], sizes: Sequence[int] = ()) -> pd.DataFrame:
     """What latent sets of the study carry of the shift on the core pairs, and of the task, one-sidedly: a step. See `mediation`.
 
-    sizes: also the first so many latents of each.
+    sizes: also the first so many latents of each.  A point whose margin did not rise has one row, "nothing moved", without numbers.
     """
+    pairs = setting.pairs("core")
+    before, after = (preference(setting.model, pairs, adapter=one, progress=False).margins.mean() for one in (BASE, point.adapter))
+    if after <= before:
+        return pd.DataFrame([{"taken_out": "nothing moved", "roles": "", **dict.fromkeys(("n_latents", *_SHARES), np.nan)}])
     latents = {name: point.latents(setting.sae, name) for name in sets}
     options: dict[str, Any] = {"one_sided": True, "roles": [("reply",), ("prompt", "reply")], "progress": False, "adapter": point.adapter}
     sizes = [n for n in sizes if n < max(map(len, latents.values()))]
-    return mediation(setting.model, setting.sae, setting.pairs("core"), setting.held_out()[::2], latents, sizes=sizes, **options).to_frame()
+    return mediation(setting.model, setting.sae, pairs, setting.held_out()[::2], latents, sizes=sizes, **options).to_frame()
 
 
 def carriers(found: _Frame) -> RateFrame:
     """Of the step `ceiling`: what each part of the change carries, means over seeds (of the intervals' ends too); task_lost is a share."""
     keys = ["run", "taken_out", "n_latents", "roles"]
-    numbers = ["removed", "removed_low", "removed_high", "task_lost"]
-    return RateFrame(found.groupby(keys, sort=False, dropna=False)[numbers].mean().reset_index())
+    return RateFrame(found.groupby(keys, sort=False, dropna=False)[list(_SHARES)].mean().reset_index())
 
 
 def _tables(found: _Frame, keys: list[str]) -> dict[tuple[Any, ...], _Table]:
