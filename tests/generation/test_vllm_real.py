@@ -41,7 +41,7 @@ def test_a_real_model_says_the_same_on_both_engines(monkeypatch: pytest.MonkeyPa
         load_model(NAME, dtype="float32"), prompts, conditions=conditions, adapter="base", max_new_tokens=40, progress=False
     )
     with load_engine("vllm", model=NAME, sites=[site], enforce_eager=True, kv_cache_gib=0.5, max_num_seqs=16, max_model_len=512) as engine:
-        found = [reply for _, replies in sorted(engine.stream(prompts, conditions, max_new_tokens=40)) for reply in replies]
+        found = [reply for _, replies in sorted(engine.stream(prompts, conditions=conditions, max_new_tokens=40)) for reply in replies]
     assert len(found) == 96 and [(g.condition, g.reply_ids) for g in found] == [(g.condition, g.reply_ids) for g in expected]
     unsteered = [g.reply_ids for g in found[:16]]
     assert all([g.reply_ids for g in found[16 * i : 16 * (i + 1)]] != unsteered for i in range(1, 6))  # every steering did something
