@@ -5,12 +5,15 @@ Replies and verdicts are kept in it. Keys are hashes of everything that a value 
 
 import json
 import sqlite3
+import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 _VERSION = 2
 _AT_ONCE = 500  # keys in one query; SQLite takes no more than 999
+_PATIENCE = 60.0  # seconds that one process waits for another
 
 
 class Store:
@@ -28,7 +31,7 @@ class Store:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.connection = sqlite3.connect(self.path, timeout=60.0, isolation_level=None, check_same_thread=False)
+            self.connection = sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False)
             try:
                 self._prepare()
             except BaseException:
@@ -39,20 +42,52 @@ class Store:
             raise ValueError(f"{self.path}: expected a store of replies and verdicts, or a place to make one, got: {error}") from error
 
     def _prepare(self) -> None:
-        (found,) = self.connection.execute("PRAGMA user_version").fetchone()
         (state,) = self.connection.execute("PRAGMA quick_check(1)").fetchone()
         if state != "ok":
             raise sqlite3.DatabaseError(f"it is damaged: {state}. Restore it from a copy, or choose another file")
-        (tables,) = self.connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
-        if found != _VERSION and (found or tables):
-            raise ValueError(
-                f"{self.path}: expected a store in format {_VERSION}, got format {found}: another version of blockem_tl or another program "
-                "wrote it; choose another file"
-            )
-        self.connection.execute("PRAGMA journal_mode=WAL")
+        if self._version() != _VERSION:
+            self._make()
+        self._log_ahead()
         self.connection.execute("PRAGMA synchronous=NORMAL")
-        self.connection.execute("CREATE TABLE IF NOT EXISTS entries (key TEXT PRIMARY KEY, value TEXT)")
-        self.connection.execute(f"PRAGMA user_version={_VERSION}")
+
+    def _version(self) -> int:
+        return int(self.connection.execute("PRAGMA user_version").fetchone()[0])
+
+    def _make(self) -> None:
+        # One transaction: of several processes that meet at a new file, one makes the table and the others wait and find it made.
+        with self._writing():
+            found = self._version()
+            (tables,) = self.connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+            if found != _VERSION and (found or tables):
+                raise ValueError(
+                    f"{self.path}: expected a store in format {_VERSION}, got format {found}: another version of blockem_tl or another "
+                    "program wrote it; choose another file"
+                )
+            self.connection.execute("CREATE TABLE IF NOT EXISTS entries (key TEXT PRIMARY KEY, value TEXT)")
+            self.connection.execute(f"PRAGMA user_version={_VERSION}")
+
+    def _log_ahead(self) -> None:
+        # The one statement at which SQLite does not wait for another process.
+        until = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                self.connection.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > until:
+                    raise
+            time.sleep(0.01)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        self.connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self.connection.execute("COMMIT")
+        except BaseException:
+            if self.connection.in_transaction:
+                self.connection.execute("ROLLBACK")
+            raise
 
     def get(self, keys: Iterable[str]) -> dict[str, Any]:
         """The values that are there, of the keys asked for."""
@@ -80,14 +115,8 @@ class Store:
     def _write(self, statement: str, values: Mapping[str, Any]) -> None:
         rows = [(key, json.dumps(value)) for key, value in values.items()]
         try:
-            self.connection.execute("BEGIN IMMEDIATE")
-            try:
+            with self._writing():
                 self.connection.executemany(statement, rows)
-                self.connection.execute("COMMIT")
-            except BaseException:
-                if self.connection.in_transaction:
-                    self.connection.execute("ROLLBACK")
-                raise
         except sqlite3.DatabaseError as error:
             _raise_if_full(error, self.path)
             raise

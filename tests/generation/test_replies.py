@@ -138,8 +138,12 @@ def test_a_run_that_was_killed_goes_on_where_it_was(tuned, sae, tmp_path) -> Non
     truth = run(tuned, sae, Counting(tmp_path / "truth"), None)
     child = os.fork()
     if child == 0:
-        run(tuned, sae, Counting(tmp_path / "log", generations=25, how=lambda: os.kill(os.getpid(), signal.SIGKILL)), tmp_path / "store")
-        os._exit(1)
+        try:
+            run(
+                tuned, sae, Counting(tmp_path / "log", generations=25, how=lambda: os.kill(os.getpid(), signal.SIGKILL)), tmp_path / "store"
+            )
+        finally:
+            os._exit(1)  # a child that raises must not go on as the test run
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert len(logged(tmp_path / "log")) >= 25
     assert run(tuned, sae, Counting(tmp_path / "log"), tmp_path / "store") == truth

@@ -1,7 +1,9 @@
 """The store: every value exactly once, whole, whatever kills a process; and no file that is something else is touched."""
 
-import os
+import multiprocessing
 import sqlite3
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
 
 import pytest
 
@@ -66,19 +68,29 @@ def test_a_full_disk_is_called_one_and_loses_nothing(tmp_path) -> None:
     assert dict(store) == {"a": "kept", "b": "later"}
 
 
-def test_two_processes_write_one_store_at_once(tmp_path) -> None:
-    def write(mark: int) -> None:
-        store = Store(tmp_path / "s.sqlite")
-        for i in range(150):
-            store.put({f"own {mark} {i}": mark, f"shared {i}": [mark, mark]})
+def _meet(folder: Path, mark: int, barrier: Barrier) -> None:
+    for i in range(20):  # the moment that matters is the one at which a new file is made
+        barrier.wait(60)
+        store = Store(folder / f"{i}.sqlite")
+        store.put({f"own {mark}": mark, "shared": [mark, mark]})
+        store.close()
+    store = Store(folder / "long.sqlite")
+    for i in range(150):
+        store.put({f"own {mark} {i}": mark, f"shared {i}": [mark, mark]})
 
-    children = []
-    for mark in (0, 1):
-        children.append(os.fork())
-        if children[-1] == 0:
-            write(mark)
-            os._exit(0)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
-    store = Store(tmp_path / "s.sqlite")
-    assert len(store) == 450
+
+def test_processes_make_and_write_one_store_at_once(tmp_path) -> None:
+    forked = multiprocessing.get_context("fork")  # a child that raises ends with status 1
+    barrier = forked.Barrier(4)
+    children = [forked.Process(target=_meet, args=(tmp_path, mark, barrier)) for mark in range(4)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+    assert [child.exitcode for child in children] == [0] * 4
+    for i in range(20):
+        store = Store(tmp_path / f"{i}.sqlite")
+        assert len(store) == 5 and store.get(["shared"])["shared"] in [[mark, mark] for mark in range(4)]
+    store = Store(tmp_path / "long.sqlite")
+    assert len(store) == 750
     assert all(one == other for one, other in store.get([f"shared {i}" for i in range(150)]).values())
