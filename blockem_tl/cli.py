@@ -1,7 +1,7 @@
 """The `blockem` command, in the order of the method.
 
 Look around: presets, doctor, plan. Measure and prepare: scale, train-sae. The stages: finetune, ceiling, doses, discover, sweep, evaluate,
-patch. Replies from elsewhere: judge.
+patch. A finished study again: verify. Replies from elsewhere: judge.
 """
 
 # Heavy imports stand inside the commands: `blockem --help` answers at once.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from blockem_tl.data.commands import COMMANDS as DATA_COMMANDS
-from blockem_tl.study.commands import ceiling, scale, train_sae
+from blockem_tl.study.commands import ceiling, scale, train_sae, verify
 from blockem_tl.study.stage_commands import discover, doses, evaluate, finetune, patch, sweep
 
 if TYPE_CHECKING:
@@ -182,6 +182,7 @@ COMMANDS = {
     "sweep": sweep,
     "evaluate": evaluate,
     "patch": patch,
+    "verify": verify,
     "judge": judge,
 }
 
@@ -201,7 +202,7 @@ def main(args: list[str] | None = None) -> None:
         else:
             about = f"{__doc__}\n\n`blockem data --help` shows the commands on public prompt sets and fine-tuning rows."
             tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="blockem", args=args, description=about)
-    except (ValueError, ConnectionError, ImportError, OSError) as error:
+    except (ValueError, FloatingPointError, ConnectionError, ImportError, OSError) as error:
         if os.environ.get("BLOCKEM_TRACEBACK"):
             raise
         sys.exit(f"blockem: {error}")

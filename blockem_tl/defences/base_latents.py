@@ -28,7 +28,7 @@ from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.saes.latents import encode_latents
-from blockem_tl.storage import files, fingerprints
+from blockem_tl.storage import files, fingerprints, machine
 from blockem_tl.views.progress import progress_bar
 
 Target = tuple[LatentSet, SAE[Any]]
@@ -227,7 +227,8 @@ def _build(folder: Path, values: Iterator[Float32[np.ndarray, "pos n_latents"]],
                     file.write(np.ascontiguousarray(latents, dtype="<f4").tobytes())
                 file.flush()
                 os.fsync(file.fileno())
-            files.write_json(temporary / "manifest.json", {**identity, "sha256": fingerprints.of_file(temporary / "values.npy")})
+            made = {"environment": machine.described(), "sha256": fingerprints.of_file(temporary / "values.npy")}
+            files.write_json(temporary / "manifest.json", {**identity, **made})
         except OSError as error:
             needed = 4 * shape[0] * shape[1] / 1e6
             raise OSError(

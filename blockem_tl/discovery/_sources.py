@@ -10,7 +10,7 @@ from blockem_tl.generation.reply_fn import ReplyFn, cached, replies_from
 from blockem_tl.judging.cached import CachedJudge
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
-from blockem_tl.storage import files, fingerprints
+from blockem_tl.storage import files, fingerprints, machine
 from blockem_tl.storage.store import Store
 from blockem_tl.types import Judge
 
@@ -40,7 +40,7 @@ def sources(
 
 def _write_manifest(folder: Path, settings: dict[str, Any]) -> Path:
     """Note in ``folder`` how a run was set up, with versions; one file for each different set-up, however often it is started."""
-    about = {"settings": settings, "environment": files.environment()}
+    about = {"settings": settings, "environment": machine.described()}
     path = folder / f"run-{fingerprints.of_value(about)[:12]}.json"
     if not path.exists():
         files.write_json(path, {"first_started": datetime.now(timezone.utc).isoformat(timespec="seconds"), **about})

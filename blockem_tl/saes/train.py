@@ -37,7 +37,7 @@ from blockem_tl.saes.activation_stream import ActivationStream, median_of_norms,
 from blockem_tl.saes.card import SAECard, measure
 from blockem_tl.saes.load import checked
 from blockem_tl.saes.rounds import Rounds, fit_in_rounds
-from blockem_tl.storage import files, fingerprints
+from blockem_tl.storage import files, fingerprints, machine
 from blockem_tl.types import check_names, check_site
 from blockem_tl.views.progress import allowed
 
@@ -155,7 +155,7 @@ def _saved(
         trained = checked(SAE.load_from_disk(folder, device=str(model.device)), "the trained SAE")
         found = measure(model, trained, heldout, adapters=adapters, limit=limit)
         about = {"model": model.name, "site": found.site, "training": asdict(config), "alive": found.alive, "heldout": list(found.rows)}
-        files.write_json(folder / "card.json", {**about, "environment": files.environment()})
+        files.write_json(folder / "card.json", {**about, "environment": machine.described()})
     return found
 
 

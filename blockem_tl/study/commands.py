@@ -1,7 +1,8 @@
-"""The `blockem` commands on a preset's model and SAE: scale, train-sae, ceiling."""
+"""The `blockem` commands on a preset's model and SAE: scale, train-sae, ceiling; and on a finished study: verify."""
 
 # Heavy imports stand inside the commands: `--help` answers at once.
 import random
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -184,3 +185,54 @@ def ceiling(
     print(found)
     if options.csv is not None:
         files.write_text(options.csv, found.to_frame().to_csv(index=False))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyOptions:
+    """Options of `blockem verify`.
+
+    preset: the one that the study was made with; by default the one that the study names.
+    sample: replies of every point, and margins of a point, that are computed anew.
+    seed: of the draw.
+    tolerance: by which part of themselves numbers may differ.
+    judge_models: judging models, for presets without a judge; without them labels are not looked at.
+    judge_urls: their endpoints, one for all or one each.
+    """
+
+    preset: str | None = None
+    sample: int = 2
+    seed: int = 0
+    tolerance: float = 1e-4
+    judge_models: tuple[str, ...] = ()
+    judge_urls: tuple[str, ...] = ("http://127.0.0.1:8000/v1",)
+
+
+def verify(
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")],
+    /,
+    *,
+    options: tyro.conf.OmitArgPrefixes[VerifyOptions] = VerifyOptions(),
+) -> None:
+    """Compute a sample of a finished study anew and compare it with what is stored; exit status 1 if something differs.
+
+    Args:
+        run: the folder of a study, or the one that `blockem sweep` or an experiment wrote.
+    """
+    from blockem_tl.study import manifest
+    from blockem_tl.study.options import StudyOptions
+    from blockem_tl.study.verify import study_at
+    from blockem_tl.study.verify import verify as verified
+    from blockem_tl.views import tables
+
+    o, kept = options, manifest.read(study_at(run) / "study.json")
+    preset = o.preset or kept.get(manifest.PRESET)
+    if not preset:
+        raise ValueError(f"{run} does not say which preset it was made with: name it with --preset")
+    made = StudyOptions(preset=preset, domain=kept.get("domain"), judge_models=o.judge_models, judge_urls=o.judge_urls)
+    setting = made.setting()
+    judged = bool(setting.own_judges or setting.inputs.judges())
+    found = verified(run, setting, sample=o.sample, seed=o.seed, tolerance=o.tolerance, judged=judged)
+    print(tables.text(found._shown(), rows=len(found.rows)))
+    print(found.headline())
+    if not found.passed:
+        sys.exit(1)

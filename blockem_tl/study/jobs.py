@@ -13,10 +13,12 @@ from blockem_tl.evaluation.panel import evaluate_with
 from blockem_tl.generation.replies import MISALIGNMENT
 from blockem_tl.generation.reply_fn import ReplyFn, cached, replies_from
 from blockem_tl.judging.cached import CachedJudge
+from blockem_tl.models._adapter_files import FILES
 from blockem_tl.models.load import Model
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.saes.load import check_fits
-from blockem_tl.storage import files
+from blockem_tl.storage import files, machine
+from blockem_tl.storage.fingerprints import of_file
 from blockem_tl.storage.store import Store
 from blockem_tl.study.defences import MakeDefences, condition_of, made
 from blockem_tl.study.inputs import PromptSplit
@@ -76,7 +78,8 @@ def train_run(
         progress=progress,
     )
     setting.model.save_adapter(folder / "adapter", ADAPTER, overwrite=True)
-    about = {"label": run.label, "identity": dict(identity), "environment": files.environment()}
+    about = {"label": run.label, "seed": point.seed, "identity": dict(identity), "environment": machine.described()}
+    about["adapter"] = of_file(folder / "adapter" / FILES[1])
     files.write_json(folder / "run.json", {**about, "steps": found.steps, "history": found.history})
 
 

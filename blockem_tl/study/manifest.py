@@ -1,4 +1,4 @@
-"""What a folder is of, in a file of its own: another thing is refused there, naming what differs."""
+"""What a folder is of, in a file of its own: another thing is refused there, naming what differs. Beside it, on what it was made."""
 
 import json
 import math
@@ -7,12 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from blockem_tl.storage import files
+from blockem_tl.storage import files, machine
 from blockem_tl.study.setting import Setting
 from blockem_tl.training.identity import differences
 
 _NO_MATTER = ("name", "needs", "requires", "caution", "lambdas", "kl_weights", "domain", "training.seed", "training.micro_batch_size",
               "training.gradient_checkpointing", "discovery.batch_size")  # fmt: skip
+
+
+PRESET, MACHINES = "preset", "made on"
+"""Entries that another run need not share: the preset's name, and each machine that worked here, with its versions."""
 
 
 def of_setting(setting: Setting, *, judged: bool = True) -> dict[str, str]:
@@ -22,8 +26,8 @@ def of_setting(setting: Setting, *, judged: bool = True) -> dict[str, str]:
     return {"domain": setting.domain, **preset, **judges}
 
 
-def claim(folder: Path, name: str, mine: Mapping[str, str]) -> None:
-    """Write what the folder is of into its file ``name`` ("study.json").
+def claim(folder: Path, name: str, mine: Mapping[str, str], *, preset: str) -> None:
+    """Write what the folder is of into its file ``name`` ("study.json"), with the preset's name and the machines that worked here.
 
     Raises:
         ValueError: it is of something else, or holds other files and no such file.
@@ -32,9 +36,25 @@ def claim(folder: Path, name: str, mine: Mapping[str, str]) -> None:
     others = [entry.name for entry in folder.iterdir() if not entry.name.startswith(".")]
     if others and not path.is_file():
         raise ValueError(f"{folder} holds {sorted(others)[:3]} and no {name}, so it is no {kind}: choose another folder")
-    if path.is_file() and (changed := differences(files.read_json(path), mine)):
+    kept = read(path) if path.is_file() else {}
+    if kept and (changed := differences(compared(kept), mine)):
         raise ValueError(f"{folder} is another {kind}: {'; '.join(changed)}. Choose another folder")
-    files.write_json(path, mine)
+    machines, here = list(kept.get(MACHINES, [])), machine.described()
+    files.write_json(path, {**mine, PRESET: preset, MACHINES: machines if here in machines else [*machines, here]})
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The contents of a manifest. Raises ValueError if it is none."""
+    found = files.read_json(path)
+    machines = found.get(MACHINES, []) if isinstance(found, dict) else None
+    if not isinstance(machines, list) or not all(isinstance(one, dict) for one in machines):
+        raise ValueError(f"{path}: expected what the folder is of, as an object of texts: the file is broken, restore it from a copy")
+    return found
+
+
+def compared(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The entries that another run has to share."""
+    return {name: text for name, text in manifest.items() if name not in (PRESET, MACHINES)}
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

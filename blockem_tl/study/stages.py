@@ -85,7 +85,7 @@ def _into(out: Path, kind: str, setting: Setting, point: Alone, *, judged: bool 
     name = f"{kind}.json"
     if out.is_dir() and [entry.name for entry in out.iterdir()] == [name]:
         (out / name).unlink()
-    manifest.claim(out, name, mine)
+    manifest.claim(out, name, mine, preset=setting.preset.name)
     return replace(point, out=out.resolve(), seed=setting.seed)
 
 

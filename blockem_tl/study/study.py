@@ -29,8 +29,8 @@ from blockem_tl.training.identity import differences
 from blockem_tl.views.progress import progress_bar
 from blockem_tl.views.tables import RateFrame
 
-_FORMAT = "1"
-_MANIFEST = "study.json"
+FORMAT = "1"
+MANIFEST = "study.json"
 
 
 class StudyFailed(RuntimeError):  # noqa: N818 - the name says it
@@ -106,8 +106,8 @@ class Study:
 
     def _manifest(self) -> None:
         """Raise ValueError if the folder is another study's; else write what this one is of."""
-        about = {"format": _FORMAT, "n_rows": str(self.n_rows), **manifest.of_setting(self.setting)}
-        manifest.claim(self.out, _MANIFEST, about)
+        about = {"format": FORMAT, "n_rows": str(self.n_rows), **manifest.of_setting(self.setting)}
+        manifest.claim(self.out, MANIFEST, about, preset=self.setting.preset.name)
 
     # ------------------------------------------------------------------------------------------------ runs
 

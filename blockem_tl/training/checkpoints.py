@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from blockem_tl.models.load import Model
-from blockem_tl.storage import files
+from blockem_tl.storage import files, machine
 from blockem_tl.training.identity import differences
 
 _FORMAT = 1
@@ -80,7 +80,7 @@ class Checkpoints:
             with files.finished_folder(target, replaces=_MARK) as folder:
                 model.write_adapter(folder, adapter)
                 save_file({**_moments(optimizer), **_numbered(generators)}, folder / _STATE)
-                files.write_json(folder / _MARK, {"format": _FORMAT, **run, "environment": files.environment()})
+                files.write_json(folder / _MARK, {"format": _FORMAT, **run, "environment": machine.described()})
         PartialState().wait_for_everyone()
         return target
 
