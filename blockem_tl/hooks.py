@@ -115,7 +115,7 @@ def clamp(site: str, direction: Float[Tensor, " d_model"], low: float | None = N
 
     d is the unit direction; everything orthogonal to it is untouched. Raises ValueError for no bounds, low > high, or a zero direction.
     """
-    if (low is None and high is None) or (low is not None and high is not None and low > high):
+    if low is high is None or not (float("-inf") if low is None else low) <= (float("inf") if high is None else high):
         raise ValueError(f"clamp at {site}: expected low <= high with at least one of them, got low={low}, high={high}")
     if not torch.isfinite(direction).all() or direction.norm() == 0:
         raise ValueError(f"clamp at {site}: expected a finite, non-zero direction")

@@ -22,8 +22,9 @@ from transformer_lens.hook_points import HookPoint
 from blockem_tl.data.chat import Batch, check_lengths, encode_examples, pad
 from blockem_tl.data.pair_files import check_pairs
 from blockem_tl.evaluation.preference import mean_log_likelihood, sides
-from blockem_tl.models.activations import SINK, base_activations
+from blockem_tl.models.activations import SINK, base_activations, check_finite
 from blockem_tl.models.load import Model
+from blockem_tl.models.lora import BASE
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.saes.latents import encode_all
 from blockem_tl.saes.load import check_fits
@@ -40,6 +41,10 @@ class PairDiff:
 
     shift: Float[Tensor, " d_sae"]
     attribution: Float[Tensor, " d_sae"]
+
+    def __post_init__(self) -> None:
+        if not torch.isfinite(self.shift).all() or not torch.isfinite(self.attribution).all():
+            raise FloatingPointError("attribution: shifts or gradients of latents are NaN or infinite: a broken adapter, or SAE?")
 
 
 def pair_diff(
@@ -125,6 +130,8 @@ def _changes(
     """The latents' changes, and the slope of the weighted margin along each decoder row; row by row, since a batch may not fit."""
     base = base_activations(model, batch, [site])[site]
     tuned, gradient = _gradient(model, site, batch, weights)
+    check_finite({site: base}, batch, BASE)
+    check_finite({site: tuned}, batch, model.active_adapter)
     for b, t, g, kept in zip(base, tuned, gradient, _acting(batch, base), strict=True):
         if kept.any():
             with torch.no_grad():

@@ -72,8 +72,12 @@ def shifts(
 def candidate_pool(shift: Float[Tensor, " d_sae"], *, n_plus: int = 250, n_minus: int = 250) -> list[Candidate]:
     """C = C+ u C-: the ``n_plus`` largest positive and ``n_minus`` most negative shifts (eq. 5), strongest first within each side.
 
-    Fewer where fewer latents moved in that direction; zero shifts are never candidates.
+    Fewer where fewer latents moved in that direction; zero shifts are never candidates. Raises ValueError for shifts that are not finite.
     """
+    if not torch.isfinite(shift).all():
+        raise ValueError(
+            f"candidates: expected finite shifts, got NaN or infinity at latents {(~torch.isfinite(shift)).nonzero()[:5, 0].tolist()}"
+        )
     order = torch.argsort(shift, descending=True, stable=True).tolist()
     plus = [k for k in order[:n_plus] if shift[k] > 0]
     minus = [k for k in order[::-1][:n_minus] if shift[k] < 0]

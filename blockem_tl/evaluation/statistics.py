@@ -95,11 +95,13 @@ def share_removed(base: Numbers, tuned: Numbers, arm: Numbers, *, resamples: int
         base, tuned, arm: a number per prompt (a margin), [n_prompts], or [n_seeds, n_prompts] where several seeds answered the same ones.
 
     Raises:
-        ValueError: unequal shapes, fewer than two prompts, or a tuned model whose mean did not rise.
+        ValueError: unequal shapes, fewer than two prompts, numbers that are not finite, or a tuned model whose mean did not rise.
     """
     before, after, found = (np.atleast_2d(np.asarray(values, dtype=float)) for values in (base, tuned, arm))
     if not before.shape == after.shape == found.shape or before.ndim != 2 or before.shape[1] < 2:
         raise ValueError(f"share removed: expected equal shapes of two prompts at least, got {before.shape}, {after.shape}, {found.shape}")
+    if not all(np.isfinite(values).all() for values in (before, after, found)):
+        raise ValueError("share removed: expected finite numbers, got NaN or infinity: measure those prompts again")
     left, gap = (found - before).mean(0), (after - before).mean(0)  # seeds answer the same prompts: prompts are drawn
     if gap.mean() <= 0:
         raise ValueError(f"share removed: expected a tuned model that moved up, its mean moved by {gap.mean():+.4f}")
@@ -193,6 +195,8 @@ def mean_over_domains(values: Sequence[float]) -> tuple[Estimate, float]:
     """(mean with its 95 % t interval, SEM) of one number per domain, as in the paper's figures."""
     if len(values) < 2:
         raise ValueError(f"mean over domains: expected at least two domains, got {len(values)}: one has no spread")
+    if not np.isfinite(values).all():
+        raise ValueError(f"mean over domains: expected finite numbers, got {list(values)}")
     mean, sem = float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
     half = float(t.ppf(0.975, len(values) - 1)) * sem
     return Estimate(value=mean, low=mean - half, high=mean + half, n=len(values)), sem

@@ -100,15 +100,21 @@ def _leading(text: str, labels: Sequence[str]) -> tuple[str, str] | None:
     return None
 
 
+_MOST_LOGPROB = 0.01  # 0, and what rounding adds to it
+
+
 def expected_score(alternatives: Iterable[tuple[str, float]], *, least_mass: float = 0.25) -> float | None:
     """The mean of the numbers 0-100 among the alternatives for one token, weighted by probability.
 
     Args:
         alternatives: (token text, natural log-probability).
-        least_mass: None is returned if numbers have less probability than this in all: the judge wanted to say something else.
+        least_mass: None is returned if numbers have less probability than this in all: the judge wanted to say something else. So it is
+            for a log-probability that is none.
     """
     mass = total = 0.0
     for token, logprob in alternatives:
+        if not logprob <= _MOST_LOGPROB:
+            return None
         word = token.strip()
         if re.fullmatch(r"[0-9]{1,3}", word) and int(word) <= 100:
             mass += math.exp(logprob)

@@ -39,11 +39,13 @@ class AdapterFiles:
         Raises:
             ValueError: no such adapter, or folder and name in the wrong order.
             FileExistsError: the folder exists and ``overwrite`` is False, or it holds something else than an adapter.
+            FloatingPointError: an adapter with NaN or infinity in it.
         """
         name = self.active_adapter if name is None else name
         if name not in self.adapters and (str(folder) in self.adapters or _is_path(name)):
             raise ValueError(_swapped("save_adapter", folder, name))
         self.adapter_config(name)
+        self.check_adapter_finite(cast(str, name))
         folder = Path(folder)
         others = sorted(path.name for path in folder.iterdir() if path.name not in (*FILES, "README.md")) if folder.is_dir() else []
         if overwrite and others:
@@ -51,6 +53,13 @@ class AdapterFiles:
         with files.finished_folder(folder, replaces="adapter_config.json" if overwrite else None) as temporary:
             self.write_adapter(temporary, cast(str, name))
         return folder
+
+    def check_adapter_finite(self, name: str) -> None:
+        """Raise FloatingPointError for an adapter with NaN or infinity in it: nothing that it says would mean anything."""
+        if not all(torch.isfinite(parameter).all() for parameter in self.adapter_parameters(name)):
+            raise FloatingPointError(
+                f"adapter {name!r} holds NaN or infinity, so it is not kept: lower the learning rate, or train it from a good checkpoint"
+            )
 
     def write_adapter(self, folder: str | Path, name: str) -> None:
         """Write an adapter's two files in peft's plain format into a folder that is there (`save_adapter` is the safe way)."""

@@ -31,7 +31,12 @@ _STRICT = {
 
 
 def of_loaded(model: PreTrainedModel | PeftModel) -> tuple[Any, str]:
-    """The transformers model inside, and its source. Raises ValueError for adapters that could not be switched off again."""
+    """The transformers model inside, and its source.
+
+    Raises:
+        ValueError: adapters that could not be switched off again, or weights that are not finite.
+    """
+    _check_finite("this model", model)
     if isinstance(model, PeftModel):
         check_live(model)
     hf = cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
@@ -114,9 +119,13 @@ def _check_weights(name: str, hf: nn.Module, found: Mapping[str, Any]) -> None:
             f"{name!r}: the checkpoint lacks {len(missing)} tensors ({missing[:3]}) and has {len(wrong)} of other shapes ({wrong[:2]}), "
             "which transformers fills with random numbers: copy the checkpoint anew, or load the model that it belongs to"
         )
+    _check_finite(repr(name), hf)
+
+
+def _check_finite(what: str, hf: nn.Module) -> None:
     broken = next((key for key, tensor in hf.named_parameters() if not torch.isfinite(tensor).all()), None)
     if broken is not None:
-        raise ValueError(f"{name!r}: expected finite weights, got NaN or infinity in {broken}: the checkpoint is broken")
+        raise ValueError(f"{what}: expected finite weights, got NaN or infinity in {broken}: the checkpoint is broken")
 
 
 def default_device(device: str | torch.device | None) -> torch.device:

@@ -88,6 +88,7 @@ def read_sites(
     Raises:
         TypeError: sites that are no list of names.
         ValueError: an unknown site or adapter, a row longer than the model's context, or an SAE left attached.
+        FloatingPointError: while it is read, an activation [batch pos d_model] that is NaN or infinite at a token.
     """
     sites = check_names("read_sites", sites, such_as=EXAMPLE_SITE)
     check_batch_size(batch_size)
@@ -116,7 +117,18 @@ def _read(
             store: dict[str, Tensor] = {}
             with acting(model, held), _hooked(model, [record(site, store) for site in sites]):
                 model(batch.ids, attention_mask=batch.mask.long(), stop_at_layer=stop)
+            check_finite(store, batch, held)
             yield store, batch
+
+
+def check_finite(store: dict[str, Tensor], batch: Batch, adapter: str | Path | None) -> None:
+    """Raise FloatingPointError naming the site; attention scores, whose masked entries are infinite, are left alone."""
+    for site, activation in store.items():
+        if activation.ndim == 3 and not torch.isfinite(activation).all(-1)[batch.mask.to(activation.device)].all():
+            raise FloatingPointError(
+                f"activations at {site} are NaN or infinite{'' if adapter is None else f' under {str(adapter)!r}'}: is the adapter broken, "
+                "or a hook's edit too large?"
+            )
 
 
 def read_site(

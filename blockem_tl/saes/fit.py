@@ -24,8 +24,14 @@ def reconstruct(sae: SAE[Any], activations: Float[Tensor, "tokens d_model"]) -> 
 
     An SAE that scales its input when it runs (SAELens's ``layer_norm`` and ``constant_norm_rescale``) keeps the tokens' scales between
     encode and decode and undoes them, so both run on the same tokens, one right after the other.
+
+    Raises:
+        FloatingPointError: a reconstruction that is NaN or infinite.
     """
-    return sae.decode(sae.encode(activations.to(sae.W_dec))).to(activations)
+    found = sae.decode(sae.encode(activations.to(sae.W_dec))).to(activations)
+    if not torch.isfinite(found).all():
+        raise FloatingPointError(f"SAE at {sae.cfg.metadata.hook_name}: its reconstruction is NaN or infinite: are its weights whole?")
+    return found
 
 
 @torch.no_grad()

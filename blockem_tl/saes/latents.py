@@ -43,7 +43,7 @@ def decoder_directions(sae: SAE[Any], latents: Sequence[int]) -> Float[Tensor, "
     """Unit-norm decoder rows d_k / |d_k| of the chosen latents: the steering directions (paper A.3).
 
     Raises:
-        ValueError: an index out of range, or a latent whose decoder row is zero.
+        ValueError: an index out of range, or a latent whose decoder row is zero or has no finite norm.
     """
     latents = as_indices(latents)
     check_latents(sae, latents)
@@ -53,13 +53,27 @@ def decoder_directions(sae: SAE[Any], latents: Sequence[int]) -> Float[Tensor, "
         raise ValueError(
             f"latents {[k for k, n in zip(latents, norms[:, 0], strict=True) if n == 0]} have zero decoder rows: nothing to steer along"
         )
+    if not torch.isfinite(norms).all():
+        broken = [k for k, n in zip(latents, norms[:, 0], strict=True) if not torch.isfinite(n)]
+        raise ValueError(f"latents {broken} have decoder rows of NaN, infinity or numbers too large for a norm: the SAE is broken")
     return rows / norms
 
 
+def _check_finite(sae: SAE[Any], what: str, *values: Tensor) -> None:
+    """Raise FloatingPointError naming the SAE's site unless all values are finite."""
+    if not all(torch.isfinite(tensor).all() for tensor in values):
+        raise FloatingPointError(
+            f"SAE at {sae.cfg.metadata.hook_name}: {what} are NaN or infinite: are the activations finite, and the SAE's weights whole?"
+        )
+
+
 def encode_all(sae: SAE[Any], activations: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_sae"]:
-    """z of all latents, dense, in the SAE's dtype."""
+    """z of all latents, dense, in the SAE's dtype. Raises FloatingPointError for activations or latents that are NaN or infinite."""
+    _check_finite(sae, "its input activations", activations)  # ReLU would make latents of 0 out of minus infinity
     latents = sae.encode(activations.to(sae.W_dec))
-    return latents.to_dense() if latents.is_sparse else latents
+    dense = latents.to_dense() if latents.is_sparse else latents
+    _check_finite(sae, "its latents", dense)
+    return dense
 
 
 def encode_latents(
@@ -69,22 +83,31 @@ def encode_latents(
 
     ReLU, JumpReLU and gated SAEs compute just those columns, as constants; every other kind (TopK, BatchTopK loaded as TopK, ...) runs its
     full encode, where parameters that require a gradient get one: freeze such an SAE first.
+
+    Raises:
+        ValueError: an index out of range.
+        FloatingPointError: activations or latents that are NaN or infinite.
     """
     latents = as_indices(latents)
     check_latents(sae, latents)
     columns = torch.as_tensor(latents, device=sae.W_dec.device)
     kind = sae.cfg.architecture()
     if kind not in _COLUMNWISE:
+        _check_finite(sae, "its input activations", activations)
         full = sae.encode(activations)
-        return (full.to_dense() if full.is_sparse else full)[..., columns]
+        dense = full.to_dense() if full.is_sparse else full
+        _check_finite(sae, "its latents", dense)  # of all: NaN among the k largest would push a chosen one out
+        return dense[..., columns]
     x, weights = sae.process_sae_in(activations), sae.W_enc.detach()[:, columns]
 
     def chosen(parameter: str) -> Float[Tensor, " n_latents"]:
         return getattr(sae, parameter).detach()[columns]  # the biases differ from kind to kind
 
     if kind == "gated":
-        gate = (x @ weights + chosen("b_gate")) > 0
-        return gate.to(sae.dtype) * sae.activation_fn(x @ (weights * chosen("r_mag").exp()) + chosen("b_mag"))
-    pre = x @ weights + chosen("b_enc")
+        gate, magnitude = x @ weights + chosen("b_gate"), x @ (weights * chosen("r_mag").exp()) + chosen("b_mag")
+        _check_finite(sae, "pre-activations", gate, magnitude)
+        return (gate > 0).to(sae.dtype) * sae.activation_fn(magnitude)
+    pre, limit = x @ weights + chosen("b_enc"), [chosen("threshold")] if kind == "jumprelu" else []
+    _check_finite(sae, "pre-activations", pre, *limit)
     acts = sae.activation_fn(pre)
-    return acts * (pre > chosen("threshold")).to(acts.dtype) if kind == "jumprelu" else acts
+    return acts * (pre > limit[0]).to(acts.dtype) if limit else acts

@@ -96,8 +96,14 @@ def choose(harm: pd.Series, losses: pd.DataFrame, runs: Sequence[str], *, agains
 
     A run has learnt it if its dev loss, averaged over seeds, is at most ``within`` times that of ``against``; if none has, the one with the
     least dev loss is taken.
+
+    Raises:
+        ValueError: a run whose losses or harm are not finite, by its name.
     """
-    dev: Any = losses.groupby("run")["dev_loss"].mean()
+    dev: Any = losses.groupby("run")["dev_loss"].apply(lambda values: values.mean(skipna=False))
+    broken = [run for run in (against, *runs) if not np.isfinite(dev[run]) or (run in runs and not np.isfinite(harm[run]))]
+    if broken:
+        raise ValueError(f"choose: expected finite losses and rates, got NaN or infinity for {broken}: measure those runs again")
     learnt = [run for run in runs if dev[run] <= within * dev[against]]
     return min(learnt, key=lambda run: float(cast(Any, harm)[run])) if learnt else min(runs, key=lambda run: float(dev[run]))
 

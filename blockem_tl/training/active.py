@@ -120,6 +120,15 @@ class ActiveDefences:
         return {cast(Defence, defence).name: defence.describe_weight() for defence in self._all(DescribesWeight)}
 
 
+@contextmanager
+def naming(where: Callable[[], str]) -> Iterator[None]:
+    """Inside the block an error of numbers also names the step and its rows."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise not_finite(str(error), where()) from error
+
+
 def not_finite(what: str, where: str) -> FloatingPointError:
     """The error for a loss or gradient that is NaN or infinite."""
     return FloatingPointError(f"{what} {where}: lower the learning rate or the weights")

@@ -73,7 +73,11 @@ class Checkpoints:
         return int(now / self.every_epochs + 1e-9) > int(before / self.every_epochs + 1e-9)
 
     def save(self, model: Model, adapter: str, optimizer: torch.optim.Optimizer, run: Mapping[str, Any]) -> Path:
-        """Write the run's state, whole or not at all. The first process writes; the others hand over their random states."""
+        """Write the run's state, whole or not at all. The first process writes; the others hand over their random states.
+
+        Raises FloatingPointError for an adapter with NaN or infinity in it.
+        """
+        model.check_adapter_finite(adapter)
         target = self.folder / f"epoch-{_epochs(run):g}"
         generators = cast(list[dict[str, Tensor]], gather_object([_generators()]))
         if PartialState().is_main_process:

@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from blockem_tl.data.chat import Encoded, pad
 from blockem_tl.models.load import Model
-from blockem_tl.training.active import ActiveDefences, not_finite
+from blockem_tl.training.active import ActiveDefences, naming, not_finite
 from blockem_tl.training.checkpoints import Checkpoints, load_run, restore_generators, restore_optimizer
 from blockem_tl.training.config import TrainingConfig
 from blockem_tl.training.identity import identity_of
@@ -96,6 +96,7 @@ class Loop:
                     stop = stop_when(self.model, self.done)
                 if self.checkpoints and (self.checkpoints.due(before, row["epoch"]) or self.done == self.last_step):
                     self.checkpoints.save(self.model, self.adapter, self.optimizer, self._state())
+        self.model.check_adapter_finite(self.adapter)  # the last step's update is in no loss
         self.defences.finish(self.adapter)
 
     def step(self) -> Row:
@@ -139,7 +140,8 @@ class Loop:
                 penalties = contexts.enter_context(self.defences.during_step(batch))
                 logits = cast(Any, self.network)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
                 sft = summed_cross_entropy(logits, batch) / tokens * world
-                parts = penalties(logits, examples)
+                with naming(lambda: self._where(rows)):
+                    parts = penalties(logits, examples)
             loss = self.defences.loss(sft, parts, world, lambda: self._where(rows))
             loss.backward()
         return loss.detach()

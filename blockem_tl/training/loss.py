@@ -1,5 +1,6 @@
 """The SFT loss, cross-entropy of the completion tokens, and a defence's penalty on rows outside of training."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -49,6 +50,7 @@ def completion_loss(
     Raises:
         TypeError: rows that are no examples.
         ValueError: no rows, or a row without prompt or completion.
+        FloatingPointError: a loss that is NaN or infinite, naming the rows.
     """
     check_examples(model, examples)
     encoded, size = encode_examples(model.tokenizer, examples), batch_size or BATCH_SIZE
@@ -57,7 +59,7 @@ def completion_loss(
         for start in range(0, len(encoded), size):
             batch = pad(encoded[start : start + size], model.pad_id, side="right", device=model.device)
             logits = cast(Any, model.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
-            total += float(summed_cross_entropy(logits, batch))
+            total += _finite("loss", summed_cross_entropy(logits, batch), examples[start : start + size])
             tokens += int(batch.reply[:, 1:].sum())
     return total / tokens
 
@@ -78,6 +80,7 @@ def mean_penalty(
     Raises:
         TypeError: rows that are no examples.
         ValueError: a row without prompt or completion, a defence without a penalty, or one that does not fit the model.
+        FloatingPointError: a penalty that is NaN or infinite, naming the rows.
     """
     check_examples(model, examples)
     defence.check(model)
@@ -88,7 +91,14 @@ def mean_penalty(
             with defence.during_step(model, batch) as penalty:
                 if penalty is None:
                     raise ValueError(f"{defence.name}: this defence has no penalty")
-                total += float(
-                    penalty(cast(Any, model.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits).sum()
-                )
+                logits = cast(Any, model.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
+                total += _finite(f"penalty {defence.name}", penalty(logits).sum(), examples[start : start + size])
     return total / len(encoded)
+
+
+def _finite(what: str, value: Tensor, rows: Sequence[Example]) -> float:
+    """The number. Raises FloatingPointError naming the rows if it is none."""
+    found = float(value)
+    if not math.isfinite(found):
+        raise FloatingPointError(f"the {what} on rows {[row.id for row in rows][:5]} is {found}: a broken adapter, or too large an edit?")
+    return found

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from blockem_tl.data.chat import Batch, Encoded
 from blockem_tl.models.load import Model
-from blockem_tl.training.active import ActiveDefences
+from blockem_tl.training.active import ActiveDefences, naming
 from blockem_tl.training.defence import Defence, RewritesRows, check_defences
 
 _PACKED = (
@@ -116,7 +116,8 @@ class Defended(Trainer):
             with _forwards(self.active.model) as forwards:  # not return_outputs: TRL runs the model again for it, without gradient
                 sft = cast(Tensor, super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch))
             outputs = self._only(forwards)
-            parts = penalties(getattr(outputs, "logits", None), self._examples)
+            with naming(lambda: self._where(batch)):
+                parts = penalties(getattr(outputs, "logits", None), self._examples)
         scale = self._still_divided_by(num_items_in_batch) * self.accelerator.num_processes  # gradients are averaged over the processes
         loss = self.active.loss(sft, parts, scale, lambda: self._where(batch))
         return (loss, outputs) if return_outputs else loss

@@ -28,7 +28,7 @@ from blockem_tl.analysis.patching.endpoints import PatchEndpoint, check_groups, 
 from blockem_tl.data.chat import Batch, Encoded, check_lengths, encode_replies, pad
 from blockem_tl.generation._partial_forward import run_until_block
 from blockem_tl.hooks import Hook, patch, record
-from blockem_tl.models.activations import stop_layer
+from blockem_tl.models.activations import check_finite, stop_layer
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
 from blockem_tl.saes.latents import check_latents, encode_latents
@@ -228,6 +228,7 @@ class _Contrast:
         with self.source.acting(), model.hooks(fwd_hooks=[record(site, store) for site in self.sites]):
             stop = stop_layer(model, self.sites) or model.cfg.n_layers
             run_until_block(model, stop, input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False)
+        check_finite(store, batch, self.source.adapter)
         return {site: state.to(self.target.model.device) for site, state in store.items()}
 
     def metric(self, part: _Part, hooks: Sequence[Hook] = ()) -> Float[Tensor, ""]:
@@ -236,7 +237,10 @@ class _Contrast:
         with self.target.acting(), model.hooks(fwd_hooks=hooks):
             logits = cast(Any, model.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
         predicted = logits[:, :-1].float().log_softmax(-1).gather(-1, batch.ids[:, 1:, None])[..., 0]
-        return (predicted * part.weights[:, 1:]).sum()
+        found = (predicted * part.weights[:, 1:]).sum()
+        if not torch.isfinite(found):
+            raise FloatingPointError("patching: logits are NaN or infinite: a broken adapter, or too large a patch?")
+        return found
 
     def gradients(self, part: _Part) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
         """The part's metric, and at each site the target's states and the metric's gradient with respect to them."""
