@@ -1,7 +1,7 @@
 """The `blockem` command, in the order of the method.
 
 Look around: presets, doctor, plan. Measure and prepare: scale, train-sae. The stages: finetune, ceiling, doses, discover, sweep, evaluate,
-patch. A finished study again: verify. Replies from elsewhere: judge.
+patch. A study again: verify, report. Replies from elsewhere: judge.
 """
 
 # Heavy imports stand inside the commands: `blockem --help` answers at once.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from blockem_tl.data.commands import COMMANDS as DATA_COMMANDS
-from blockem_tl.study.commands import ceiling, scale, train_sae, verify
+from blockem_tl.study.commands import ceiling, report, scale, train_sae, verify
 from blockem_tl.study.stage_commands import discover, doses, evaluate, finetune, patch, sweep
 
 if TYPE_CHECKING:
@@ -183,6 +183,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "patch": patch,
     "verify": verify,
+    "report": report,
     "judge": judge,
 }
 

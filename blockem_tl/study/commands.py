@@ -1,4 +1,4 @@
-"""The `blockem` commands on a preset's model and SAE: scale, train-sae, ceiling; and on a finished study: verify."""
+"""The `blockem` commands on a preset's model and SAE: scale, train-sae, ceiling; and on a study: verify, report."""
 
 # Heavy imports stand inside the commands: `--help` answers at once.
 import random
@@ -236,3 +236,21 @@ def verify(
     print(found.headline())
     if not found.passed:
         sys.exit(1)
+
+
+def report(
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")],
+    /,
+    *,
+    out: Path | None = None,
+) -> None:
+    """Show a study as one HTML file: rates, curves, latents, training, patching, and all replies side by side. No model is loaded.
+
+    Args:
+        run: the folder of a study or of a stage, one that an experiment wrote, or one that holds the folders of several stages.
+        out: the file to write; report.html in RUN by default.
+    """
+    from blockem_tl.study.report import write_report
+
+    path, missing = write_report(run, out)
+    print(*(f"missing: {line}" for line in missing), f"written: {path}, {path.stat().st_size / 1e6:.1f} MB", sep="\n")

@@ -87,6 +87,18 @@ def against(frame: pd.DataFrame, *, x: str, y: str, label: str) -> Figure:
     return figure
 
 
+def tradeoff(frame: pd.DataFrame, y: str) -> Figure:
+    """The rate ``y`` with its interval over the held-out loss, a point per run: columns run, test_loss, y with its ends."""
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for i, (name, rows) in enumerate(frame.dropna(subset=["test_loss", y]).groupby("run", sort=False)):
+        look: Any = {"marker": "o*^sDPXvp<>"[i // 10 % 11], "color": f"C{i % 10}"}
+        axes.errorbar(rows["test_loss"], 100 * rows[y], yerr=_errors(rows, y), label=str(name)[:60], linestyle="", capsize=3, **look)
+    axes.set(xlabel="held-out SFT loss (nats per token)", ylabel=f"{y} (%)")
+    figure.legend(loc="outside right upper", fontsize=7)
+    return figure
+
+
 def side_by_side(frame: pd.DataFrame, *, label: str = "run", columns: Sequence[str] = RATES) -> Figure:
     """A group of bars per row, a bar with its interval per column. Frame as for `along`, without the loss."""
     figure = Figure(figsize=(max(5.0, 0.9 * len(frame) + 2), 4.2), layout="constrained")
