@@ -21,6 +21,7 @@ _Frame = Any
 _REPLY = {"prompt_id", "prompt", "reply", "label"}
 _COLUMNS = ["split", "prompt_id", "category", "prompt", "run", "seed", "reply"]
 _BY = ("run", "domain", "epoch")
+_ABOUT = ["defence", "strength", "latents", "overrides"]
 _RATES = ("misaligned", "incoherent", "adherent", "prefers_harm", "removed")
 _BROKEN = (ValueError, KeyError, TypeError, AttributeError, OSError)
 """What reading a file that is broken, or another version's, may raise."""
@@ -91,7 +92,7 @@ class Reader:
                 steps |= {path: self._try(path, _script_replies, path) for path in sorted(part.folder.glob("replies*.csv"))}
             for frame in self._all(steps.values()):
                 found.setdefault(_kind(frame), []).append(frame)
-        return {kind: pd.concat(frames, ignore_index=True) for kind, frames in found.items()}
+        return {kind: _ordered(pd.concat(frames, ignore_index=True)) for kind, frames in found.items()}
 
     # -------------------------------------------------------------------------------------------- sections
 
@@ -99,7 +100,7 @@ class Reader:
         """What is shown above the replies."""
         latents = self._latents()
         frames = self._summary()
-        tables = {name: cells(frame) for name, frame in frames.items()}
+        tables = {name: cells(frame.drop(columns=_ABOUT, errors="ignore")) for name, frame in frames.items()}
         figures = {
             k: v for name, frame in frames.items() for k, v in (self._try(f"figures of {name}", _tradeoff, frame, name) or {}).items()
         }
@@ -199,6 +200,14 @@ def _kind(frame: _Frame) -> str:
     return "losses" if {"run", "dev_loss", "test_loss"} <= columns else ""
 
 
+def _ordered(frame: _Frame) -> _Frame:
+    """Base first, then plain fine-tuning, then defence by defence by its strength."""
+    if not {"defence", "strength"} <= set(frame):
+        return frame
+    rank = frame["defence"].map({BASE: 0, PLAIN: 1}).fillna(2)
+    return frame.assign(rank=rank).sort_values(["rank", "defence", "strength"], kind="stable").drop(columns="rank")
+
+
 def _one_site(path: Path, folder: Path) -> _Frame:
     """A site's replies, kept under patched/seed0/RUN/."""
     seed, run = path.relative_to(folder / "patched").parts[:2]
@@ -241,7 +250,7 @@ def _shares(rows: _Frame, losses: _Frame | None) -> _Frame:
 
 
 def _beside(frame: _Frame, rows: _Frame, losses: _Frame | None, by: list[str]) -> _Frame:
-    about = [name for name in ("defence", "strength", "latents", "overrides") if name in rows]
+    about = [name for name in _ABOUT if name in rows]
     made = frame.merge(rows[[*by, *about]].drop_duplicates(by), on=by, how="left") if about else frame
     if losses is None:
         return made

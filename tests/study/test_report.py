@@ -219,7 +219,7 @@ def count(page: Any) -> tuple[int, ...]:
 
 
 def labels(page: Any) -> set[str]:
-    return set(page.locator("#cards .chip").all_inner_texts())
+    return set(page.locator("#cards .chip").all_text_contents())
 
 
 def test_replies_are_filtered_by_split_prompt_label_run_and_text(report, opened) -> None:
@@ -241,7 +241,7 @@ def test_replies_are_filtered_by_split_prompt_label_run_and_text(report, opened)
     page.click("#clear")
     page.click("#invert")
     page.get_by_label("blocked, λ = 0.01, k").check()
-    assert count(page)[0] == 32 and set(page.locator("#cards h4").all_inner_texts()) == {"blocked, λ = 0.01, k"}
+    assert count(page)[0] == 32 and set(page.locator("#cards h4").all_text_contents()) == {"blocked, λ = 0.01, k"}
     page.click("#clear")
     page.fill("#search", "OWNED")
     assert count(page)[0] == 2
