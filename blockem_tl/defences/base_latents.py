@@ -36,6 +36,8 @@ Target = tuple[LatentSet, SAE[Any]]
 
 _FORMAT = 1
 _SPOT_CHECKED = 4  # rows
+MOST_ROUNDING = 1e-4
+"""Of the latents' variance: a hundredth of what `Blocking` allows them to move with ``weight="auto"``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +187,37 @@ def standard_deviations(
     else:
         read = _values(model, targets, [row.ids for row in rows], reference, 32, progress=False)
     return torch.from_numpy(np.concatenate([latents[row.n_prompt :] for latents, row in zip(read, rows, strict=True)])).std(0, correction=0)
+
+
+def stored_is_exact(
+    stored: StoredLatents, model: Model, targets: Sequence[Target], rows: Sequence[Encoded], reference: BaseLatents
+) -> bool:
+    """Whether stored latents may stand for live ones, see `rounding`. Warns if not."""
+    with reference.held(model) as held:
+        share = rounding(stored, model, targets, rows, held)
+    if share > MOST_ROUNDING:
+        warnings.warn(
+            f"stored references differ from live ones by {share:.2g} of the latents' variance, since rows round otherwise in other batches "
+            "here, so the penalty would not be 0 before the first step: the reference runs live",
+            stacklevel=4,
+        )
+    return share <= MOST_ROUNDING
+
+
+def rounding(stored: StoredLatents, model: Model, targets: Sequence[Target], rows: Sequence[Encoded], reference: BaseLatents) -> float:
+    """Mean square by which stored latents differ from those of a few rows run one by one, in units of the latents' variance there.
+
+    It is 0 where a row's numbers do not depend on the batch that it is in, as on processors. Where they do, in bf16 most of all, a
+    penalty on stored latents would not be 0 before the first step.
+    """
+    spread, moved = [], []
+    for row in rows[:: max(1, len(rows) // _SPOT_CHECKED)][:_SPOT_CHECKED]:
+        (fresh,) = _values(model, targets, [row.ids], reference, 1, progress=False)
+        kept = np.array(stored.row(row.ids))
+        spread.append(kept[row.n_prompt :])
+        moved.append(np.square(kept - fresh)[row.n_prompt :])
+    variance = np.concatenate(spread).var(0).sum()
+    return float(np.concatenate(moved).mean(0).sum() / variance) if variance > 0 else 0.0
 
 
 def _identity(model: Model, targets: Sequence[Target], unique: Sequence[tuple[int, ...]], reference: BaseLatents) -> dict[str, Any]:

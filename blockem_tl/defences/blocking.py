@@ -20,6 +20,7 @@ from blockem_tl.defences.base_latents import (
     read_latents,
     read_states,
     standard_deviations,
+    stored_is_exact,
     stored_latents,
 )
 from blockem_tl.hooks import record
@@ -64,8 +65,9 @@ class Blocking:
         targets: instead of those, several (latent set, SAE), from the first block to the last. For K+ alone, shuffled signs or a union
             at one SAE see `LatentSet`.
         positions: "completion" penalises the label-bearing tokens, as in the paper; "all" also the prompt (not template or padding).
-        reference: "stored": base's latents, computed once for all rows of the run and kept for later runs; "live": at every step, by
-            a second forward with the adapter off; or `BaseLatents`, if an adapter's or another model's latents count as unmoved.
+        reference: "stored": base's latents, computed once for all rows of the run and kept for later runs (where rows round otherwise in
+            other batches, the reference runs live, with a warning); "live": at every step, by a second forward with the adapter off; or
+            `BaseLatents`, if an adapter's or another model's latents count as unmoved.
         max_movement: with "auto", how far the latents of each target may move in their misaligned direction (root mean square over latents
             and tokens), in units of their own standard deviation on the reference over the run's completion tokens.
         error_anchor: weight of the SAE's error beside the latents, relative to lambda: the squared change of what the SAE leaves out,
@@ -148,7 +150,8 @@ class Blocking:
         self._check_reached(model)
         self._run.start()
         if self._reference.stored:
-            self._run.stored = stored_latents(model, self.all_targets, rows, self._reference)
+            kept = stored_latents(model, self.all_targets, rows, self._reference)
+            self._run.stored = kept if stored_is_exact(kept, model, self.all_targets, rows, self._reference) else None
         if self.weight == "auto":
             variances = standard_deviations(model, self.all_targets, rows, self._reference, self._run.stored).square()
             for label, part in zip(self._labels, variances.split([len(s) for s, _ in self.all_targets]), strict=True):

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ _CHUNK = 1 << 20
 
 _MOST_REMEMBERED = 32
 _SUMMED = 1024
+_SMALL = 1 << 16  # bytes of a tensor that is hashed sooner than summed
+_SETTLED = 2.0  # seconds after which a file that is written again has another time
 _hashes: dict[str, str] = {}
 
 
@@ -30,12 +33,37 @@ def of_bytes(content: bytes) -> str:
 
 
 def of_file(path: Path | str) -> str:
-    """SHA-256 of a file's contents, read in pieces."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    """SHA-256 of a file's contents, read in pieces, and once as long as size, time and inode are the same."""
+
+    def whole() -> str:
+        digest = hashlib.sha256()
+        with Path(path).open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    return _once("file", [Path(path)], whole)
+
+
+def _once(kind: str, paths: Sequence[Path], whole: Callable[[], str]) -> str:
+    """The hash of these files: as it was taken before if all are the same by size, time and inode, else ``whole()``.
+
+    What was written within the last seconds is read again: written once more, it could have the same time.
+    """
+    found = [path.stat() for path in paths]
+    settled = all(abs(time.time() - one.st_mtime) > _SETTLED for one in found)
+    if not settled:
+        return whole()
+    about = [(str(p.resolve()), s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in zip(paths, found, strict=True)]
+    return _kept(of_value([kind, about]), whole)
+
+
+def _kept(key: str, whole: Callable[[], str]) -> str:
+    """The value remembered under the key, else ``whole()``, remembered: the last one used is the last one dropped."""
+    _hashes[key] = _hashes.pop(key, None) or whole()
+    while len(_hashes) > _MOST_REMEMBERED:
+        del _hashes[next(iter(_hashes))]
+    return _hashes[key]
 
 
 def of_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -45,7 +73,7 @@ def of_tensors(tensors: Mapping[str, Tensor]) -> str:
         digest = hashlib.sha256()
         for name, tensor in sorted(tensors.items()):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            digest.update(_bits(tensor))
         return digest.hexdigest()
 
     return remembered(tensors, "", whole)
@@ -79,12 +107,14 @@ def remembered(tensors: Mapping[str, Tensor], about: str, whole: Callable[[], st
     for name, tensor in sorted(tensors.items()):
         written = "inference" if tensor.is_inference() else tensor._version
         key.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{tensor.device}{tensor.data_ptr()}{written}".encode())
-        key.update(_sums(tensor).cpu().numpy().tobytes())
-    found = _hashes.pop(key.hexdigest(), None) or whole()
-    _hashes[key.hexdigest()] = found  # the last one used is the last one dropped
-    while len(_hashes) > _MOST_REMEMBERED:
-        del _hashes[next(iter(_hashes))]
-    return found
+        small = tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= _SMALL
+        key.update(_bits(tensor) if small else _sums(tensor).cpu().numpy().data)
+    return _kept(key.hexdigest(), whole)
+
+
+def _bits(tensor: Tensor) -> memoryview:
+    """Every bit of a tensor's values."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _sums(tensor: Tensor) -> Tensor:
@@ -119,12 +149,16 @@ def of_folder(source: str | Path) -> str:
         if not isinstance(config, str):
             raise ValueError(f"cannot tell which weights {str(source)!r} are: expected a folder, or a hub id that lies in the local cache")
         return f"{source}@{Path(config).parent.name}"
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in _CONTENTS:
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in _CONTENTS]
+
+    def whole() -> str:
+        digest = hashlib.sha256()
+        for path in paths:
             digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
             with path.open("rb") as file:
                 for start in range(0, path.stat().st_size, max(_CHUNK, path.stat().st_size // 64)):
                     file.seek(start)
                     digest.update(file.read(_CHUNK))
-    return digest.hexdigest()
+        return digest.hexdigest()
+
+    return _once("folder", paths, whole)

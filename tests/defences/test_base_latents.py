@@ -9,7 +9,7 @@ import torch
 from conftest import perturb
 from shared import EXAMPLES, SITES, sae_at, set_of
 
-from blockem_tl import Blocking, load_model
+from blockem_tl import Blocking, TrainingConfig, finetune, load_model
 from blockem_tl.data.chat import encode_examples, pad
 from blockem_tl.defences import base_latents as references
 from blockem_tl.defences.base_latents import BaseLatents, StoredLatents, read_latents, stored_latents
@@ -81,6 +81,38 @@ def test_bfloat16_references_would_change_the_gradients(tuned, targets, rows, tm
     rounded = torch.tensor(np.asarray(kept.values)).bfloat16().float().numpy()
     stored._run.stored = StoredLatents(rounded, kept.rows)
     assert float((gradient(tuned, stored, rows) - expected).norm() / expected.norm()) > 0.05
+
+
+PRECISIONS = {"float32": (torch.float32, False), "autocast": (torch.float32, True), "bfloat16": (torch.bfloat16, False)}
+
+
+def run_in(tiny_folder, targets, precision: str, plant=lambda model: None) -> tuple[Blocking, list[dict[str, float]]]:
+    dtype, autocast = PRECISIONS[precision]
+    model, blocking = load_model(tiny_folder, dtype=dtype, device="cpu"), Blocking(targets=targets, weight=1.0)
+    plant(model)
+    config = TrainingConfig(batch_size=8, micro_batch_size=4, epochs=1.0, learning_rate=1e-2, bf16=autocast)
+    return blocking, finetune(model, EXAMPLES, config=config, defences=[blocking], adapter="run", progress=False).history
+
+
+@pytest.mark.filterwarnings("error:stored references")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_nothing_has_moved_before_the_first_step_in_any_precision(precision, tiny_folder, targets) -> None:
+    """The default reference is stored, computed in the run's own precision: in bf16 base equals tuned to the last bit."""
+    blocking, steps = run_in(tiny_folder, targets, precision)
+    assert blocking._run.stored is not None
+    assert 0 <= steps[0]["block"] <= (1e-8 if precision == "float32" else 0) * steps[-1]["block"] < steps[-1]["block"]
+    rounded = torch.tensor(np.asarray(blocking._run.stored.values)).bfloat16().float().numpy()
+    assert not np.array_equal(rounded, blocking._run.stored.values)  # what rounding it to bf16 would change
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_where_numbers_depend_on_the_batch_the_reference_runs_live(precision, tiny_folder, targets) -> None:
+    def plant(model) -> None:
+        model.add_hook("blocks.0.hook_resid_post", lambda activation, hook: activation * (1 + 0.01 * len(activation)))
+
+    with pytest.warns(UserWarning, match=r"stored references differ from live ones by .*the reference runs live"):
+        blocking, steps = run_in(tiny_folder, targets, precision, plant)
+    assert blocking._run.stored is None and steps[0]["block"] == 0 < steps[-1]["block"]
 
 
 def test_a_store_is_reused_and_a_changed_model_sae_latents_or_rows_get_their_own(tuned, targets, rows, tmp_path, forwards) -> None:

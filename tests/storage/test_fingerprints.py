@@ -1,6 +1,8 @@
 """Hashes of weights are taken once, and never of other weights than those that are there."""
 
 import hashlib
+import os
+import time
 
 import pytest
 import torch
@@ -82,3 +84,43 @@ def test_few_are_remembered() -> None:
     for n in range(100):
         fingerprints.of_tensors({"x": torch.full((5,), float(n))})
     assert len(fingerprints._hashes) <= 32
+
+
+def counted(monkeypatch) -> list[str]:
+    """Files that are opened from now on."""
+    opened, plain = [], fingerprints.Path.open
+    monkeypatch.setattr(fingerprints.Path, "open", lambda path, *args, **named: opened.append(path.name) or plain(path, *args, **named))
+    return opened
+
+
+def test_a_file_is_read_once_as_long_as_it_is_the_same(tmp_path, monkeypatch) -> None:
+    path, opened = tmp_path / "weights.safetensors", counted(monkeypatch)
+    path.write_bytes(b"one")
+    opened.clear()
+    past = time.time() - 60
+    os.utime(path, (past, past))
+    first = [fingerprints.of_file(path), fingerprints.of_folder(tmp_path)]
+    assert first == [fingerprints.of_file(path), fingerprints.of_folder(tmp_path)]
+    assert opened == [path.name] * 2 and first[0] == hashlib.sha256(b"one").hexdigest()
+    path.write_bytes(b"two")
+    os.utime(path, (past, past))  # of the same size and time, but the inode was changed since
+    assert fingerprints.of_file(path) == hashlib.sha256(b"two").hexdigest() and fingerprints.of_folder(tmp_path) != first[1]
+
+
+def test_a_file_of_this_moment_is_read_again(tmp_path, monkeypatch) -> None:
+    """Written twice within a tick of the clock it would have the same time and size."""
+    path, opened = tmp_path / "weights.safetensors", counted(monkeypatch)
+    for content in (b"one", b"two"):
+        path.write_bytes(content)
+        assert fingerprints.of_file(path) == hashlib.sha256(content).hexdigest()
+    assert fingerprints.of_file(path) and opened.count(path.name) == 5
+
+
+def test_a_folder_that_gains_a_file_is_another(tmp_path) -> None:
+    past = time.time() - 60
+    (tmp_path / "a.json").write_text("{}")
+    os.utime(tmp_path / "a.json", (past, past))
+    before = fingerprints.of_folder(tmp_path)
+    (tmp_path / "b.json").write_text("{}")
+    os.utime(tmp_path / "b.json", (past, past))
+    assert fingerprints.of_folder(tmp_path) != before
