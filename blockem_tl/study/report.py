@@ -1,6 +1,7 @@
 """`write_report`: what lies in the folder of a study, or of stages of the method, as one HTML file. What cannot be read is named."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +10,18 @@ import pandas as pd
 from blockem_tl.models.lora import BASE
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.storage import files
-from blockem_tl.study import manifest, patching, preferences, summary
-from blockem_tl.study.folders import Part, missing_in, parts_of
+from blockem_tl.study import patching, preferences, summary
+from blockem_tl.study.folders import Folder, parts_of, present
 from blockem_tl.study.page import cells
 from blockem_tl.study.run import PLAIN
-from blockem_tl.study.study import FORMAT, MANIFEST
 from blockem_tl.views import plots, studies
 from blockem_tl.views.report import Section, page
 
 _Frame = Any
-_REPLY = {"prompt_id", "prompt", "reply", "label"}
 _COLUMNS = ["split", "prompt_id", "category", "prompt", "run", "seed", "reply"]
 _BY = ("run", "domain", "epoch")
 _ABOUT = ["defence", "strength", "latents", "overrides"]
 _RATES = ("misaligned", "incoherent", "adherent", "prefers_harm", "removed")
-_BROKEN = (ValueError, KeyError, TypeError, AttributeError, OSError)
-"""What reading a file that is broken, or another version's, may raise."""
 
 
 def write_report(run: Path | str, to: Path | str | None = None) -> tuple[Path, list[str]]:
@@ -33,192 +30,109 @@ def write_report(run: Path | str, to: Path | str | None = None) -> tuple[Path, l
     Raises:
         ValueError: no study there, or a place that cannot be written; before anything is read.
     """
-    run = Path(run)
-    parts, target = parts_of(run), Path(to) if to is not None else run / "report.html"
+    folder, target = Path(run), Path(to) if to is not None else Path(run) / "report.html"
+    parts = parts_of(folder)
     if target.is_dir():
         raise ValueError(f"report: expected the name of a file to write, got the folder {target}")
     files.check_writable(target.parent)
-    reader = Reader(run, parts)
-    preset = reader.about[0].get("preset", "") if reader.about else ""
-    text = page(
-        f"{run.resolve().name}: {preset}" if preset else run.resolve().name, reader.sections(), reader.replies(), missing=reader.missing
-    )
-    return files.write_text(target, text), reader.missing
+    found = Folder(folder)
+    preset = found.about[parts[0]].get("preset")
+    title = folder.resolve().name + (f": {preset}" if preset else "")
+    text = page(title, sections(found), replies(found), missing=found.missing)
+    return files.write_text(target, text), found.missing
 
 
-class Reader:
-    """Reads what is there; ``missing`` collects what is not, or cannot be read."""
+def sections(folder: Folder) -> list[Section]:
+    """What is shown above the replies."""
+    frames = _summary(folder)
+    tables = {name: cells(frame.drop(columns=_ABOUT, errors="ignore")) for name, frame in frames.items()}
+    figures: dict[str, Any] = {}
+    for name, frame in frames.items():
+        figures |= folder.attempt(f"figures of {name}", _tradeoff, frame, name) or {}
+    paths = [path for part in folder.parts for path in sorted([*part.folder.glob("run.json"), *part.folder.glob("seed*/*/run.json")])]
+    trained = present(folder.attempt(path, _history, path) for path in paths)
+    curves, last = folder.attempt("training", _training, trained) or ({}, {})
+    swept, shown = _patched(folder)
+    own, pages = _own(folder)
+    facts = [{"folder": part.name, "what": name, "value": text} for part, about in folder.about.items() for name, text in about.items()]
+    return [
+        Section(title="Summary", tables=tables, none="Nothing was measured yet: no replies, no pairs."),
+        Section(title="Trade-off", figures=figures, none="There are no rates to draw."),
+        Section(title="Latents", tables=_latents(folder), none="There is no latent set: `blockem discover` makes one, or Study.latents."),
+        Section(title="Training", figures=curves, tables=last, none="No training is finished."),
+        Section(title="Patching", figures=shown, tables=swept, none="There is no patching sweep: `blockem patch` makes one."),
+        Section(title="Tables and figures of the run", figures=pages, tables=own, folded=True, none="The folder has none of its own."),
+        Section(title="About", tables={"What each folder is of": facts}, folded=True, none=""),
+    ]
 
-    def __init__(self, run: Path, parts: Sequence[Part]) -> None:
-        self.run, self.parts, self.missing = run, list(parts), [line for part in parts for line in missing_in(part)]
-        self.about = self._all(self._about(part) for part in parts)
-        self.measured = self._measured()
 
-    def _try(self, what: str | Path, function: Callable[..., Any], *given: Any) -> Any:
-        """The function's result; None if it fails, which is noted."""
-        try:
-            return function(*given)
-        except _BROKEN as error:
-            name = what.relative_to(self.run).as_posix() if isinstance(what, Path) else what
-            said = " ".join(f"{type(error).__name__}: {error}".split())
-            self.missing.append(f"{name} cannot be shown: {said[:200]}")
-            return None
+def _of(folder: Folder, kind: str) -> Iterator[tuple[str, _Frame]]:
+    """What was measured of a kind, split by split."""
+    if (found := folder.measured.get(kind)) is not None:
+        for split, rows in found.groupby("split", sort=False):
+            yield str(split), rows
 
-    @staticmethod
-    def _all(found: Iterable[Any]) -> list[Any]:
-        return [one for one in found if one is not None]
 
-    # -------------------------------------------------------------------------------------------- what is there
+def _summary(folder: Folder) -> dict[str, _Frame]:
+    """Rates split by split, and preferences between pairs, beside the runs' losses."""
+    found, losses = {}, folder.measured.get("losses")
+    for kind, make in (("replies", _rates), ("pairs", _shares)):
+        for split, rows in _of(folder, kind):
+            name = f"{kind.capitalize()}, {split} prompts"
+            frame = folder.attempt(name, make, rows, losses)
+            found |= {} if frame is None else {name: frame}
+    final, task = (found.get(f"Replies, {split} prompts") for split in ("final", "in-domain"))
+    if final is not None and task is not None:  # what the runs have learnt belongs beside what they do
+        by = [name for name in _BY if name in final and name in task]
+        learnt = task[[*by, *(name for name in task if name.startswith("adherent"))]]
+        found["Replies, final prompts"] = final.merge(learnt, on=by, how="left")
+    return found
 
-    def _about(self, part: Part) -> dict[str, str] | None:
-        path = part.folder / f"{part.kind}.json"
-        kept = self._try(path, manifest.read, path)
-        if kept is not None and part.kind == "study" and kept.get("format") != FORMAT:
-            self.missing.append(
-                f"{MANIFEST} is of format {kept.get('format')!r}, this version writes {FORMAT!r}: what can be read is shown"
-            )
-        return None if kept is None else {"folder": part.name, **manifest.flat(kept)}
 
-    def _measured(self) -> dict[str, _Frame]:
-        """All frames of steps, those of one kind as one: replies, patched replies, pairs, losses."""
-        found: dict[str, list[_Frame]] = {}
-        for part in self.parts:
-            steps = {path: self._try(path, pd.read_parquet, path) for path in sorted((part.folder / "steps").rglob("*.parquet"))}
-            if not any("patched" in str(path.relative_to(part.folder)) for path in steps):  # broken off: sites are kept one by one
-                steps |= {
-                    path: self._try(path, _one_site, path, part.folder) for path in sorted((part.folder / "patched").rglob("*.parquet"))
-                }
-            if part.kind in ("summary", "settings"):
-                steps |= {path: self._try(path, _script_replies, path) for path in sorted(part.folder.glob("replies*.csv"))}
-            for frame in self._all(steps.values()):
-                found.setdefault(_kind(frame), []).append(frame)
-        return {kind: _ordered(pd.concat(frames, ignore_index=True)) for kind, frames in found.items()}
+def _latents(folder: Folder) -> dict[str, list[dict[str, str]]]:
+    found = {}
+    for part in folder.parts:
+        for path in sorted([*part.folder.glob("seed*/latents/*.json"), *part.folder.glob("latents.json")]):
+            if (latents := folder.attempt(path, LatentSet.load, path)) is not None:
+                found[f"{path.relative_to(folder.run).as_posix()}: {latents.headline()}"] = cells(latents.to_frame())
+    return found
 
-    # -------------------------------------------------------------------------------------------- sections
 
-    def sections(self) -> list[Section]:
-        """What is shown above the replies."""
-        latents = self._latents()
-        frames = self._summary()
-        tables = {name: cells(frame.drop(columns=_ABOUT, errors="ignore")) for name, frame in frames.items()}
-        figures = {
-            k: v for name, frame in frames.items() for k, v in (self._try(f"figures of {name}", _tradeoff, frame, name) or {}).items()
-        }
-        history = self._histories()
-        curves = {} if history is None else {"Loss and weighted penalty, means over seeds": studies.training(_plain(history))}
-        last = {} if history is None else {"Last step": cells(history.groupby(["run", "seed"], sort=False).last().reset_index())}
-        swept, shown = self._patched()
-        pages, own = self._pages()
-        return [
-            Section(title="Summary", tables=tables, none="Nothing was measured yet: no replies, no pairs."),
-            Section(title="Trade-off", figures=figures, none="There are no rates to draw."),
-            Section(title="Latents", tables=latents, none="There is no latent set: `blockem discover` makes one, or Study.latents."),
-            Section(title="Training", figures=curves, tables=last, none="No training is finished."),
-            Section(title="Patching", figures=shown, tables=swept, none="There is no patching sweep: `blockem patch` makes one."),
-            Section(title="Tables and figures of the run", figures=own, tables=pages, folded=True, none="The folder has none of its own."),
-            Section(title="About", tables={"What each folder is of": self._facts()}, folded=True, none=""),
-        ]
+def _patched(folder: Folder) -> tuple[dict[str, list[dict[str, str]]], dict[str, Any]]:
+    """Tables and figures of patching sweeps, by replies and by pairs."""
+    pairs = dict(_of(folder, "pairs"))
+    made = {f"{run}, {split} prompts": (_by_replies, part) for split, rows in _of(folder, "patched") for run, part in rows.groupby("run")}
+    made |= {f"Pairs, {split} prompts": (partial(_by_pairs, pairs.get(split)), rows) for split, rows in _of(folder, "patched pairs")}
+    found = {name: folder.attempt(f"patching, {name}", function, rows) for name, (function, rows) in made.items()}
+    there = {name: both for name, both in found.items() if both}
+    return {name: cells(table) for name, (table, _) in there.items()}, {name: figure for name, (_, figure) in there.items()}
 
-    def _facts(self) -> list[dict[str, str]]:
-        return [
-            {"folder": one["folder"], "what": name, "value": text} for one in self.about for name, text in one.items() if name != "folder"
-        ]
 
-    def _summary(self) -> dict[str, _Frame]:
-        """Rates split by split, and preferences between pairs, beside the runs' losses."""
-        found, losses = {}, self.measured.get("losses")
-        for kind, make in (("replies", _rates), ("pairs", _shares)):
-            for split, rows in self.measured.get(kind, pd.DataFrame({"split": []})).groupby("split", sort=False):
-                name = f"{kind.capitalize()}, {split} prompts"
-                frame = self._try(name, make, rows, losses)
-                found |= {} if frame is None else {name: frame}
-        final, task = (found.get(f"Replies, {split} prompts") for split in ("final", "in-domain"))
-        if final is not None and task is not None:  # what the runs have learnt belongs beside what they do
-            by = [name for name in _BY if name in final and name in task]
-            found["Replies, final prompts"] = final.merge(
-                task[[*by, *(name for name in task if name.startswith("adherent"))]], on=by, how="left"
-            )
-        return found
+def _own(folder: Folder) -> tuple[dict[str, list[dict[str, str]]], dict[str, bytes]]:
+    """The tables and figures that the run's own script or command wrote."""
+    places = dict.fromkeys([folder.run, *(part.folder for part in folder.parts)])
+    csvs = [path for place in places for path in sorted(place.glob("*.csv")) if not path.name.startswith("replies")]
+    tables = {path: folder.attempt(path, lambda path: cells(pd.read_csv(path)), path) for path in csvs}
+    figures = {path: folder.attempt(path, path.read_bytes) for place in places for path in sorted(place.glob("*.png"))}
+    named = [{path.relative_to(folder.run).as_posix(): made for path, made in those.items() if made} for those in (tables, figures)]
+    return named[0], named[1]
 
-    def _latents(self) -> dict[str, list[dict[str, str]]]:
-        found = {}
-        for part in self.parts:
-            for path in sorted([*part.folder.glob("seed*/latents/*.json"), *part.folder.glob("latents.json")]):
-                if (latents := self._try(path, LatentSet.load, path)) is not None:
-                    found[f"{path.relative_to(self.run)}: {latents.headline()}"] = cells(latents.to_frame())
-        return found
 
-    def _histories(self) -> _Frame | None:
-        paths = [path for part in self.parts for path in sorted([*part.folder.glob("run.json"), *part.folder.glob("seed*/*/run.json")])]
-        frames = self._all(self._try(path, _history, path) for path in paths)
-        return pd.concat(frames, ignore_index=True) if frames else None
-
-    def _patched(self) -> tuple[dict[str, list[dict[str, str]]], dict[str, Any]]:
-        tables, figures = {}, {}
-        found = self.measured.get("patched", pd.DataFrame({"split": [], "run": []}))
-        for (split, run), rows in found.groupby(["split", "run"], sort=False):
-            name = f"{run}, {split} prompts"
-            frame = self._try(f"patching of {name}", patching.patched_rates, rows)
-            if frame is not None:
-                tables[name] = cells(frame)
-                figures[name] = plots.rates(_plain(frame), by="site", direction=" and ".join(rows["direction"].unique()))
-        return tables, figures
-
-    def _pages(self) -> tuple[dict[str, list[dict[str, str]]], dict[str, bytes]]:
-        """The tables and figures that the run's own script or command wrote."""
-        folders = dict.fromkeys([self.run, *(part.folder for part in self.parts)])
-        csvs = [path for folder in folders for path in sorted(folder.glob("*.csv")) if not path.name.startswith("replies")]
-        tables = {path: self._try(path, lambda path: cells(pd.read_csv(path)), path) for path in csvs}
-        figures = {path: self._try(path, path.read_bytes) for folder in folders for path in sorted(folder.glob("*.png"))}
-        named = [{str(path.relative_to(self.run)): made for path, made in those.items() if made} for those in (tables, figures)]
-        return named[0], named[1]
-
-    def replies(self) -> _Frame:
-        """One row per reply, patched ones too, with every judge's label: what `views.report.page` takes."""
-        found = self._all(self._try(f"replies ({kind})", _browsed, self.measured.get(kind)) for kind in ("replies", "patched"))
-        if not found:
-            return pd.DataFrame(columns=[*_COLUMNS, "labels"])
-        rows = pd.concat(found, ignore_index=True)
-        wide = rows.drop_duplicates([*_COLUMNS, "judge"]).pivot(index=_COLUMNS, columns="judge", values="label").fillna("")
-        shown = wide.index.to_frame(index=False).assign(labels=list(wide.itertuples(index=False, name=None)))
-        order = {name: i for i, name in enumerate(dict.fromkeys(rows["run"]))}
-        shown = shown.sort_values(["split", "prompt_id", "run", "seed"], key=lambda part: part.map(order) if part.name == "run" else part)
-        shown.attrs["judges"] = list(map(str, wide.columns))
-        return shown
+def replies(folder: Folder) -> _Frame:
+    """One row per reply, patched ones too, with every judge's label: what `views.report.page` takes."""
+    found = present(folder.attempt(f"replies ({kind})", _browsed, folder.measured.get(kind)) for kind in ("replies", "patched"))
+    if not found:
+        return pd.DataFrame(columns=[*_COLUMNS, "labels"])
+    rows = pd.concat(found, ignore_index=True)
+    wide = rows.drop_duplicates([*_COLUMNS, "judge"]).pivot(index=_COLUMNS, columns="judge", values="label").fillna("")
+    shown = wide.index.to_frame(index=False).assign(labels=list(wide.itertuples(index=False, name=None)))
+    order = {name: i for i, name in enumerate(dict.fromkeys(rows["run"]))}
+    shown = shown.sort_values(["split", "prompt_id", "run", "seed"], key=lambda part: part.map(order) if part.name == "run" else part)
+    shown.attrs["judges"] = list(map(str, wide.columns))
+    return shown
 
 
 # ------------------------------------------------------------------------------------------------ frames
-
-
-def _kind(frame: _Frame) -> str:
-    """What a step's frame holds, by its columns; "" for what a step of one's own measured."""
-    columns = set(frame)
-    if columns >= _REPLY:
-        return "patched" if "site" in columns else "replies"
-    if {"pair", "margin", "run"} <= columns:
-        return "" if "patched" in columns else "pairs"
-    return "losses" if {"run", "dev_loss", "test_loss"} <= columns else ""
-
-
-def _ordered(frame: _Frame) -> _Frame:
-    """Base first, then plain fine-tuning, then defence by defence by its strength."""
-    if not {"defence", "strength"} <= set(frame):
-        return frame
-    rank = frame["defence"].map({BASE: 0, PLAIN: 1}).fillna(2)
-    return frame.assign(rank=rank).sort_values(["rank", "defence", "strength"], kind="stable").drop(columns="rank")
-
-
-def _one_site(path: Path, folder: Path) -> _Frame:
-    """A site's replies, kept under patched/seed0/RUN/."""
-    seed, run = path.relative_to(folder / "patched").parts[:2]
-    return pd.read_parquet(path).assign(run=run, seed=int(seed.removeprefix("seed")))
-
-
-def _script_replies(path: Path) -> _Frame:
-    """Replies of a script that is no study, with its arms as runs."""
-    frame: _Frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    given = {"run": frame.get("arm", frame.get("condition")), "seed": 0, "split": frame["prompt_id"].str.partition("-")[0]}
-    return frame.assign(**{name: value for name, value in given.items() if name not in frame})
 
 
 def _browsed(found: _Frame | None) -> _Frame | None:
@@ -289,6 +203,29 @@ def _history(path: Path) -> _Frame:
     frame: _Frame = pd.DataFrame(kept["history"])[["step", "loss", "sft"]]
     about = {"run": kept.get("label", path.parent.name), "seed": kept.get("seed", path.parent.parent.name.removeprefix("seed"))}
     return frame.assign(**about, smoothed=frame["sft"].ewm(alpha=0.1).mean())
+
+
+def _training(histories: list[_Frame]) -> tuple[dict[str, Any], dict[str, list[dict[str, str]]]]:
+    """The curves of all trainings and their last steps; nothing of none."""
+    if not histories:
+        return {}, {}
+    frame: _Frame = pd.concat(histories, ignore_index=True)
+    last = frame.groupby(["run", "seed"], sort=False).last().reset_index()
+    return {"Loss and weighted penalty, means over seeds": studies.training(_plain(frame))}, {"Last step": cells(last)}
+
+
+def _by_replies(rows: _Frame) -> tuple[_Frame, Any]:
+    """The table and the figure of one run's patched replies."""
+    table = patching.patched_rates(rows)
+    return table, plots.rates(_plain(table), by="site", direction=" and ".join(rows["direction"].unique()))
+
+
+def _by_pairs(pairs: _Frame | None, rows: _Frame) -> tuple[_Frame, Any]:
+    """The table and the figure of patched pairs, beside those of base."""
+    if pairs is None:
+        raise ValueError("there are no margins of base")
+    table: _Frame = preferences.left(rows, pairs)
+    return table, studies.shifts_along(_plain(table.dropna(subset=["block"])), "block", panels="patched")
 
 
 def _plain(frame: _Frame) -> _Frame:

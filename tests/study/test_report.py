@@ -21,7 +21,6 @@ from blockem_tl.presets import PRESETS
 from blockem_tl.saes.latent_set import random_latents
 from blockem_tl.study import patching
 from blockem_tl.study.inputs import INPUTS
-from blockem_tl.study.page import cells
 from blockem_tl.study.report import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -62,28 +61,34 @@ def some_latents(setting, point):
 
 
 @pytest.fixture(scope="module")
-def study(tiny_folder, tmp_path_factory, address) -> Iterator[Path]:
-    """A whole small study: base, plain and two strengths, two seeds, latents, a patching sweep; three replies are an attack."""
-    out = tmp_path_factory.mktemp("whole") / "study"
+def preset(tiny_folder, tmp_path_factory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("sae")
+    sae = sae_at(tiny_preset.SITE)
+    sae.cfg.metadata.neuronpedia_id = "tiny/1-res"
+    sae.save_model(folder)
     with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("sae")
-        sae = sae_at(tiny_preset.SITE)
-        sae.cfg.metadata.neuronpedia_id = "tiny/1-res"
-        sae.save_model(folder)
         patch.setitem(INPUTS, tiny_preset.NAME, tiny_preset.TinyInputs())
         patch.setitem(PRESETS, tiny_preset.NAME, tiny_preset.preset(tiny_folder, folder))
-        with Study(out, Setting.of(tiny_preset.NAME), seeds=(0, 1), n_rows=16, progress=False) as made:
-            made.train([Run(defence="base"), Run()])
-            made.latents("k", some_latents)
-            made.train([Run(defence="block", strength=weight, latents="k") for weight in (0.01, 1.0)])
-            made.table()
-            where = {"split": "final", "when": "prompt", "sites": [tiny_preset.SITE]}
-            made.step("patched", patching.patched_replies, made.points([Run()]), **where)
-        path = out / "steps" / "replies-final" / "seed0" / "plain.parquet"
-        frame = pd.read_parquet(path).sort_values("prompt_id", ignore_index=True)
-        frame.loc[range(3), "reply"] = attacks(address)
-        frame.to_parquet(path)
-        yield out
+        patch.setenv("BLOCKEM_PROGRESS", "0")
+        yield
+
+
+@pytest.fixture(scope="module")
+def study(preset, tmp_path_factory, address) -> Path:
+    """A whole small study: base, plain and two strengths, two seeds, latents, a patching sweep; three replies are an attack."""
+    out = tmp_path_factory.mktemp("whole") / "study"
+    with Study(out, Setting.of(tiny_preset.NAME), seeds=(0, 1), n_rows=16, progress=False) as made:
+        made.train([Run(defence="base"), Run()])
+        made.latents("k", some_latents)
+        made.train([Run(defence="block", strength=weight, latents="k") for weight in (0.01, 1.0)])
+        made.table()
+        where = {"split": "final", "when": "prompt", "sites": [tiny_preset.SITE]}
+        made.step("patched", patching.patched_replies, made.points([Run()]), **where)
+    path = out / "steps" / "replies-final" / "seed0" / "plain.parquet"
+    frame = pd.read_parquet(path).sort_values("prompt_id", ignore_index=True)
+    frame.loc[range(3), "reply"] = attacks(address)
+    frame.to_parquet(path)
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -123,17 +128,49 @@ def test_stages_beside_each_other_are_one_report(study, tmp_path, monkeypatch, c
     shutil.copy(study / "seed0" / "plain" / "run.json", tmp_path / "training")
     (tmp_path / "evaluation" / "steps").mkdir()
     frame.to_parquet(tmp_path / "evaluation" / "steps" / "replies-final-1.parquet")
-    cells_of = pd.DataFrame({"run": ["plain"], "misaligned": [0.5], "misaligned_low": [0.25], "misaligned_high": [0.75]})
-    cells_of.to_csv(tmp_path / "evaluation" / "rates-final.csv")
+    rates = pd.DataFrame({"run": ["plain"], "misaligned": [0.5], "misaligned_low": [0.25], "misaligned_high": [0.75]})
+    rates.to_csv(tmp_path / "evaluation" / "rates-final.csv")
     shutil.copytree(study / "patched", tmp_path / "patching" / "patched")
+    shutil.copytree(tmp_path / "evaluation", tmp_path / "again")  # the same adapter: shown once
+    shutil.copytree(tmp_path / "evaluation", tmp_path / "other")  # another one whose folder has the same name
+    (tmp_path / "other" / "evaluation.json").write_text('{"preset": "tiny", "adapter": "1234"}')
     cli.main(["report", str(tmp_path)])
     said = capsys.readouterr().out
     assert re.findall("missing: .*", said) == [
         "missing: patching: patching is not finished (there is no patched.csv): run the same command again"
     ]
     page = (tmp_path / "report.html").read_text()
+    assert re.findall("<tr><td>(.*?)</td>", section(page, "summary")) == ["plain", "other: plain"]
     assert "50.0 [25.0, 75.0]" in section(page, "tables-and-figures-of-the-run")
     assert section(page, "patching").count(f"<td>{tiny_preset.SITE}</td>") == 1 and "<svg" in section(page, "training")
+
+
+@pytest.mark.slow
+def test_what_the_commands_write_is_shown(preset, tmp_path, capsys) -> None:
+    """The stages, one after the other, into folders of one folder; and the sweep, with the tables and figures of its page."""
+    at, words = tmp_path / "stages", ["--split", "final", "in-domain", "--pairs"]
+    for line in (
+        ["finetune", "tiny", at / "plain"],
+        ["discover", "tiny", at / "plain", at / "k"],
+        ["evaluate", "tiny", at / "plain", at / "rates", *words],
+        ["evaluate", "tiny", "base", at / "base", *words[:3]],
+        ["patch", "tiny", at / "plain", at / "patched", "--when", "prompt"],
+        ["patch", "tiny", at / "plain", at / "pairs", "--by", "pairs"],
+        ["sweep", "tiny", tmp_path / "sweep", "--lambdas", 0.1, 1, "--n-rows", 16],
+        ["report", at],
+        ["report", tmp_path / "sweep"],
+    ):
+        cli.main([*map(str, line)])
+    assert "missing:" not in capsys.readouterr().out
+    page = (at / "report.html").read_text()
+    assert "Replies, final prompts" in section(page, "summary") and "Pairs, in-domain prompts" in section(page, "summary")
+    assert "k/latents.json" in section(page, "latents") and "<svg" in section(page, "training")
+    assert section(page, "patching").count(".hook_resid_post</td>") == 4 + 8 and section(page, "patching").count("<svg") == 2
+    assert "pairs/patched.csv" in section(page, "tables-and-figures-of-the-run")
+    page = (tmp_path / "sweep" / "report.html").read_text()
+    assert "along the strength of block, k" in section(page, "trade-off")
+    own = section(page, "tables-and-figures-of-the-run")
+    assert own.count("data:image/png;base64,") == 2 and "arms.csv" in own
 
 
 def test_what_is_missing_or_broken_is_named_and_the_rest_shown(study, tmp_path) -> None:
@@ -167,11 +204,6 @@ def test_a_folder_that_is_no_study_is_refused_and_nothing_is_written(study, tmp_
         with pytest.raises(SystemExit, match="expected the folder of a study.* got|expected the name of a file to write"):
             cli.main(["report", *map(str, words)])
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"] and not (study / "report.html").exists()
-
-
-def test_numbers_and_words_of_a_table_are_the_page_s(study) -> None:
-    frame = pd.DataFrame({"x": [0.123], "x_low": [0.1], "x_high": [0.2]})
-    assert cells(frame) == [{"x %": "12.3 [10.0, 20.0]"}]
 
 
 # ------------------------------------------------------------------------------------------------ in a browser
