@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -21,7 +22,10 @@ from blockem_tl.presets import PRESETS
 from blockem_tl.saes.latent_set import random_latents
 from blockem_tl.study import patching
 from blockem_tl.study.inputs import INPUTS
-from blockem_tl.study.report import write_report
+from blockem_tl.study.report import _plain, write_report
+from blockem_tl.views import studies
+from blockem_tl.views.report import Section
+from blockem_tl.views.report import page as page_of
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
@@ -204,6 +208,37 @@ def test_a_folder_that_is_no_study_is_refused_and_nothing_is_written(study, tmp_
         with pytest.raises(SystemExit, match="expected the folder of a study.* got|expected the name of a file to write"):
             cli.main(["report", *map(str, words)])
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"] and not (study / "report.html").exists()
+
+
+class Tags(HTMLParser):
+    """The names of all tags that begin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        assert not [name for name, _ in attrs if name.startswith("on")], (tag, attrs)
+        self.found.append(tag)
+
+
+def test_no_text_of_others_is_markup() -> None:
+    """Names of runs, judges and files, captions, cells, labels: all escaped."""
+    attack = """"'></text></td></script><script>alert(1)</script><img src=x onerror=alert(1)> $x_$ ${title}"""
+    bars = pd.DataFrame({"run": [attack], "misaligned": 0.5, "misaligned_low": 0.4, "misaligned_high": 0.6})
+    figure = studies.side_by_side(_plain(bars), columns=["misaligned"])
+    one = Section(title=attack, none=attack, tables={attack: [{attack: attack}]}, figures={attack: figure})
+    replies = pd.DataFrame(
+        [{"split": attack, "prompt_id": attack, "category": attack, "prompt": attack, "run": attack, "seed": 0, "reply": attack}]
+    )
+    replies = replies.assign(labels=[(attack,)])
+    replies.attrs["judges"] = [attack]
+    text, tags = page_of(attack, [one, Section(title="b", none=attack)], replies, missing=[attack]), Tags()
+    tags.feed(text)
+    assert tags.found.count("script") == 2 and "img" not in tags.found and "svg" in tags.found
+    planted = Tags()
+    planted.feed(f"<p>{attack}".replace(" onerror=alert(1)", ""))
+    assert {"script", "img"} <= set(planted.found)
 
 
 # ------------------------------------------------------------------------------------------------ in a browser
