@@ -1,7 +1,7 @@
 """The `blockem` command, in the order of the method.
 
-Look around: presets, doctor, plan. Measure and prepare: scale, train-sae. The stages: finetune, ceiling, doses, discover, sweep, evaluate,
-patch. A study again: verify, report. Replies from elsewhere: judge.
+Look around: presets, doctor, plan, power. Measure and prepare: scale, train-sae. The stages: finetune, ceiling, doses, discover, sweep,
+evaluate, patch. A finished study again: verify, report. Replies from elsewhere: judge.
 """
 
 # Heavy imports stand inside the commands: `blockem --help` answers at once.
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from blockem_tl.data.commands import COMMANDS as DATA_COMMANDS
+from blockem_tl.plan.command import plan
 from blockem_tl.study.commands import ceiling, report, scale, train_sae, verify
 from blockem_tl.study.stage_commands import discover, doses, evaluate, finetune, patch, sweep
 
@@ -147,7 +148,7 @@ def _grader(rubric_file: Path | None, **endpoint: Any) -> "LLMJudge":
     return LLMJudge(backend=Endpoint(**endpoint), rubrics=load_rubrics(*([rubric_file] if rubric_file else [])))
 
 
-def plan(
+def power(
     *,
     rate: Annotated[float, tyro.conf.arg(metavar="FRACTION")],
     prompts: tuple[int, ...] = (29, 44, 100, 300),
@@ -173,6 +174,7 @@ COMMANDS = {
     "presets": presets,
     "doctor": doctor,
     "plan": plan,
+    "power": power,
     "scale": scale,
     "train-sae": train_sae,
     "finetune": finetune,

@@ -115,8 +115,8 @@ PRESETS: dict[str, Preset] = {
             site="blocks.19.hook_resid_post",
             dtype="bfloat16",
             training=TrainingConfig(micro_batch_size=8),
-            needs="access to the gated model, one 40 GB GPU in bf16, 20 GB disk",
-            requires=Needs(gpu_gb=40, memory_gb=32, disk_gb=20, hours=10, access="meta-llama/Llama-3.1-8B-Instruct on the hub"),
+            needs="access to the gated model, one 80 GB GPU in bf16 (see `blockem plan`), 20 GB disk",
+            requires=Needs(gpu_gb=64, memory_gb=32, disk_gb=20, hours=10, access="meta-llama/Llama-3.1-8B-Instruct on the hub"),
         ),
         Preset(
             name="llama-3.1-8b-last-layer",
@@ -125,8 +125,8 @@ PRESETS: dict[str, Preset] = {
             site="blocks.31.hook_resid_post",
             dtype="bfloat16",
             training=TrainingConfig(micro_batch_size=8),
-            needs="access to the gated model, one 40 GB GPU in bf16, 20 GB disk",
-            requires=Needs(gpu_gb=40, memory_gb=32, disk_gb=20, hours=12, access="meta-llama/Llama-3.1-8B-Instruct on the hub"),
+            needs="access to the gated model, one 80 GB GPU in bf16 (see `blockem plan`), 20 GB disk",
+            requires=Needs(gpu_gb=64, memory_gb=32, disk_gb=20, hours=12, access="meta-llama/Llama-3.1-8B-Instruct on the hub"),
             caution="Llama Scope was trained on the base model, not on the instruct model that is read here: see doctor's reconstruction",
         ),
         Preset(
@@ -136,8 +136,8 @@ PRESETS: dict[str, Preset] = {
             site="blocks.9.hook_resid_post",
             dtype="bfloat16",
             training=TrainingConfig(micro_batch_size=16),
-            needs="access to the gated model, a SAELens folder at saes/llama-3.2-1b, one 12 GB GPU in bf16, 6 GB disk",
-            requires=Needs(gpu_gb=12, memory_gb=16, disk_gb=6, hours=3, access="meta-llama/Llama-3.2-1B-Instruct on the hub, and an SAE"),
+            needs="access to the gated model, a SAELens folder at saes/llama-3.2-1b, one 40 GB GPU in bf16 (see `blockem plan`), 6 GB disk",
+            requires=Needs(gpu_gb=40, memory_gb=16, disk_gb=6, hours=3, access="meta-llama/Llama-3.2-1B-Instruct on the hub, and an SAE"),
             caution="SAELens lists no SAE for this model: put one (trained with SAELens at the site) into saes/llama-3.2-1b; doses and "
             "lambdas are those of the 8B model and have to be calibrated",
         ),
@@ -149,8 +149,8 @@ PRESETS: dict[str, Preset] = {
             dtype="bfloat16",
             discovery=DiscoveryConfig(induce_dose=0.3),
             training=TrainingConfig(micro_batch_size=8),
-            needs="one 40 GB GPU in bf16, 20 GB disk",
-            requires=Needs(gpu_gb=40, memory_gb=32, disk_gb=20, hours=10),
+            needs="one 80 GB GPU in bf16 (see `blockem plan`), 20 GB disk",
+            requires=Needs(gpu_gb=64, memory_gb=32, disk_gb=20, hours=10),
             caution="a dose of 0.7 made most latents speak gibberish here, so 0.3 induces; lambdas are those of the 8B Llama and have to "
             "be calibrated; the template adds a system message of its own (see the system policy)",
         ),

@@ -99,7 +99,7 @@ def test_public_saes_are_in_saelens_own_list() -> None:
 def test_presets_are_listed_with_what_they_need(capsys: pytest.CaptureFixture) -> None:
     cli.main(["presets"])
     shown = capsys.readouterr().out
-    assert all(name in shown for name in PRESETS) and "GPU with 40 GB" in shown and "reckoned, not measured" in shown
+    assert all(name in shown for name in PRESETS) and "GPU with 64 GB" in shown and "reckoned, not measured" in shown
 
 
 def test_the_doctors_command(capsys: pytest.CaptureFixture) -> None:
@@ -145,5 +145,5 @@ def test_the_judge_command_explains_a_dead_endpoint(tmp_path: Path, monkeypatch:
 
 
 def test_the_plan_command(capsys: pytest.CaptureFixture) -> None:
-    cli.main(["plan", "--rate", "0.4", "--prompts", "29"])
+    cli.main(["power", "--rate", "0.4", "--prompts", "29"])
     assert "30.3 points" in capsys.readouterr().out
