@@ -40,11 +40,13 @@ class Verification(Result):
     """What was compared, row by row, and how this machine differs from those that the study was made on.
 
     rows: what, stored, recomputed, result ("equal", or by how much it differs), same.
-    machine_changed: differences of versions and hardware.  not_checked: what is stored and was not looked at.
+    machine_changed: differences of versions and hardware.  hardware_known: whether the study names any, which older ones do not.
+    not_checked: what is stored and was not looked at.
     """
 
     rows: list[dict[str, Any]]
     machine_changed: list[str]
+    hardware_known: bool
     not_checked: list[str]
 
     @property
@@ -59,7 +61,8 @@ class Verification(Result):
     def headline(self) -> str:
         """Numbers of comparisons and of differences, and what else is known."""
         wrong = sum(not row["same"] for row in self.rows)
-        on = f"versions or hardware differ: {'; '.join(self.machine_changed)}" if self.machine_changed else "same versions and hardware"
+        same = "same versions and hardware" if self.hardware_known else "same versions, on hardware that the study does not name"
+        on = f"versions or hardware differ: {'; '.join(self.machine_changed)}" if self.machine_changed else same
         left = f"; not looked at: {', '.join(self.not_checked)}" if self.not_checked else ""
         return f"{len(self.rows)} compared, {wrong} differ; {on}{left}"
 
@@ -137,7 +140,10 @@ def verify(
     check = _Check(folder, setting, sample, random.Random(seed), tolerance, judged)
     rows = [row for row in progress_bar(check.rows(steps), desc="verify", show=progress)]
     left = [step.name for step, about in steps.items() if about.get("function") not in _KNOWN]
-    return Verification(rows=rows, machine_changed=_machine_changed(folder, kept), not_checked=left)
+    made_on, here = _made_on(folder, kept), machine.described()
+    changed = list(dict.fromkeys(text for there in made_on for text in machine.changed(there, here)))
+    known = any("processor" in there for there in made_on)
+    return Verification(rows=rows, machine_changed=changed, hardware_known=known, not_checked=left)
 
 
 def _check_manifest(folder: Path, kept: dict[str, Any], setting: Setting, judged: bool) -> None:
@@ -151,12 +157,10 @@ def _check_manifest(folder: Path, kept: dict[str, Any], setting: Setting, judged
         raise ValueError(f"{folder} was made otherwise than {setting.preset.name!r} says here: {'; '.join(changed)}")
 
 
-def _machine_changed(folder: Path, kept: dict[str, Any]) -> list[str]:
-    """How this machine differs from each one that the study or its runs were made on; each difference once."""
-    made_on = list(kept.get(manifest.MACHINES, []))
-    made_on += [files.read_json(path).get("environment", {}) for path in sorted(folder.glob("seed*/*/run.json"))]
-    here = machine.described()
-    return list(dict.fromkeys(text for there in made_on for text in machine.changed(there, here)))
+def _made_on(folder: Path, kept: dict[str, Any]) -> list[dict[str, str]]:
+    """The machines that the study and its runs were made on."""
+    runs = [files.read_json(path).get("environment", {}) for path in sorted(folder.glob("seed*/*/run.json"))]
+    return [*kept.get(manifest.MACHINES, []), *runs]
 
 
 class _Check:

@@ -14,7 +14,7 @@ from shared import sae_at
 
 from blockem_tl import Run, Setting, Study, cli
 from blockem_tl.presets import PRESETS
-from blockem_tl.storage import machine
+from blockem_tl.storage import files, machine
 from blockem_tl.study.inputs import INPUTS
 from blockem_tl.study.verify import Verification, verify
 
@@ -135,6 +135,11 @@ def test_another_machine_and_version_are_said(out, setting) -> None:
     path.write_text(json.dumps(kept))
     found = verify(out, setting, sample=1, progress=False)
     assert found.passed and [text.split(" there")[0] for text in found.machine_changed] == ["torch: 1.0", "processor: abacus"]
+    path.write_text(json.dumps({name: value for name, value in kept.items() if name != "made on"}))
+    for place in (out / "study" / "seed0").glob("*/run.json"):  # as older studies are
+        place.write_text(json.dumps({**json.loads(place.read_text()), "environment": files.environment()}))
+    assert "same versions, on hardware that the study does not name" in verify(out, setting, sample=1, progress=False).headline()
+    path.write_text(json.dumps(kept))
     Study(out / "study", setting, progress=False)  # work goes on here: both machines are named
     assert len(json.loads(path.read_text())["made on"]) == 2
 
