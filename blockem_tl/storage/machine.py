@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ def described() -> dict[str, str]:
     """Text by name: versions of Python and packages, processor, cores, torch's threads, GPUs, and the dtypes that have instructions."""
     return {
         **environment(),
-        "system": f"{platform.system()} {platform.machine()}",
+        "system": f"{sys.platform} {platform.machine()}",
         "processor": _processor(),
         "cores": str(_cores()),
         "torch threads": str(torch.get_num_threads()),
