@@ -56,6 +56,7 @@ def test_a_model_without_data_takes_what_the_real_one_takes(tiny_folder) -> None
     assert real.adapters == bare.adapters == []
 
 
+@pytest.mark.slow
 def test_batches_halve_until_they_fit_and_a_small_card_is_said_to_be_too_small() -> None:
     preset = replace(PRESETS["organism"], model="organism")
     large, small = plan_memory(preset, gpu_gb=16, tokens=60), plan_memory(preset, gpu_gb=1.2, tokens=60)
