@@ -208,8 +208,10 @@ def rounding(stored: StoredLatents, model: Model, targets: Sequence[Target], row
     """Mean square by which stored latents differ from those of a few rows run one by one, in units of the latents' variance there.
 
     It is 0 where a row's numbers do not depend on the batch that it is in, as on processors. Where they do, in bf16 most of all, a
-    penalty on stored latents would not be 0 before the first step.
+    penalty on stored latents would not be 0 before the first step. No rows (a loop of one's own need not name them) do not differ.
     """
+    if not rows:
+        return 0.0
     spread, moved = [], []
     for row in rows[:: max(1, len(rows) // _SPOT_CHECKED)][:_SPOT_CHECKED]:
         (fresh,) = _values(model, targets, [row.ids], reference, 1, progress=False)
