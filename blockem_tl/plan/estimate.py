@@ -58,7 +58,7 @@ class MemoryPlan:
 def plan_memory(preset: Preset, *, gpu_gb: float = 80.0, tokens: int = 400, new_tokens: int | None = None) -> MemoryPlan:
     """What training, losses and generation of a preset take, by running their own code on tensors without data.
 
-    The micro-batch is the largest power of two that fits, up to the preset's batch; generation's batch is what fits. On the model's card
+    The micro-batch is the preset's, halved until it fits; generation's batch is what fits. On the model's card
     lie the weights, the SAE in float32, and in training the adapter with AdamW's moments.
 
     Args:
