@@ -1,6 +1,7 @@
 """The state of one run of `Blocking`: sums for its metrics and, with ``weight="auto"``, the weights found so far."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,6 +30,16 @@ class BlockingRun:
         self.bounds: dict[str, float] = {}
         self.multipliers: dict[str, float] = {}
         self.peaks: dict[str, float] = {}
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Around a micro-batch: if it fails, nothing of it is counted, so that it can be run again in halves."""
+        before = dict(self.sums), dict(self.examples)
+        try:
+            yield
+        except BaseException:
+            self.sums, self.examples = before
+            raise
 
     @torch.no_grad()
     def note(

@@ -26,11 +26,12 @@ from blockem_tl.defences.base_latents import (
 from blockem_tl.hooks import record
 from blockem_tl.models.activations import block_of
 from blockem_tl.models.load import Model
+from blockem_tl.models.memory import in_batches
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.saes.latents import encode_latents, norms
 from blockem_tl.saes.load import check_fits
 from blockem_tl.training.defence import PenaltyFn, Positions, acting_tokens, check_positions
-from blockem_tl.training.loss import BATCH_SIZE, check_examples
+from blockem_tl.training.loss import check_examples, loss_rows
 from blockem_tl.types import Example
 
 
@@ -167,7 +168,7 @@ class Blocking:
         sites = list(dict.fromkeys(s.site for s, _ in self.all_targets))
         before = self._reference_states(model, batch, sites) if self.error_anchor else {}
         store: dict[str, Tensor] = {}
-        with model.hooks(fwd_hooks=[record(site, store, detach=False) for site in sites]):
+        with self._run.counting(), model.hooks(fwd_hooks=[record(site, store, detach=False) for site in sites]):
             yield lambda logits: self._penalty(store, reference, where, before)
 
     def _reference_states(self, model: Model, batch: Batch, sites: Sequence[str]) -> dict[str, Float[Tensor, "batch pos d_model"]]:
@@ -278,7 +279,7 @@ def blocking_loss(
     stayed put.
 
     Args:
-        batch_size: rows per forward; None: 64.
+        batch_size: rows per forward; None: 64, or what fits into memory.
 
     Raises:
         TypeError: rows that are no examples.
@@ -287,11 +288,12 @@ def blocking_loss(
     check_examples(model, examples)
     latent_set.check_sae(sae)
     check_fits(sae, model)
-    encoded, size = encode_examples(model.tokenizer, examples), batch_size or BATCH_SIZE
-    signs, total = torch.tensor(latent_set.signs, device=model.device), 0.0
-    for start in range(0, len(encoded), size):
-        batch = pad(encoded[start : start + size], model.pad_id, side="right", device=model.device)
+    encoded, signs = encode_examples(model.tokenizer, examples), torch.tensor(latent_set.signs, device=model.device)
+
+    def summed(rows: slice) -> float:
+        batch = pad(encoded[rows], model.pad_id, side="right", device=model.device)
         with model.using("base"):
             before = read_latents(model, [(latent_set, sae)], batch)
-        total += float(one_sided_penalty(read_latents(model, [(latent_set, sae)], batch), before, signs, batch.reply).sum())
-    return total / len(encoded)
+        return float(one_sided_penalty(read_latents(model, [(latent_set, sae)], batch), before, signs, batch.reply).sum())
+
+    return sum(in_batches(encoded, batch_size or loss_rows(model, encoded), summed)) / len(encoded)

@@ -4,7 +4,6 @@ Every row carries its own condition (a direction and a dose), finished rows leav
 positions are those of the unpadded row: a batched reply equals the reply generated alone, token for token.
 """
 
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils.memory import clear_device_cache
 
 from blockem_tl.data.chat import Encoded
 from blockem_tl.generation._decoder import Decoder, Reply, Row
@@ -26,7 +24,7 @@ from blockem_tl.generation.steering import Condition
 from blockem_tl.hooks import Hook
 from blockem_tl.models.activations import block_of
 from blockem_tl.models.load import Model
-from blockem_tl.models.memory import check_batch_size, is_out_of_memory, rows_at_once
+from blockem_tl.models.memory import check_batch_size, halved, is_out_of_memory, rows_at_once
 from blockem_tl.types import Generation, Prompt, check_hooks
 from blockem_tl.views.progress import progress_bar
 
@@ -189,10 +187,9 @@ def _finished_conditions(job: Job, size: int, refill: bool, progress: bool) -> I
                     raise
                 failed = str(error)
             if failed is not None:  # outside of the except block, where the error would still hold the tensors
-                size = _halved(size, job.longest, failed)
                 waiting.put_back(decoder.rows)
                 decoder = None  # frees its cache before the next is made
-                clear_device_cache(garbage_collection=True)
+                size = halved(size, job.longest, failed, option="batch_size", advice="shorten max_new_tokens or the prompts")
                 decoder = job.decoder(size)
             yield from ready
 
@@ -203,17 +200,6 @@ def _advance(decoder: Decoder, waiting: "_Waiting", refill: bool) -> list[Reply]
     if waiting and (decoder.n == 0 or waiting.next or (refill and free >= REFILL_SHARE * decoder.size)):
         return decoder.join(waiting.batch(free, prefill_tokens(decoder.model)))
     return decoder.step()
-
-
-def _halved(size: int, longest: int, error: str) -> int:
-    if size == 1:
-        raise MemoryError(
-            f"not even one row of {longest} tokens fits into memory: shorten max_new_tokens or the prompts, or free memory. {error}"
-        )
-    warnings.warn(
-        f"out of memory with {size} rows at once: going on with {size // 2} (nothing is lost; pass batch_size to start there)", stacklevel=4
-    )
-    return size // 2
 
 
 class _Waiting:

@@ -1,12 +1,17 @@
-"""The number of rows that fit into memory at once."""
+"""The number of rows that fit into memory at once, and half of it where memory runs out all the same."""
 
-from typing import Any, cast
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 import psutil
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
+from blockem_tl.data.chat import Encoded
 from blockem_tl.models.load import Model
+
+Result = TypeVar("Result")
 
 SHARE = 0.8
 """The part of the free memory that rows may take; the rest is for the consumer of the results, and for fragments."""
@@ -18,8 +23,8 @@ def check_batch_size(batch_size: object) -> None:
         raise ValueError(f"expected a whole number as batch_size >= 1 or None, got {batch_size!r}")
 
 
-def row_bytes(model: Model, n_tokens: int) -> int:
-    """Bytes that one row of ``n_tokens`` needs in a forward: keys and values, its share of the activations and of the logits.
+def row_bytes(model: Model, n_tokens: int, *, n_logits: int = 1) -> int:
+    """Bytes that one row of ``n_tokens`` needs in a forward: keys and values, its share of the activations, and logits of ``n_logits``.
 
     Attention is eager: its scores [n_heads n_tokens n_tokens] are there about three times, in float32 and in the model's dtype.
     """
@@ -29,16 +34,55 @@ def row_bytes(model: Model, n_tokens: int) -> int:
     kv = 2 * cfg.n_layers * heads * cfg.d_head * n_tokens * width
     scores = cfg.n_heads * n_tokens * n_tokens * (4 + 2 * width)
     activations = n_tokens * (8 * cfg.d_model + 4 * (cfg.d_mlp or 4 * cfg.d_model)) * width
-    return kv + scores + activations + 12 * int(getattr(config, "vocab_size", cfg.d_vocab))
+    return kv + scores + activations + 12 * n_logits * int(getattr(config, "vocab_size", cfg.d_vocab))
 
 
-def rows_at_once(model: Model, n_tokens: int, *, most: int) -> int:
+def rows_at_once(model: Model, n_tokens: int, *, most: int, n_logits: int = 1) -> int:
     """The rows of ``n_tokens`` that fit into ``SHARE`` of the free memory, at least 1 and at most ``most``."""
+    return max(1, min(free_bytes(model) // row_bytes(model, n_tokens, n_logits=n_logits), most))
+
+
+def free_bytes(model: Model) -> int:
+    """``SHARE`` of the memory that is free on the model's device."""
     on_gpu = model.device.type == "cuda"
-    free = torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available
-    return max(1, min(int(SHARE * free) // row_bytes(model, n_tokens), most))
+    return int(SHARE * (torch.cuda.mem_get_info(model.device)[0] if on_gpu else psutil.virtual_memory().available))
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a smaller batch might have worked."""
     return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+
+
+def halved(rows: int, n_tokens: int, error: str, *, option: str, advice: str, stacklevel: int = 3) -> int:
+    """Half of the rows that did not fit, with a warning that names the option to start there. To be called where no exception is held.
+
+    Raises:
+        MemoryError: it was a single row, with the advice.
+    """
+    clear_device_cache(garbage_collection=True)
+    if rows == 1:
+        raise MemoryError(f"not even one row of {n_tokens} tokens fits into memory: {advice}, or free memory. {error}")
+    warnings.warn(
+        f"out of memory with {rows} rows at once: going on with {rows // 2} (nothing is lost; pass {option} to start there)",
+        stacklevel=stacklevel,
+    )
+    return rows // 2
+
+
+def in_batches(rows: Sequence[Encoded], size: int, work: Callable[[slice], Result]) -> Iterator[Result]:
+    """``work`` on ``size`` rows at a time, which are halved where memory runs out. Raises MemoryError if a single row does not fit."""
+    start = 0
+    while start < len(rows):
+        chosen, failed = slice(start, min(start + size, len(rows))), None
+        try:
+            found = work(chosen)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            failed = str(error)
+        if failed is None:
+            yield found  # pyright: ignore[reportPossiblyUnbound]
+            start = chosen.stop
+        else:  # outside of the except block, where the error would still hold the tensors
+            longest = max(len(row.ids) for row in rows[chosen])
+            size = halved(chosen.stop - start, longest, failed, option="batch_size", advice="shorten the rows", stacklevel=5)

@@ -53,10 +53,18 @@ class ActiveDefences:
 
     @contextmanager
     def during_step(self, batch: Batch) -> Iterator[Penalties]:
-        """All defences' contexts around the forward and backward of one micro-batch; yields what computes their penalties."""
-        with ExitStack() as contexts:
-            entered = [(defence.name, contexts.enter_context(defence.during_step(self.model, batch))) for defence in self.defences]
-            yield lambda logits, examples: {name: penalty(logits).sum() / examples for name, penalty in entered if penalty is not None}
+        """All defences' contexts around the forward and backward of one micro-batch; yields what computes their penalties.
+
+        If the block fails, its parts of the loss do not count, so that it can be tried again.
+        """
+        before = dict(self._parts)
+        try:
+            with ExitStack() as contexts:
+                entered = [(defence.name, contexts.enter_context(defence.during_step(self.model, batch))) for defence in self.defences]
+                yield lambda logits, examples: {name: penalty(logits).sum() / examples for name, penalty in entered if penalty is not None}
+        except BaseException:
+            self._parts = before
+            raise
 
     def loss(self, sft: Tensor, penalties: Mapping[str, Tensor], scale: int, where: Callable[[], str]) -> Tensor:
         """``sft`` with ``scale`` times the weighted penalties added. The parts count for the step's numbers.

@@ -97,7 +97,8 @@ def load_run(checkpoint: Path | str) -> dict[str, Any]:
         raise ValueError(f"{path}: expected a checkpoint in format {_FORMAT}; was it written by another version?")
     history, identity = run.get("history"), run.get("identity")
     steps = history if isinstance(history, list) and all(isinstance(row, dict) for row in history) else []
-    if not steps or not all(_is_count(row.get("epoch")) for row in steps) or not _is_count(run.get("step")):
+    counts = [row.get("epoch") for row in steps] + [run.get("step"), run.get("micro_batch", 1)]
+    if not steps or not all(_is_count(count) for count in counts):
         raise ValueError(f"{path}: expected the steps of a training run, each with its epoch: the file is broken, copy it anew")
     if not isinstance(identity, dict) or not all(isinstance(text, str) for text in identity.values()):
         raise ValueError(f"{path}: expected a run's identity as texts by name: the file is broken, copy it anew")

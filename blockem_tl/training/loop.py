@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from blockem_tl.data.chat import Encoded, pad
 from blockem_tl.models.load import Model
+from blockem_tl.models.memory import halved, is_out_of_memory
 from blockem_tl.training.active import ActiveDefences, naming, not_finite
 from blockem_tl.training.checkpoints import Checkpoints, load_run, restore_generators, restore_optimizer
 from blockem_tl.training.config import TrainingConfig
@@ -27,13 +28,14 @@ Row = dict[str, float]
 
 _SITE = re.compile(r"blocks\.(\d+)\.hook_resid_post")
 _UNSHOWN = ("step", "epoch", "loss", "grad_norm")
+_SMALLER = "train with gradient_checkpointing=True, shorten the rows"
 
 
 class Loop:
     """The run of one adapter over its rows. `step` makes one update:
 
     1. take the step's rows (every epoch in an order of its own) and this process's share of them
-    2. for each micro-batch: attach the defences, run forward and backward, detach them
+    2. for each micro-batch: attach the defences, run forward and backward, detach them; in halves where memory runs out
     3. check and clip the gradient, set the learning rate, update the weights
     4. let the defences close the step, and keep its numbers as a row of ``history``
 
@@ -78,6 +80,7 @@ class Loop:
             restore_optimizer(self.optimizer, last)
             restore_generators(last)
             self.history.extend(run["history"])
+            self.micro = min(self.micro, int(run.get("micro_batch", self.micro))) or 1  # halved before: the same sums again
             self.defences.restore(run["defences"])
 
     def run(self, stop_when: Callable[[Model, int], bool] | None, on_step: Callable[[Row], Any] | None, progress: bool) -> None:
@@ -105,11 +108,8 @@ class Loop:
         tokens = sum(len(self.encoded[i].ids) - max(1, self.encoded[i].n_prompt) for i in rows)
         each = len(rows) // self.processes.num_processes
         share = rows[each * self.processes.process_index :][:each]
-        loss = torch.zeros((), device=self.model.device)
         self.network.train()
-        for start in range(0, each, self.micro):
-            with self._synchronising(start + self.micro >= each):
-                loss += self._backward(share[start : start + self.micro], tokens, len(rows))
+        loss = self._backward(share, tokens, len(rows))
         norm = float(clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
         if not math.isfinite(norm):  # the step would leave an adapter of NaN, and a checkpoint of it
             raise not_finite(f"the gradient became {norm}", self._where(share))
@@ -131,7 +131,29 @@ class Loop:
         rows, world = order[position * self.config.batch_size :][: self.config.batch_size], self.processes.num_processes
         return rows + (order * (world - 1))[: -len(rows) % world]
 
-    def _backward(self, rows: Sequence[int], tokens: int, examples: int) -> Tensor:
+    def _backward(self, share: Sequence[int], tokens: int, examples: int) -> Tensor:
+        """Add the gradient of this process's share of the step, in micro-batches, which are halved where memory runs out; its loss."""
+        loss, waiting = torch.zeros((), device=self.model.device), list(share)
+        while waiting:
+            rows = waiting[: self.micro]
+            before = [None if p.grad is None else p.grad.clone() for p in self.parameters]
+            failed = None
+            try:
+                with self._synchronising(len(rows) == len(waiting)):
+                    loss += self._micro_backward(rows, tokens, examples)
+                waiting = waiting[len(rows) :]
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or self.processes.num_processes > 1:  # the others would wait for this one
+                    raise
+                failed = str(error)
+            if failed is not None:  # outside of the except block, where the error would still hold the tensors
+                for parameter, gradient in zip(self.parameters, before, strict=True):
+                    parameter.grad = gradient
+                longest = max(len(self.encoded[i].ids) for i in rows)
+                self.micro = halved(len(rows), longest, failed, option="micro_batch_size", advice=_SMALLER, stacklevel=6)
+        return loss
+
+    def _micro_backward(self, rows: Sequence[int], tokens: int, examples: int) -> Tensor:
         """Add the gradient of one micro-batch's part of the step's loss; that part."""
         batch = pad([self.encoded[i] for i in rows], self.model.pad_id, side="right", device=self.model.device)
         world = self.processes.num_processes  # the processes' gradients are averaged
@@ -159,7 +181,7 @@ class Loop:
 
     def _state(self) -> dict[str, Any]:
         finished = self.done == self.last_step
-        state = {"step": self.done, "finished": finished, "identity": self.identity, "history": self.history}
+        state = {"step": self.done, "finished": finished, "identity": self.identity, "micro_batch": self.micro, "history": self.history}
         return {**state, "defences": self.defences.state()}
 
 

@@ -9,13 +9,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from blockem_tl.data.chat import Batch, encode_examples, pad
+from blockem_tl.data.chat import Batch, Encoded, encode_examples, pad
 from blockem_tl.models.load import Model
+from blockem_tl.models.memory import in_batches, rows_at_once
 from blockem_tl.training.defence import Defence
 from blockem_tl.types import Example
 
 BATCH_SIZE = 64
-"""Rows per forward, unless the caller says otherwise."""
+"""Rows per forward at most, unless the caller says otherwise."""
+
+
+def loss_rows(model: Model, encoded: Sequence[Encoded]) -> int:
+    """Rows per forward, with logits at every token."""
+    longest = max(len(row.ids) for row in encoded)
+    return rows_at_once(model, longest, most=BATCH_SIZE, n_logits=longest)
 
 
 def summed_cross_entropy(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> Float[Tensor, ""]:
@@ -45,7 +52,7 @@ def completion_loss(
 
     Args:
         adapter: which weights act: "base", an adapter by name or in a folder; None: the model as it stands.
-        batch_size: rows per forward; None: 64.
+        batch_size: rows per forward; None: 64, or what fits into memory.
 
     Raises:
         TypeError: rows that are no examples.
@@ -53,15 +60,16 @@ def completion_loss(
         FloatingPointError: a loss that is NaN or infinite, naming the rows.
     """
     check_examples(model, examples)
-    encoded, size = encode_examples(model.tokenizer, examples), batch_size or BATCH_SIZE
-    total, tokens = 0.0, 0
+    encoded = encode_examples(model.tokenizer, examples)
+
+    def summed(rows: slice) -> tuple[float, int]:
+        batch = pad(encoded[rows], model.pad_id, side="right", device=model.device)
+        logits = cast(Any, model.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
+        return _finite("loss", summed_cross_entropy(logits, batch), examples[rows]), int(batch.reply[:, 1:].sum())
+
     with model.using(adapter):
-        for start in range(0, len(encoded), size):
-            batch = pad(encoded[start : start + size], model.pad_id, side="right", device=model.device)
-            logits = cast(Any, model.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
-            total += _finite("loss", summed_cross_entropy(logits, batch), examples[start : start + size])
-            tokens += int(batch.reply[:, 1:].sum())
-    return total / tokens
+        sums = list(in_batches(encoded, batch_size or loss_rows(model, encoded), summed))
+    return sum(loss for loss, _ in sums) / sum(tokens for _, tokens in sums)
 
 
 @torch.no_grad()
@@ -75,7 +83,7 @@ def mean_penalty(
 
     Args:
         adapter: which weights act: "base", an adapter by name or in a folder; None: the model as it stands.
-        batch_size: rows per forward; None: 64.
+        batch_size: rows per forward; None: 64, or what fits into memory.
 
     Raises:
         TypeError: rows that are no examples.
@@ -84,16 +92,18 @@ def mean_penalty(
     """
     check_examples(model, examples)
     defence.check(model)
-    encoded, size, total = encode_examples(model.tokenizer, examples), batch_size or BATCH_SIZE, 0.0
+    encoded = encode_examples(model.tokenizer, examples)
+
+    def summed(rows: slice) -> float:
+        batch = pad(encoded[rows], model.pad_id, side="right", device=model.device)
+        with defence.during_step(model, batch) as penalty:
+            if penalty is None:
+                raise ValueError(f"{defence.name}: this defence has no penalty")
+            logits = cast(Any, model.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
+            return _finite(f"penalty {defence.name}", penalty(logits).sum(), examples[rows])
+
     with model.holding(adapter) as held, model.using(held):
-        for start in range(0, len(encoded), size):
-            batch = pad(encoded[start : start + size], model.pad_id, side="right", device=model.device)
-            with defence.during_step(model, batch) as penalty:
-                if penalty is None:
-                    raise ValueError(f"{defence.name}: this defence has no penalty")
-                logits = cast(Any, model.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
-                total += _finite(f"penalty {defence.name}", penalty(logits).sum(), examples[start : start + size])
-    return total / len(encoded)
+        return sum(in_batches(encoded, batch_size or loss_rows(model, encoded), summed)) / len(encoded)
 
 
 def _finite(what: str, value: Tensor, rows: Sequence[Example]) -> float:
