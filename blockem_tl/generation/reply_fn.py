@@ -179,17 +179,20 @@ def identity_of(engine: Engine, adapter: str | Path | None, **decoding: Any) -> 
     Raises:
         ValueError: an engine that cannot say which weights it runs.
     """
+    return of_value({"engine": engine.name, "who": who_replies(engine, adapter), "decoding": decoding})
+
+
+def who_replies(engine: Engine, adapter: str | Path | None) -> str:
+    """Identity of the weights that an engine runs, with their adapter and chat template. Raises ValueError if it cannot say."""
     if isinstance(engine, TransformerLensEngine):
         with engine.model.holding(adapter) as name:
-            who = model_identity(engine.model, name or engine.model.active_adapter)
-    elif isinstance(engine, Identified):
-        who = engine.identity(adapter)
-    else:
-        raise ValueError(
-            f"engine {engine.name!r} cannot say which weights it runs, so its replies cannot be kept: give it identity(adapter), or pass "
-            "no store"
-        )
-    return of_value({"engine": engine.name, "who": who, "decoding": decoding})
+            return model_identity(engine.model, name or engine.model.active_adapter)
+    if isinstance(engine, Identified):
+        return engine.identity(adapter)
+    raise ValueError(
+        f"engine {engine.name!r} cannot say which weights it runs, so its replies cannot be kept: give it identity(adapter), or pass "
+        "no store"
+    )
 
 
 def model_identity(model: Model, adapter: str | None) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing import get_context
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -23,19 +23,29 @@ EXECUTORS = ("local", "ray")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One thing to do, of a seed and a narrow task ("": the study's). It writes its own result, whole or not at all."""
+    """One thing to do, of a seed and a narrow task ("": the study's). It writes its own result, whole or not at all, or returns it."""
 
-    do: Callable[[Setting], None]
+    do: Callable[[Setting], Any]
     seed: int
     domain: str = ""
 
 
+class Ended(NamedTuple):
+    """A job that has ended: its index, what it returned, and its traceback ("" if it went well)."""
+
+    index: int
+    value: Any
+    error: str
+
+
 @runtime_checkable
 class Executor(Protocol):
-    """Runs jobs; what a process loads, it keeps."""
+    """Runs jobs, ``workers`` of them at a time; what a process loads, it keeps."""
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
-        """(index of a job that has ended, its traceback, "" if it went well), as they end."""
+    workers: int
+
+    def run(self, jobs: Sequence[Job]) -> Iterator[Ended]:
+        """The jobs as they end."""
         ...
 
     def close(self) -> None:
@@ -56,14 +66,13 @@ def executor_of(name: str, setting: Setting, workers: int | None) -> Executor:
     return InProcess(setting) if workers in (None, 1) else Processes(setting, workers or 1)
 
 
-def do(setting: Setting, job: Job) -> str:
-    """Do a job; its traceback if it failed. Adapters that it left in the model are taken out."""
+def do(setting: Setting, job: Job) -> tuple[Any, str]:
+    """What a job returns, and its traceback if it failed. Adapters that it left in the model are taken out."""
     here = setting.at(seed=job.seed, domain=job.domain)
     try:
-        job.do(here)
-        return ""
+        return job.do(here), ""
     except Exception:
-        return traceback.format_exc()
+        return None, traceback.format_exc()
     finally:
         if here.loaded:
             for name in here.model.adapters:
@@ -73,13 +82,15 @@ def do(setting: Setting, job: Job) -> str:
 class InProcess:
     """One after the other in this process, which keeps its model."""
 
+    workers = 1
+
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
+    def run(self, jobs: Sequence[Job]) -> Iterator[Ended]:
         """As `Executor.run`."""
         for index, job in enumerate(jobs):
-            yield index, do(self.setting, job)
+            yield Ended(index, *do(self.setting, job))
 
     def close(self) -> None:
         """Nothing to end."""
@@ -103,7 +114,7 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def _do(job: Job) -> str:
+def _do(job: Job) -> tuple[Any, str]:
     return do(_worker[0], job)
 
 
@@ -111,15 +122,16 @@ class Processes:
     """Side by side in processes, each with as many threads as this one and a model of its own."""
 
     def __init__(self, setting: Setting, workers: int) -> None:
+        self.workers = workers
         started = (setting, torch.get_num_threads(), os.getpid())
         self.pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start, initargs=started)
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
+    def run(self, jobs: Sequence[Job]) -> Iterator[Ended]:
         """As `Executor.run`. A worker that dies takes those jobs along that are not done."""
-        futures: dict[Future[str], int] = {self.pool.submit(_do, job): index for index, job in enumerate(jobs)}
+        futures: dict[Future[tuple[Any, str]], int] = {self.pool.submit(_do, job): index for index, job in enumerate(jobs)}
         for future in as_completed(futures):
-            error = future.exception()
-            yield futures[future], future.result() if error is None else f"{type(error).__name__}: {error}"
+            lost = future.exception()
+            yield Ended(futures[future], *(future.result() if lost is None else (None, f"{type(lost).__name__}: {lost}")))
 
     def close(self) -> None:
         """End the processes."""
@@ -146,14 +158,14 @@ class _RayWorker:
         torch.set_num_threads(threads)
         self.setting: Setting = pickle.loads(setting)
 
-    def do(self, job: bytes) -> str:
+    def do(self, job: bytes) -> tuple[Any, str]:
         _, pickle = _ray()
 
         return do(self.setting, pickle.loads(job))
 
 
 class RayExecutor:
-    """Side by side in Ray's actors, in the cluster that this process is connected to, or a local one of its own.
+    """Side by side in Ray's actors: in the cluster that this process is connected to or RAY_ADDRESS names, else a local one of its own.
 
     GPUs are shared out: each worker has one, or a part of one if there are fewer.
     """
@@ -168,13 +180,15 @@ class RayExecutor:
 
         if not ray.is_initialized():
             self.own = True
-            ray.init(address="local", num_cpus=self.workers, include_dashboard=False, log_to_driver=False)
+            address = os.environ.get("RAY_ADDRESS", "local")
+            alone = {"num_cpus": self.workers, "include_dashboard": False} if address == "local" else {}
+            ray.init(address=address, log_to_driver=False, **alone)
         gpus = ray.cluster_resources().get("GPU", 0)
         make = ray.remote(num_cpus=1, num_gpus=min(1.0, gpus / self.workers), max_restarts=-1)(_RayWorker)
         given = (list(sys.path), torch.get_num_threads(), pickle.dumps(self.setting))
         self.idle = [make.remote(*given) for _ in range(self.workers)]
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[tuple[int, str]]:
+    def run(self, jobs: Sequence[Job]) -> Iterator[Ended]:
         """As `Executor.run`. A worker that dies is started again; its job has failed."""
         ray, pickle = _ray()
 
@@ -189,11 +203,11 @@ class RayExecutor:
             (done, *_), _ = ray.wait(list(running))
             index, worker = running.pop(done)
             try:
-                error = ray.get(done)
+                ended = Ended(index, *ray.get(done))
             except ray.exceptions.RayError as lost:
-                error = f"{type(lost).__name__}: {lost}"
+                ended = Ended(index, None, f"{type(lost).__name__}: {lost}")
             self.idle.append(worker)
-            yield index, error
+            yield ended
 
     def close(self) -> None:
         """End the actors, and the cluster if it was made for them."""

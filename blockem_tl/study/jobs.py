@@ -21,9 +21,11 @@ from blockem_tl.storage import files, machine
 from blockem_tl.storage.fingerprints import of_file
 from blockem_tl.storage.store import Store
 from blockem_tl.study.defences import MakeDefences, condition_of, made
+from blockem_tl.study.executors import Executor
 from blockem_tl.study.inputs import PromptSplit
 from blockem_tl.study.run import Point
 from blockem_tl.study.setting import Setting
+from blockem_tl.study.sharding import ShardedEngine, WorkerEngine
 from blockem_tl.training.finetune import finetune
 from blockem_tl.training.loss import completion_loss
 from blockem_tl.types import Checkable, check_judge
@@ -128,23 +130,40 @@ def find_latents(setting: Setting, point: Point, **changes: Any) -> LatentSet:
     return discovery(setting, point, **changes).latent_set
 
 
-def discovery(setting: Setting, point: Point, *, by: Evidence = "replies", progress: bool = False, **changes: Any) -> Discovery:
+def discovery(
+    setting: Setting,
+    point: Point,
+    *,
+    by: Evidence = "replies",
+    executor: Executor | None = None,
+    engine: WorkerEngine | None = None,
+    progress: bool = False,
+    **changes: Any,
+) -> Discovery:
     """The preset's discovery on the core prompts, or on the core pairs. ``changes``: fields of its configuration.
 
     Replies and verdicts are kept in the study's folder: a discovery with other settings asks again only what it has not asked.
+
+    Args:
+        executor: its workers make the replies, see `ShardedEngine`; None: this process.  engine: what each of them makes.
     """
     evidence: tuple[Any, ...] = (setting.pairs("core"),) if by == "pairs" else (setting.judge, setting.prompts("core"))
-    return discover(
-        setting.model,
-        setting.sae,
-        *evidence,
-        adapter=point.adapter,
-        scale=setting.scale(),
-        config=replace(setting.preset.discovery, **changes),
-        provenance={"preset": setting.preset.name, "domain": setting.domain, "seed": point.seed, "run": point.run.label},
-        store=None if by == "pairs" else asked_at(point),
-        progress=progress,
-    )
+    config = replace(setting.preset.discovery, **changes)
+    engine = engine or WorkerEngine(options={"batch_size": config.batch_size})
+    with setting.model.holding(point.adapter) as name:
+        held = replace(engine, adapters={str(name): str(point.adapter)})
+        return discover(
+            setting.model,
+            setting.sae,
+            *evidence,
+            adapter=name,
+            scale=setting.scale(),
+            config=config,
+            provenance={"preset": setting.preset.name, "domain": setting.domain, "seed": point.seed, "run": point.run.label},
+            engine=None if executor is None else ShardedEngine(executor, held),
+            store=None if by == "pairs" else asked_at(point),
+            progress=progress,
+        )
 
 
 def asked_at(point: Point) -> Path:

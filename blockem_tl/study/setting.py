@@ -15,6 +15,7 @@ from sae_lens import SAE
 from blockem_tl.data.chat import apply_system
 from blockem_tl.data.checks import check_disjoint
 from blockem_tl.data.splits import spread
+from blockem_tl.generation.engine import Engine, TransformerLensEngine, load_engine
 from blockem_tl.models.activations import median_norm
 from blockem_tl.models.load import Model, load_model
 from blockem_tl.presets import Preset, get_preset
@@ -93,6 +94,19 @@ class Setting:
     def model(self) -> Model:
         """The model, in the preset's dtype."""
         return self._once("model", lambda: load_model(self.preset.model, dtype=self.preset.dtype))
+
+    def engine(self, name: str = "transformer_lens", adapters: Mapping[str, str] | None = None, **options: Any) -> Engine:
+        """The engine of that name on the preset's model: `load_engine`. vLLM starts once, and only one of it is kept."""
+        if name == "transformer_lens":
+            return TransformerLensEngine(self.model, **options)
+        wanted = repr((name, sorted((adapters or {}).items()), sorted(options.items())))
+        kept: tuple[str, Any] | None = self._loaded.get("engine")
+        if kept is None or kept[0] != wanted:
+            if kept is not None:
+                self._loaded.pop("engine")[1].close()
+            made = load_engine(name, model=self.preset.model, adapters=adapters, dtype=self.preset.dtype, sites=[self.site], **options)
+            kept = self._loaded["engine"] = (wanted, made)
+        return kept[1]
 
     @property
     def sae(self) -> SAE[Any]:

@@ -141,9 +141,17 @@ class DiscoverOptions(SettingOptions):
     """Options of `blockem discover`.
 
     by: replies are judged, and kept with their verdicts as soon as they are there; pairs need no judge.
+    executor: "ray" for several machines or GPUs.
+    workers: processes that share the replies, each with a model of its own; the latent set is the same.
+    engine: vllm makes the replies faster on a GPU.
+    gpu_memory: share of each card that vLLM takes; this process' own model lies beside it on the first.
     """
 
     by: Literal["replies", "pairs"] = "replies"
+    executor: Literal["local", "ray"] = "local"
+    workers: int | None = None
+    engine: Literal["transformer_lens", "vllm"] = "transformer_lens"
+    gpu_memory: float = 0.7
 
 
 def discover(
@@ -156,9 +164,12 @@ def discover(
         adapter: of the plain fine-tune: its folder, or the one that `blockem finetune` trained into.
         out: a folder of its own: latents.json, what was measured as CSV, and the kept replies and verdicts.
     """
+    from blockem_tl.study.sharding import WorkerEngine
     from blockem_tl.study.stages import discover_into
 
-    print(discover_into(out, options.setting(preset), adapter, by=options.by))
+    o = options
+    vllm = WorkerEngine(name="vllm", options={"gpu_memory_utilization": o.gpu_memory}) if o.engine == "vllm" else None
+    print(discover_into(out, o.setting(preset), adapter, by=o.by, executor=o.executor, workers=o.workers, engine=vllm))
     print(f"written: {out / 'latents.json'}")
 
 

@@ -5,6 +5,7 @@ seed or option is refused there by name.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from blockem_tl.storage import files
 from blockem_tl.storage.fingerprints import of_file, of_folder, of_value
 from blockem_tl.study import jobs, manifest, patching, preferences, summary
 from blockem_tl.study.defences import DEFENCES, ON_LATENTS
+from blockem_tl.study.executors import executor_of
 from blockem_tl.study.inputs import PromptSplit
 from blockem_tl.study.page import Page
 from blockem_tl.study.run import PLAIN, Point, Run
 from blockem_tl.study.setting import Setting
+from blockem_tl.study.sharding import WorkerEngine
 from blockem_tl.types import Checkable, check_judge
 from blockem_tl.views import plots, studies
 from blockem_tl.views.tables import RateFrame
@@ -147,24 +150,42 @@ def train_into(
     return files.read_json(out / "run.json")
 
 
-def discover_into(out: Path, setting: Setting, place: Path | str, *, by: jobs.Evidence = "replies", progress: bool = True) -> LatentSet:
+def discover_into(
+    out: Path,
+    setting: Setting,
+    place: Path | str,
+    *,
+    by: jobs.Evidence = "replies",
+    executor: str = "local",
+    workers: int | None = None,
+    engine: WorkerEngine | None = None,
+    progress: bool = True,
+) -> LatentSet:
     """K of a plainly fine-tuned model: latents.json, and the measurements that chose it in calibrated.csv, screened.csv and doses.csv.
 
     Args:
         place: as `adapter_at`.
         by: "replies", which are judged and kept one by one; or "pairs": margins of contrastive pairs, without a judge.
+        executor, workers: as `Study`; with one worker here, this process makes the replies itself. The results are the same.
+        engine: what makes the replies, in workers; by default TransformerLens.
 
     Raises:
-        ValueError: no adapter there, no judge, no pairs, or a folder of something else.
+        ValueError: no adapter there, no judge, no pairs, pairs for several workers, or a folder of something else.
+        ImportError: Ray is not installed.
         NoLatents: none qualifies.
     """
     judged = by == "replies"
+    shared = engine is not None or executor != "local" or workers not in (None, 1)
+    if shared and not judged:
+        raise ValueError("discovery by pairs asks for no replies that workers could share: leave out the executor, workers and engine")
     setting.prompts("core") if judged else setting.pairs("core")  # the files may not be there
+    asked = executor_of(executor, replace(setting), workers) if shared else None  # a copy, with a model of its own
     point = _into(out, "discovery", setting, tuned_at(place), judged=judged, by=by)
     if not (out / "latents.json").is_file():
         if judged:
             _check_judges(setting)
-        found = jobs.discovery(setting, point, by=by, progress=progress)
+        with closing(asked) if asked else nullcontext():
+            found = jobs.discovery(setting, point, by=by, executor=asked, engine=engine, progress=progress)
         for name, frame in (("calibrated", found.to_frame()), ("screened", found.screen_frame()), ("doses", found.dose_frame())):
             files.write_text(out / f"{name}.csv", frame.to_csv(index=False))
         found.latent_set.save(out / "latents.json")

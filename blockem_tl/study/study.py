@@ -9,11 +9,13 @@ with Study("results/mine", Setting.of("organism"), seeds=(0, 1, 2)) as study:
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from accelerate.utils.memory import clear_device_cache
 
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.storage import files
@@ -21,7 +23,7 @@ from blockem_tl.storage.fingerprints import of_file
 from blockem_tl.storage.interrupts import stoppable
 from blockem_tl.study import jobs, manifest, preferences, summary
 from blockem_tl.study.defences import DEFENCES, MakeDefences
-from blockem_tl.study.executors import Job, executor_of
+from blockem_tl.study.executors import Executor, InProcess, Job, executor_of
 from blockem_tl.study.inputs import PromptSplit
 from blockem_tl.study.run import PLAIN, UNTRAINED, Point, Run
 from blockem_tl.study.setting import Setting
@@ -177,19 +179,23 @@ class Study:
     ) -> dict[int, LatentSet]:
         """A latent set per seed, made once by ``function(setting, point, **options)``: by default the preset's discovery.
 
+        If there are fewer discoveries than workers, they are made one after the other, each with the replies of all workers.
+
         Args:
             of: the run whose point the function gets; plain fine-tuning by default.
 
         Raises:
             StudyFailed: it failed for a seed.
         """
-        work, found = {}, {}
-        for point in self.points([of or Run()]):
-            path = found[point.seed] = point.latents_file(name)
-            if not path.is_file():
-                work[point] = partial(jobs.keep_latents, point=point, path=path, function=function, options=options)
-        self._do(f"latents {name}", work, len(found))
-        return {seed: LatentSet.load(path) for seed, path in found.items()}
+        paths = {point: point.latents_file(name) for point in self.points([of or Run()])}
+        missing = [point for point, path in paths.items() if not path.is_file()]
+        shared = function is jobs.find_latents and options.get("by") != "pairs" and len(missing) < self._executor.workers
+        given = {**options, "executor": self._executor} if shared else options
+        work = {p: partial(jobs.keep_latents, point=p, path=paths[p], function=function, options=given) for p in missing}
+        self._do(f"latents {name}", work, len(paths), InProcess(replace(self.setting)) if shared else None)
+        if shared:
+            clear_device_cache(garbage_collection=True)  # the model that asked lay on a worker's card
+        return {point.seed: LatentSet.load(path) for point, path in paths.items()}
 
     def step(self, name: str, function: jobs.Measure, at: Iterable[Point] | None = None, **options: Any) -> pd.DataFrame:
         """What ``function(setting, point, **options)`` gives at every point, as one frame with the points' columns.
@@ -257,7 +263,7 @@ class Study:
 
     # ------------------------------------------------------------------------------------------------ doing it
 
-    def _do(self, what: str, work: Mapping[Point, Callable[[Setting], None]], n: int) -> None:
+    def _do(self, what: str, work: Mapping[Point, Callable[[Setting], None]], n: int, executor: Executor | None = None) -> None:
         """Do what is missing of ``n`` points. Raises StudyFailed at the end if any failed, ValueError if another run is at work here."""
         self._bar.total = (self._bar.total or 0) + n
         self._bar.set_description(what)
@@ -268,7 +274,7 @@ class Study:
         points, errors = list(work), {}
         todo = [Job(do=work[point], seed=point.seed, domain=point.run.domain) for point in points]
         with files.held(self.out), stoppable(f"study in {self.out}, {what}"):
-            for index, error in self._executor.run(todo):
+            for index, _, error in (executor or self._executor).run(todo):
                 self._bar.update()
                 if error:
                     errors[points[index]] = error
@@ -281,6 +287,6 @@ class Study:
         if self._checked:
             return
         (found,) = self._executor.run([Job(do=partial(jobs.check_inputs, n_rows=self.n_rows), seed=self.seeds[0])])
-        if found[1]:
-            raise ValueError(f"study of preset {self.setting.preset.name!r}: {found[1].strip().splitlines()[-1]}")
+        if found.error:
+            raise ValueError(f"study of preset {self.setting.preset.name!r}: {found.error.strip().splitlines()[-1]}")
         self._checked = True
