@@ -195,15 +195,18 @@ class Scan:
             return self.tally.bounds(self.test.effect)
         return Bounds(low=MINUS_INFINITY, high=self.test.any_effect.high)
 
-    def wave(self) -> list[int]:
-        """The prompts to ask next, those first whose replies were incoherent at other doses: as few as could final_score this dose out."""
-        tally, counts = self.tally, self.tally.if_rest("1")
-        fewest = next((k for k in range(1, tally.left) if not self.allows(replace(counts, incoherent=counts.incoherent + k))), tally.left)
+    def fewest(self) -> int:
+        """Number of replies that could rule this dose out, or all that are left."""
+        left, counts = self.tally.left, self.tally.if_rest("1")
+        return next((k for k in range(1, left) if not self.allows(replace(counts, incoherent=counts.incoherent + k))), left)
+
+    def next_prompts(self, n: int) -> list[int]:
+        """The ``n`` prompts to ask next, those first whose replies were incoherent at other doses."""
         likely = (self.test.incoherent + 0.5) / (self.test.judged + 1)  # over all latents, to break ties
         for other in self.tallies.values():
             for i, verdict in other.verdicts.items():
                 likely[i] += 1 if verdict.incoherent else -1
-        return tally.missing(np.argsort(-likely, kind="stable").tolist())[:fewest]
+        return self.tally.missing(np.argsort(-likely, kind="stable").tolist())[:n]
 
     def asked(self) -> list[DoseCounts]:
         """The doses that were asked."""
@@ -257,7 +260,9 @@ def _run(test: SteeringTest, latents: Sequence[Latent], selection: Selection | N
         bar.update(asked=0, open=sum(scan.open for scan in pending), abandoned=sum(lost))
         if not pending:
             break
-        bar.update(asked=test.ask([(scan.tally, scan.wave()) for scan in pending]), open=sum(scan.open for scan in pending))
+        sizes = test.enlarged([scan.fewest() for scan in pending])
+        wave = [(scan.tally, scan.next_prompts(size)) for scan, size in zip(pending, sizes, strict=True)]
+        bar.update(asked=test.ask(wave), open=sum(scan.open for scan in pending))
         for scan in pending:
             scan.settle()
     bar.close()
@@ -281,8 +286,7 @@ def select(
         ValueError: latents were abandoned for another selection than this one.
     """
     for c in calibrated:
-        known = c.abandoned_for
-        if known is not None and (known.final_score != final_score or known.valid_only != valid_only or known.n < n):
+        if (known := c.abandoned_for) is not None and (known.final_score != final_score or known.valid_only != valid_only or known.n < n):
             raise ValueError(
                 f"select: latent {c.candidate.latent} was abandoned while calibrating for {known}, so n={n}, final_score={final_score!r}, "
                 f"valid_only={valid_only} cannot be told: calibrate with that selection, or with full_grid=True"

@@ -47,6 +47,7 @@ class DiscoveryConfig:
     max_incoherence: what a dose may cost.
     n_latents: the most latents in K.  final_score: eq. 9 ("both") or eq. 10 ("repair").  valid_only: both effects strictly positive.
     batch_size: rows that run at once on the model itself; None asks the free memory.
+    smallest_wave: replies that are asked at a time at least. Larger waves keep many cards busy and spare fewer replies; same latent set.
     full_grid: ask every condition of stages 2 and 3 on every prompt (for figures), instead of stopping as soon as the latent set is
         certain. The latent set is the same.
 
@@ -71,10 +72,11 @@ class DiscoveryConfig:
     valid_only: bool = True
     max_new_tokens: int = 200
     batch_size: int | None = None
+    smallest_wave: int = 1
     full_grid: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("n_plus", "n_minus", "shortlist_size", "n_latents", "max_new_tokens"):
+        for name in ("n_plus", "n_minus", "shortlist_size", "n_latents", "max_new_tokens", "smallest_wave"):
             value, least = getattr(self, name), 0 if name in ("n_plus", "n_minus") else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"discovery: expected a whole number as {name}, at least {least}, got {value!r}")

@@ -189,7 +189,7 @@ def _differing(first: LatentSet, second: LatentSet) -> tuple[str, ...]:
 
 
 def _settings(part: dict[str, Any]) -> set[tuple[str, str]]:
-    config = {key: value for key, value in part.get("config", {}).items() if key != "batch_size"}  # how, not what
+    config = {key: value for key, value in part.get("config", {}).items() if key not in ("batch_size", "smallest_wave")}  # how, not what
     return {
         (key, json.dumps(value, default=str)) for key, value in {**config, "judge": part.get("judge"), "scale": part.get("scale")}.items()
     }

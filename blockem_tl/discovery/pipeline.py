@@ -225,7 +225,7 @@ def _stages(
     base, tuned, judge = sources
     shift = shifts(model, sae, _rows(tuned, prompts, config))
     shift[list(known)] = 0.0
-    tests = steering_tests(base, tuned, judge, prompts)
+    tests = steering_tests(base, tuned, judge, prompts, smallest_wave=config.smallest_wave)
     pool = candidate_pool(shift, n_plus=config.n_plus, n_minus=config.n_minus)
     screened = stage_two(tests, sae, pool, config, scale=scale, progress=progress)
     return screened, stage_three(tests, sae, screened, config, scale=scale, progress=progress)

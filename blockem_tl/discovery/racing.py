@@ -4,6 +4,7 @@ A bound is computed by the very float operations that the complete result is com
 monotonically, so no bound ever lies on the wrong side of the result, not even in the last bit: shortcuts by these bounds are exact.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -102,8 +103,10 @@ class SteeringTest:
     learns of each prompt orders later questions; that changes no result, only when it is certain.
     """
 
-    def __init__(self, name: Literal["induce", "repair"], reply_fn: ReplyFn, judge: Judge, prompts: Sequence[Prompt]) -> None:
-        self.name, self.reply_fn, self.judge, self.prompts = name, reply_fn, judge, prompts
+    def __init__(
+        self, name: Literal["induce", "repair"], reply_fn: ReplyFn, judge: Judge, prompts: Sequence[Prompt], smallest_wave: int = 1
+    ) -> None:
+        self.name, self.reply_fn, self.judge, self.prompts, self.smallest_wave = name, reply_fn, judge, prompts, smallest_wave
         self.judged, self.misaligned, self.incoherent = (np.zeros(len(prompts)) for _ in range(3))
         self.tallies: dict[str, Tally] = {}
         tally = self.tally(UNSTEERED)
@@ -124,6 +127,11 @@ class SteeringTest:
         """For each prompt the share of its replies so far that were no success: base stayed aligned, or tuned misaligned."""
         rate = self.misaligned / np.maximum(self.judged, 1)
         return 1 - rate if self.name == "induce" else rate
+
+    def enlarged(self, sizes: Sequence[int]) -> list[int]:
+        """The sizes of a wave's parts, all of them larger in proportion if together they are fewer than the smallest wave."""
+        factor = max(1.0, self.smallest_wave / max(1, sum(sizes)))
+        return [math.ceil(size * factor) for size in sizes]
 
     def ask(self, wanted: Iterable[tuple[Tally, Sequence[int]]]) -> int:
         """Ask each condition on its part of the prompts, and put the verdicts into the tallies; return how many replies that took."""
@@ -148,9 +156,13 @@ class SteeringTests:
     repair: SteeringTest
 
 
-def steering_tests(base: ReplyFn, tuned: ReplyFn, judge: Judge, prompts: Sequence[Prompt]) -> SteeringTests:
-    """The tests that stages 2 and 3 ask: base induced, tuned repaired, on the core prompts. Asks the unsteered replies."""
-    return SteeringTests(induce=SteeringTest("induce", base, judge, prompts), repair=SteeringTest("repair", tuned, judge, prompts))
+def steering_tests(base: ReplyFn, tuned: ReplyFn, judge: Judge, prompts: Sequence[Prompt], *, smallest_wave: int = 1) -> SteeringTests:
+    """The tests that stages 2 and 3 ask: base induced, tuned repaired, on the core prompts. Asks the unsteered replies.
+
+    smallest_wave: replies that are asked at a time at least, as long as so many are undecided.
+    """
+    induce = SteeringTest("induce", base, judge, prompts, smallest_wave)
+    return SteeringTests(induce=induce, repair=SteeringTest("repair", tuned, judge, prompts, smallest_wave))
 
 
 @dataclass(frozen=True, kw_only=True)

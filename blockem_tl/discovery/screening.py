@@ -148,7 +148,8 @@ def _race(trials: Sequence[Trial], tests: Sequence[SteeringTest], shortlisting: 
             return
         futility = [test.futility() for test in tests[:decisive]]
         sizes = {trial: size for team in teams for trial, size in _sizes(team, bounds, shortlisting, futility).items()}
-        parts = {trial: _first(trial, futility, sizes[trial]) for trial in racing}
+        wave = tests[0].enlarged([sizes[trial] for trial in racing])
+        parts = {trial: _first(trial, futility, size) for trial, size in zip(racing, wave, strict=True)}
         if not any(any(map(len, part)) for part in parts.values()):  # by the bounds this cannot be; but the loop must end
             parts = {trial: _first(trial, futility, trial.left(decisive)) for trial in racing}
         asked = [test.ask((trial.tallies[a], part[a]) for trial, part in parts.items()) for a, test in enumerate(tests[:decisive])]

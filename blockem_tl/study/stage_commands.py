@@ -145,6 +145,7 @@ class DiscoverOptions(SettingOptions):
     workers: processes that share the replies, each with a model of its own; the latent set is the same.
     engine: vllm makes the replies faster on a GPU.
     gpu_memory: share of each card that vLLM takes; this process' own model lies beside it on the first.
+    smallest_wave: replies that are asked at a time at least: some 64 for each card keep several busy.
     """
 
     by: Literal["replies", "pairs"] = "replies"
@@ -152,6 +153,7 @@ class DiscoverOptions(SettingOptions):
     workers: int | None = None
     engine: Literal["transformer_lens", "vllm"] = "transformer_lens"
     gpu_memory: float = 0.7
+    smallest_wave: int = 1
 
 
 def discover(
@@ -169,7 +171,8 @@ def discover(
 
     o = options
     vllm = WorkerEngine(name="vllm", options={"gpu_memory_utilization": o.gpu_memory}) if o.engine == "vllm" else None
-    print(discover_into(out, o.setting(preset), adapter, by=o.by, executor=o.executor, workers=o.workers, engine=vllm))
+    workers = {"executor": o.executor, "workers": o.workers, "engine": vllm, "smallest_wave": o.smallest_wave}
+    print(discover_into(out, o.setting(preset), adapter, by=o.by, **workers))
     print(f"written: {out / 'latents.json'}")
 
 

@@ -160,6 +160,7 @@ def discover_into(
     workers: int | None = None,
     engine: WorkerEngine | None = None,
     progress: bool = True,
+    **changes: Any,
 ) -> LatentSet:
     """K of a plainly fine-tuned model: latents.json, and the measurements that chose it in calibrated.csv, screened.csv and doses.csv.
 
@@ -168,6 +169,7 @@ def discover_into(
         by: "replies", which are judged and kept one by one; or "pairs": margins of contrastive pairs, without a judge.
         executor, workers: as `Study`; with one worker here, this process makes the replies itself. The results are the same.
         engine: what makes the replies, in workers; by default TransformerLens.
+        changes: fields of the configuration that change no latent: batch_size, smallest_wave.
 
     Raises:
         ValueError: no adapter there, no judge, no pairs, pairs for several workers, or a folder of something else.
@@ -185,7 +187,7 @@ def discover_into(
         if judged:
             _check_judges(setting)
         with closing(asked) if asked else nullcontext():
-            found = jobs.discovery(setting, point, by=by, executor=asked, engine=engine, progress=progress)
+            found = jobs.discovery(setting, point, by=by, executor=asked, engine=engine, progress=progress, **changes)
         for name, frame in (("calibrated", found.to_frame()), ("screened", found.screen_frame()), ("doses", found.dose_frame())):
             files.write_text(out / f"{name}.csv", frame.to_csv(index=False))
         found.latent_set.save(out / "latents.json")

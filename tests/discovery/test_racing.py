@@ -102,14 +102,14 @@ SETTINGS = [
 ]
 
 
-def stages(sae: SAE, seed: int, setting: Setting, full_grid: bool):
+def stages(sae: SAE, seed: int, setting: Setting, full_grid: bool, smallest_wave: int = 1):
     """Stages 2 and 3 on a made-up table; (K or the error, screened, calibrated, replies asked)."""
     table = Table(seed=seed, unparsed=setting.unparsed)
     draw = np.random.default_rng(seed)
     candidates = [
         Candidate(latent=int(k), shift=float(s)) for k, s in zip(draw.permutation(40)[:16], draw.normal(0, 0.05, 16), strict=True)
     ]
-    arms = steering_tests(table.reply_fn("base"), table.reply_fn("tuned"), table, QUESTIONS)
+    arms = steering_tests(table.reply_fn("base"), table.reply_fn("tuned"), table, QUESTIONS, smallest_wave=smallest_wave)
     shortlisting = Shortlisting(size=setting.keep, screen_score=setting.screen_score)
     screened = screen(
         arms, sae, candidates, scale=1.0, induce_dose=0.5, repair_dose=0.4, shortlisting=shortlisting, full_grid=full_grid, progress=False
@@ -161,6 +161,22 @@ def check_tables(sae: SAE, setting: Setting, seeds: range) -> None:
         doses = [len(GRID) - 1 + (abs(c.candidate.shift) >= 0.042) for c in calibrated_all]
         assert [len(c.doses) for c in calibrated_all] == [2 * n for n in doses]  # every dose but 0, on both arms
     assert asked < 0.8 * asked_full
+
+
+def test_larger_waves_are_fewer_ask_more_and_find_the_same(sae, monkeypatch) -> None:
+    """Which prompts a wave asks changes when something is certain, never the answer: what is told of a latent agrees too."""
+    waves: list[int] = []
+    grade = Table.grade
+    monkeypatch.setattr(Table, "grade", lambda self, *given, **more: waves.append(1) or grade(self, *given, **more))
+    for seed, setting in itertools.product(range(6), SETTINGS[::5]):
+        seen = {}
+        for smallest in (1, 60):
+            waves.clear()
+            seen[smallest] = (*stages(sae, seed, setting, full_grid=False, smallest_wave=smallest), len(waves))
+        (found, _, small, asked, n), (also, _, large, more, fewer) = seen[1], seen[60]
+        assert found == also and more >= asked and fewer < n
+        both = [(a, b) for a, b in zip(small, large, strict=True) if a.abandoned_for is b.abandoned_for is None]
+        assert all((a.induce, a.repair) == (b.induce, b.repair) for a, b in both)
 
 
 def test_most_settings_abandon_latents(sae) -> None:
