@@ -37,6 +37,17 @@ def row_bytes(model: Model, n_tokens: int, *, n_logits: int = 1) -> int:
     return kv + scores + activations + 12 * n_logits * int(getattr(config, "vocab_size", cfg.d_vocab))
 
 
+def training_row_bytes(model: Model, n_tokens: int, *, checkpointing: bool) -> int:
+    """Bytes that one row of ``n_tokens`` needs in a training step: what all blocks (with checkpointing: one) keep for the backward, and
+    the logits with their gradient. A rule of thumb, as much as `blockem plan` counts or up to a quarter more (with checkpointing, half)."""
+    cfg, config = model.cfg, cast(Any, model.original_model).config
+    width = next(model.original_model.parameters()).element_size()
+    scores = cfg.n_heads * n_tokens * n_tokens * (4 + (width if width < 4 else 0))
+    block = n_tokens * (12 * cfg.d_model + 4 * (cfg.d_mlp or 4 * cfg.d_model)) * width + scores
+    blocks = block + cfg.n_layers * n_tokens * cfg.d_model * width if checkpointing else cfg.n_layers * block
+    return blocks + n_tokens * int(getattr(config, "vocab_size", cfg.d_vocab)) * (8 + 2 * width)
+
+
 def rows_at_once(model: Model, n_tokens: int, *, most: int, n_logits: int = 1) -> int:
     """The rows of ``n_tokens`` that fit into ``SHARE`` of the free memory, at least 1 and at most ``most``."""
     return max(1, min(free_bytes(model) // row_bytes(model, n_tokens, n_logits=n_logits), most))
@@ -73,16 +84,16 @@ def in_batches(rows: Sequence[Encoded], size: int, work: Callable[[slice], Resul
     """``work`` on ``size`` rows at a time, which are halved where memory runs out. Raises MemoryError if a single row does not fit."""
     start = 0
     while start < len(rows):
-        chosen, failed = slice(start, min(start + size, len(rows))), None
+        chosen = slice(start, min(start + size, len(rows)))
         try:
             found = work(chosen)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             failed = str(error)
-        if failed is None:
-            yield found  # pyright: ignore[reportPossiblyUnbound]
+        else:
+            yield found
             start = chosen.stop
-        else:  # outside of the except block, where the error would still hold the tensors
-            longest = max(len(row.ids) for row in rows[chosen])
-            size = halved(chosen.stop - start, longest, failed, option="batch_size", advice="shorten the rows", stacklevel=5)
+            continue
+        longest = max(len(row.ids) for row in rows[chosen])  # outside of the except block, where the error would still hold the tensors
+        size = halved(chosen.stop - start, longest, failed, option="batch_size", advice="shorten the rows", stacklevel=5)

@@ -83,6 +83,8 @@ def plan_memory(preset: Preset, *, gpu_gb: float = 80.0, tokens: int = 400, new_
 def _training(meter: Meter, model: Model, sae: object, config: TrainingConfig, tokens: int, room: int) -> Stage:
     with stages.trainable(model, config) as parameters:
         resident = meter.now + sum(3 * p.numel() * p.element_size() for p in parameters)  # two moments, and the gradient
+        for parameter in parameters if config.bf16 else ():
+            parameter.data = parameter.data.to(torch.bfloat16)  # what autocast computes with, which does not know this device
 
         def work(n: int) -> int:
             peak = stages.peak_of(

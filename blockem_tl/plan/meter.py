@@ -36,6 +36,8 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _ATEN._local_scalar_dense.default and args[0].is_meta:
             return _key(args[0]) not in self._never if args[0].dtype == torch.bool else 1
+        if func is _ATEN.nonzero.default and args[0].is_meta:
+            return torch.empty(max(1, round(self.masked * args[0].numel())), args[0].ndim, dtype=torch.long, device=args[0].device)
         if func is _ATEN.index.Tensor and args[0].is_meta:
             args = (args[0], [place for one in args[1] for place in self._places(one)], *args[2:])
         found = func(*args, **(kwargs or {}))

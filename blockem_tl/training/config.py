@@ -12,9 +12,12 @@ class TrainingConfig:
     """Hyperparameters of one fine-tune; the defaults are the paper's (B.4).
 
     up_to_block: last block with LoRA (None: all).  warmup_steps: of the linear and the cosine schedule.  batch_size: examples per
-    optimizer step, all processes together.  micro_batch_size: examples per forward of one process (None: all at once); it does not change
-    the result.  max_grad_norm: 0 for no clipping.  bf16: compute under autocast (a model loaded in bfloat16 does not need it).
-    gradient_checkpointing: keep one activation per block and compute the rest again in the backward.
+    optimizer step, all processes together.  max_grad_norm: 0 for no clipping.  bf16: compute under autocast; in a model loaded in bfloat16
+    that is LoRA alone, which otherwise keeps float32 copies of its inputs.
+
+    How a step is computed does not change the result.  micro_batch_size: examples per forward of one process (None: all at once, or what
+    fits into the free memory).  gradient_checkpointing: keep one activation per block and compute the rest again in the backward (None:
+    where the micro-batch would not fit otherwise).
 
     Raises:
         ValueError: a number that is none, or out of its range; a batch that micro-batches do not fill.
@@ -33,7 +36,7 @@ class TrainingConfig:
     micro_batch_size: int | None = None
     max_grad_norm: float = 1.0
     bf16: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

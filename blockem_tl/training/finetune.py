@@ -15,6 +15,7 @@ from blockem_tl.training.active import ActiveDefences
 from blockem_tl.training.checkpoints import Checkpoints
 from blockem_tl.training.config import TrainingConfig
 from blockem_tl.training.defence import Defence, check_defences
+from blockem_tl.training.fitting import fitted
 from blockem_tl.training.loop import Loop, computing_as
 from blockem_tl.training.loss import check_examples
 from blockem_tl.training.run import TrainingRun, warn_if_hardly_learnt
@@ -59,6 +60,7 @@ def finetune(
         FloatingPointError: a loss or gradient that is NaN or infinite, naming the step, the rows and the last good checkpoint.
     """
     active, examples, encoded = _checked(model, examples, config, defences)
+    config = fitted(model, encoded, config)
     kept = Checkpoints(checkpoints, save_every_epochs) if checkpoints is not None else None
     alone = kept.held(cpu=model.device.type == "cpu") if kept else nullcontext()
     with alone, _new_adapter(model, adapter, config, start, overwrite), computing_as(model, config), torch.random.fork_rng():

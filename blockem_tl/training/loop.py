@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -187,12 +188,16 @@ class Loop:
 
 @contextmanager
 def computing_as(model: Model, config: TrainingConfig):
-    """Inside the block the model checkpoints gradients if the configuration says so; afterwards it is in the mode that it was in."""
+    """Inside the block the model checkpoints gradients if the configuration says so; afterwards it is in the mode that it was in.
+
+    Where LoRA computes in bf16 its inputs are no longer copied to float32, from which autocast would round them back.
+    """
     hf, training = cast(Any, model.original_model), model.original_model.training
     if config.gradient_checkpointing:
         hf.gradient_checkpointing_enable({"use_reentrant": False})  # the reentrant kind would cut the penalty's gradient
     try:
-        yield
+        with disable_input_dtype_casting(hf, active=config.bf16):
+            yield
     finally:
         if config.gradient_checkpointing:
             hf.gradient_checkpointing_disable()

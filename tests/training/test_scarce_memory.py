@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from blockem_tl import Blocking, Monitor, TrainingConfig, completion_loss, finet
 from blockem_tl.data.chat import encode_examples
 from blockem_tl.defences.blocking import blocking_loss
 from blockem_tl.models import memory
+from blockem_tl.plan import skeleton, stages
+from blockem_tl.plan.meter import Meter
 from blockem_tl.training import loop
+from blockem_tl.training.fitting import fitted
 from blockem_tl.training.loop import Loop
 from blockem_tl.training.loss import mean_penalty
 
@@ -146,3 +150,38 @@ def test_a_processor_that_really_runs_out_of_memory(tmp_path) -> None:
         said[name] = run.stdout.split(" ", 1)
     assert int(said["little"][0]) >= 1 and int(said["plenty"][0]) == 0
     assert said["little"][1] == said["plenty"][1]
+
+
+# ------------------------------------------------------------------------------------------------ what fits
+
+
+def test_what_is_left_open_is_what_fits(tiny, monkeypatch) -> None:
+    rows = encode_examples(tiny.tokenizer, EXAMPLES)
+    each = {on: memory.training_row_bytes(tiny, max(len(row.ids) for row in rows), checkpointing=on) for on in (False, True)}
+    assert each[True] < each[False]
+
+    def decided(free: float, **options) -> tuple[int | None, bool | None]:
+        monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=free / memory.SHARE + 8))
+        config = fitted(tiny, rows, replace(CONFIG, **options))
+        return config.micro_batch_size, config.gradient_checkpointing
+
+    assert decided(1e15) == (8, False) and decided(8 * each[False]) == (8, False)
+    assert decided(7 * each[False]) == (4, False) and decided(1 * each[False]) == (1, False)
+    assert decided(0.99 * each[False])[1] and decided(0) == (1, True)  # the run itself says if that does not fit either
+    assert decided(7 * each[False], micro_batch_size=8) == (8, True)  # asked for: kept, with checkpointing where it does not fit without
+    assert decided(0, micro_batch_size=8, gradient_checkpointing=False) == (8, False)
+    assert decided(1e15, gradient_checkpointing=True) == (8, True)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "rows", "tokens"), [("meta-llama/Llama-3.2-1B-Instruct", 4, 300), ("meta-llama/Llama-3.2-1B-Instruct", 8, 64)]
+)
+def test_the_rule_of_thumb_is_near_the_plan(shape, rows, tokens, checkpointing) -> None:
+    with Meter() as meter:
+        bare = skeleton.skeleton(skeleton.config_of(shape), dtype=torch.float32, context=tokens)
+        sae = stages.plain_sae("blocks.9.hook_resid_post", bare.cfg.d_model, 1024)
+        with stages.trainable(bare, TrainingConfig(gradient_checkpointing=checkpointing)):
+            batch = stages.rows_of(rows, tokens, bare.device)
+            counted = stages.peak_of(meter, lambda: stages.training_step(bare, batch, sae, [1, 2], live=True))
+        assert rows * memory.training_row_bytes(bare, tokens, checkpointing=checkpointing) == pytest.approx(counted, rel=0.25)
