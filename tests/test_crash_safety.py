@@ -170,6 +170,94 @@ def test_a_read_only_folder_is_one_error(tmp_path: Path) -> None:
         place.chmod(0o755)
 
 
+# ------------------------------------------------------------------------------------------------ killed while writing
+
+
+def killed(work: Callable[[], object]) -> None:
+    """Do it in a process that kills itself in the end."""
+
+    def dies() -> None:
+        work()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert os.WTERMSIG(in_child(dies)) == signal.SIGKILL
+
+
+def half_a_file(path: Path) -> None:
+    with files.temporary_beside(path) as temporary:
+        temporary.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def half_a_folder(path: Path) -> None:
+    with files.finished_folder(path) as temporary:
+        (temporary / "half").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_a_killed_process_half_wrote_goes_when_the_same_is_written(tmp_path: Path) -> None:
+    (tmp_path / ".a.json.settings").touch()  # somebody's own
+    killed(lambda: half_a_file(tmp_path / "a.json"))
+    killed(lambda: half_a_file(tmp_path / "b.json"))
+    killed(lambda: half_a_folder(tmp_path / "c"))
+    assert len(names(tmp_path)) == 5
+    files.write_json(tmp_path / "a.json", 1)
+    with files.finished_folder(tmp_path / "c"):
+        pass
+    left = names(tmp_path)
+    assert [name for name in left if not name.startswith(".b.json.")] == [".a.json.settings", "a.json", "c"] and len(left) == 4
+
+
+def test_what_another_process_is_writing_stays(tmp_path: Path) -> None:
+    for folder in (False, True):
+        with files.temporary_beside(tmp_path / "a", folder=folder) as temporary:
+            assert in_child(lambda: files.write_text(tmp_path / "a", "theirs")) == 0
+            assert temporary.exists() and sorted(names(tmp_path)) == sorted([temporary.name, "a"])
+        assert names(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("replaces", [True, False])
+def test_a_folder_that_is_replaced_or_removed_is_never_half_there(replaces: bool, tmp_path: Path) -> None:
+    """Killed at every file that is touched on the way: the old one, the new one, or nothing is under the name; and it can be done again."""
+
+    def work(path: Path) -> None:
+        if not replaces:
+            return files.remove_folder(path)
+        with files.finished_folder(path, replaces="mark") as temporary:
+            fill(temporary, "mark", "new")
+
+    seen, status = [], signal.SIGKILL
+    while status == signal.SIGKILL:
+        n, path = len(seen) + 1, tmp_path / str(len(seen)) / "x"
+        fill(path, "mark", "a", "b")
+        status = in_child(lambda n=n, path=path: (killed_at_file(n), work(path)))
+        seen.append(names(path) if path.exists() else [])
+        if replaces:
+            work(path)
+            assert names(path.parent) == ["x", "x/mark", "x/new"]
+    assert status == 0 and len(seen) > 5
+    assert {tuple(found) for found in seen} == {("a", "b", "mark"), (), *([("mark", "new")] if replaces else [])}
+
+
+def fill(folder: Path, *wanted: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in wanted:
+        (folder / name).touch()
+
+
+def killed_at_file(n: int) -> None:
+    """From now on this process is killed before it makes, moves or removes its n-th file."""
+    left = [n]
+
+    def hook(event: str, given: tuple[object, ...]) -> None:
+        if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "open"):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
 # ------------------------------------------------------------------------------------------------ signals
 
 

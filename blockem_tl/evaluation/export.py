@@ -1,7 +1,6 @@
 """Replies and verdicts for other tools and back: parquet, and Inspect logs that `inspect view` opens."""
 
 import io
-import tempfile
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -152,9 +151,9 @@ def write_inspect(path: Path | str, evaluations: Sequence[Evaluation], *, model:
         samples=[_sample(inspect, evaluations, i, model) for i in range(n)],
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        inspect.write_eval_log(log, str(Path(folder) / path.name))
-        (Path(folder) / path.name).replace(path)
+    with files.temporary_beside(path, folder=True) as folder:
+        inspect.write_eval_log(log, str(folder / path.name))
+        (folder / path.name).replace(path)
     return path
 
 

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -50,14 +49,11 @@ def judge_file(judge: LLMJudge | CachedJudge, source: Path | str, target: Path |
 @contextmanager
 def _appearing(target: Path) -> Iterator[TextIO]:
     """A text file that takes the place of ``target`` only if the block ends well."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+    with files.temporary_beside(target) as temporary:
+        with temporary.open("w", encoding="utf-8") as file:
             yield file
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    finally:
-        Path(name).unlink(missing_ok=True)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -45,7 +45,7 @@ class Rounds:
             trainer.save_trainer_state(temporary)
             files.write_json(temporary / _MARK, self.identity)
         if before is not None:
-            shutil.rmtree(before)
+            files.remove_folder(before)
 
     def restore(self, trainer: Any) -> None:
         """Go on from the last state, if there is one. Raises ValueError for a state that is broken, or holds more than tensors."""

@@ -41,6 +41,8 @@ from blockem_tl.storage import files, fingerprints, machine
 from blockem_tl.types import check_names, check_site
 from blockem_tl.views.progress import allowed
 
+_CARD = "card.json"
+
 Kind = Literal["topk", "batchtopk", "jumprelu"]
 
 
@@ -89,7 +91,7 @@ def train_sae(
 ) -> SAECard:
     """Train an SAE on a site's activations over the corpora, under each adapter, and measure it on rows held out.
 
-    With ``out``, its state is kept beside it in ``out``.training until it is done; killed, the same call goes on, to the same bits.
+    With ``out``, the state is kept in ``out``.training meanwhile; killed, the same call goes on, to the same bits, or only measures.
 
     Args:
         corpora: rows by name: texts, chats, replies of base and of tuned; an SAE knows only what it has read.
@@ -100,26 +102,41 @@ def train_sae(
         TypeError: a site that is no name, corpora that are no dict, adapters that are no list.
         ValueError: an unknown site, corpora with fewer tokens than the SAE has latents, or an adapter that is none.
             ``out``.training holds another training's state, or another run is writing it.
-        FileExistsError: ``out`` exists.
+        FileExistsError: ``out`` exists, and is not this very SAE.
     """
-    adapters = _checked(model, site, corpora, adapters)
-    if out is not None:
-        files.check_replaceable(out, "cfg.json" if overwrite else None)
+    adapters = _checked(model, site, corpora, adapters, out, overwrite)
     torch.manual_seed(config.seed)
     train, heldout = split_corpora(corpora, heldout=config.heldout, seed=config.seed)
     with ExitStack() as stack:
         held = [str(stack.enter_context(model.holding(adapter))) for adapter in adapters]  # a folder is loaded once
         limit = SINK * median_of_norms(model, site, train, held)
-        activations = ActivationStream(
-            model, site, train, held, limit=limit, n_least=config.d_sae, seed=config.seed, kept_gb=config.kept_gb
-        )
-        rounds = None if out is None else _rounds(out, _identity(model, site, corpora, held, config), stack)
-        sae = _trained(model, site, activations, config, rounds, progress)
-        with tempfile.TemporaryDirectory() as nowhere:
-            found = _saved(model, sae, heldout, held, limit, config, out or Path(nowhere) / "sae")
+        options: dict[str, Any] = {"n_least": config.d_sae, "seed": config.seed, "kept_gb": config.kept_gb}
+        activations = ActivationStream(model, site, train, held, limit=limit, **options)
+        identity = _identity(model, site, corpora, held, config)
+        made = out is not None and not overwrite and _is_made(out, identity)
+        rounds = None if out is None else _rounds(out, identity, stack)
+        if out is not None and made:
+            found = _card(model, out, heldout, held, limit)
+        else:
+            sae = _trained(model, site, activations, config, rounds, progress)
+            found = _saved(model, sae, heldout, held, limit, config, identity, out)
     if rounds is not None:
         rounds.remove()
     return found
+
+
+def check_place(out: Path | str, *, overwrite: bool) -> None:
+    """Raise FileExistsError if ``out`` exists and may not be replaced, unless it may be the very SAE that is to be trained."""
+    if overwrite or not (Path(out) / _CARD).is_file():
+        files.check_replaceable(out, "cfg.json" if overwrite else None)
+
+
+def _is_made(out: Path | str, identity: Mapping[str, str]) -> bool:
+    """Whether ``out`` holds this very SAE. Raises FileExistsError if it holds anything else."""
+    if (Path(out) / _CARD).is_file() and files.read_json(Path(out) / _CARD).get("identity") == identity:
+        return True
+    files.check_replaceable(out, None)
+    return False
 
 
 def _rounds(out: Path | str, identity: dict[str, str], stack: ExitStack) -> Rounds:
@@ -129,8 +146,10 @@ def _rounds(out: Path | str, identity: dict[str, str], stack: ExitStack) -> Roun
     return Rounds(folder, identity)
 
 
-def _checked(model: Model, site: object, corpora: object, adapters: object) -> list[str | Path]:
-    """The adapters as a list. Raises TypeError for arguments of another kind, ValueError for an unknown site."""
+def _checked(model: Model, site: object, corpora: object, adapters: object, out: Path | str | None, overwrite: bool) -> list[str | Path]:
+    """The adapters as a list. Raises TypeError for arguments of another kind, ValueError for an unknown site, or as `check_place`."""
+    if out is not None:
+        check_place(out, overwrite=overwrite)
     resolve(model.hook_dict, check_site("train_sae", site))
     if not isinstance(corpora, Mapping):
         raise TypeError(f"train_sae: expected corpora as a dict of rows by name, {{'texts': rows}}, got a {type(corpora).__name__} of rows")
@@ -147,16 +166,27 @@ def _trained(model: Model, site: str, activations: ActivationStream, config: SAE
 
 
 def _saved(
-    model: Model, sae: Any, heldout: Mapping[str, Rows], adapters: Sequence[str], limit: float, config: SAETraining, out: Path | str
+    model: Model,
+    sae: Any,
+    heldout: Mapping[str, Rows],
+    adapters: Sequence[str],
+    limit: float,
+    config: SAETraining,
+    identity: Mapping[str, str],
+    out: Path | str | None,
 ) -> SAECard:
     """The SAE and its card in a folder; the card is of the SAE as it is loaded again."""
-    with files.finished_folder(out, replaces="cfg.json") as folder:
+    with tempfile.TemporaryDirectory() as nowhere, files.finished_folder(out or Path(nowhere) / "sae", replaces="cfg.json") as folder:
         sae.to(getattr(torch, config.dtype)).save_inference_model(str(folder))
-        trained = checked(SAE.load_from_disk(folder, device=str(model.device)), "the trained SAE")
-        found = measure(model, trained, heldout, adapters=adapters, limit=limit)
+        found = _card(model, folder, heldout, adapters, limit)
         about = {"model": model.name, "site": found.site, "training": asdict(config), "alive": found.alive, "heldout": list(found.rows)}
-        files.write_json(folder / "card.json", {**about, "environment": machine.described()})
+        files.write_json(folder / _CARD, {**about, "identity": identity, "environment": machine.described()})
     return found
+
+
+def _card(model: Model, folder: Path | str, heldout: Mapping[str, Rows], adapters: Sequence[str], limit: float) -> SAECard:
+    trained = checked(SAE.load_from_disk(folder, device=str(model.device)), "the trained SAE")
+    return measure(model, trained, heldout, adapters=adapters, limit=limit)
 
 
 def _identity(model: Model, site: str, corpora: Mapping[str, Rows], adapters: Sequence[str], config: SAETraining) -> dict[str, str]:

@@ -11,13 +11,20 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 _NUMBERS = re.compile(r"\[[\d\s.,eE+-]+\]")  # a list of numbers is easier to read on one line
+_UNFINISHED = ".unfinished"
 _PACKAGES = ("blockem-tl", "torch", "transformers", "transformer-lens", "sae-lens", "peft")
 
 
@@ -36,17 +43,81 @@ def write_bytes(path: Path | str, content: bytes) -> Path:
     """Write a file in one step, as `write_json` does."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
+    with temporary_beside(path) as temporary:
+        temporary.write_bytes(content)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+    return path
+
+
+@contextmanager
+def temporary_beside(path: Path, *, folder: bool = False) -> Iterator[Path]:
+    """A hidden file or folder beside ``path``, to be filled and then moved to it; what is not moved is removed.
+
+    Those that killed processes left for the same ``path`` are removed first. They are known by a lock, which a maker holds while it lives;
+    on file systems without locks they stay.
+    """
+    for abandoned in path.parent.glob(f".{escape(path.name)}.????????{_UNFINISHED}"):
+        if (lock := _locked(abandoned, wait=False)) is not None:
+            _remove(abandoned)
+            os.close(lock)
+    temporary, lock = _locked_temporary(path, folder)
+    try:
+        yield temporary
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
         _raise_if_full(error, path)
         raise
-    return path
+    finally:
+        _remove(temporary)
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked_temporary(path: Path, folder: bool) -> tuple[Path, int | None]:
+    """A fresh temporary file or folder, and the handle of its lock."""
+    names = {"dir": path.parent, "prefix": f".{path.name}.", "suffix": _UNFINISHED}
+    while True:
+        if folder:
+            temporary = Path(tempfile.mkdtemp(**names))
+        else:
+            handle, name = tempfile.mkstemp(**names)
+            os.close(handle)
+            temporary = Path(name)
+        lock = _locked(temporary, wait=True)
+        if temporary.exists():  # else another process took it for an abandoned one, before it was locked
+            return temporary, lock
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(path: Path, *, wait: bool) -> int | None:
+    """The handle that holds the lock of a temporary file or folder until it is closed; None if it cannot be had."""
+    if fcntl is None:
+        return None
+    try:
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return handle
+    except OSError:
+        os.close(handle)
+        return None
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_folder(path: Path | str) -> None:
+    """Remove a folder in one step: a killed process leaves all of it, or nothing under its name."""
+    path = Path(path)
+    with temporary_beside(path, folder=True) as aside:
+        os.replace(path, aside / path.name)
 
 
 def _raise_if_full(error: BaseException, path: Path) -> None:
@@ -89,17 +160,12 @@ def finished_folder(path: Path | str, *, replaces: str | None = None) -> Iterato
     path = Path(path)
     check_replaceable(path, replaces)
     check_writable(path.parent)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
+    with temporary_beside(path, folder=True) as temporary:
         yield temporary
         os.chmod(temporary, 0o755)
         if path.exists():
-            shutil.rmtree(path)
+            remove_folder(path)
         os.replace(temporary, path)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        _raise_if_full(error, path)
-        raise
 
 
 @contextmanager

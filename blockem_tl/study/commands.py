@@ -81,12 +81,11 @@ def train_sae(
         preset: the model; its rows and questions are read.
         out: a folder for the SAE, as SAELens saves one, with card.json.
     """
-    from blockem_tl.saes.train import SAETraining
+    from blockem_tl.saes.train import SAETraining, check_place
     from blockem_tl.saes.train import train_sae as train
-    from blockem_tl.storage import files
     from blockem_tl.study.setting import Setting
 
-    files.check_replaceable(out, "cfg.json" if options.overwrite else None)
+    check_place(out, overwrite=options.overwrite)
     setting = Setting.of(preset, seed=options.seed)
     config = SAETraining(**{name: getattr(options, name) for name in ("kind", "d_sae", "k", "samples", "learning_rate", "seed", "dtype")})
     card = train(

@@ -97,9 +97,9 @@ def _stored(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ SAEs, adapters, templates
 
 
-def small_sae(kind: str = "standard") -> SAE[Any]:
+def small_sae(kind: str = "standard", d_sae: int = 8) -> SAE[Any]:
     torch.manual_seed(0)
-    sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=8)) if kind == "standard" else TopKSAE(TopKSAEConfig(d_in=32, d_sae=8, k=2))
+    sae = StandardSAE(StandardSAEConfig(d_in=32, d_sae=d_sae)) if kind == "standard" else TopKSAE(TopKSAEConfig(d_in=32, d_sae=d_sae, k=2))
     sae.cfg.metadata.hook_name = SITE
     return sae
 
@@ -247,7 +247,7 @@ TEMPLATE = (
 )
 
 
-def tiny_model(folder: Path) -> Any:
+def tiny_model(folder: Path, **changes: Any) -> Any:
     """A Llama of 2 blocks and width 32 with a tokenizer of 64 words."""
     special = ["<pad>", "<bos>", "<end>", "<unk>", "<system>", "<user>", "<assistant>"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *(f"w{i}" for i in range(57))])}, unk_token="<unk>"))
@@ -264,6 +264,7 @@ def tiny_model(folder: Path) -> Any:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        **changes,
     }
     LlamaForCausalLM(
         LlamaConfig(vocab_size=64, max_position_embeddings=96, bos_token_id=1, eos_token_id=2, pad_token_id=0, **shape)

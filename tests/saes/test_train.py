@@ -37,7 +37,8 @@ def test_every_kind_is_trained_saved_and_loaded_again(kind, tiny, tmp_path) -> N
     assert [row["corpus"] for row in found.rows] == ["rows", "prompts"] and 0 < found.alive <= 1
     assert len(repr(found)) < 400 and len(found.to_frame()) == 2
     with pytest.raises(FileExistsError, match="overwrite=True"):
-        train_sae(tiny, SITES[0], CORPORA, config=SMALL, out=tmp_path / "sae")
+        train_sae(tiny, SITES[0], CORPORA, config=replace(SMALL, kind=kind, seed=1), out=tmp_path / "sae")
+    assert sorted(os.listdir(tmp_path)) == ["sae"]
 
 
 @pytest.mark.parametrize("progress", [True, False])
@@ -206,3 +207,18 @@ def test_killed_it_goes_on_to_the_same_bits(tiny, tiny_folder, tmp_path) -> None
     fresh = train_sae(model, SITES[0], CORPORA, config=SMALL, out=whole, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(resumed.sae.state_dict().values(), fresh.sae.state_dict().values(), strict=True))
     assert not (tmp_path / "sae.training").exists()
+
+
+@pytest.mark.parametrize("state", [True, False])
+def test_an_sae_that_is_there_is_measured_and_not_trained_again(state, tiny, tmp_path, monkeypatch) -> None:
+    """Killed while its state was removed, or afterwards, the same call finds the SAE done."""
+    out = tmp_path / "sae"
+    first = train_sae(tiny, SITES[0], CORPORA, config=SMALL, out=out, progress=False)
+    if state:
+        (tmp_path / "sae.training" / "round-18").mkdir(parents=True)  # half of it
+    steps, step = [], SAETrainer.step
+    monkeypatch.setattr(SAETrainer, "step", lambda self, batch: steps.append(1) or step(self, batch))
+    assert train_sae(tiny, SITES[0], CORPORA, config=SMALL, out=out, progress=False).rows == first.rows
+    assert sorted(os.listdir(tmp_path)) == ["sae"] and not steps
+    train_sae(tiny, SITES[0], CORPORA, config=SMALL, out=out, overwrite=True, progress=False)
+    assert steps  # the twin: it was told to
