@@ -16,7 +16,8 @@ from blockem_tl.generation._scheduler import Job, run_job
 from blockem_tl.generation.steering import UNSTEERED, Condition, Steering
 from blockem_tl.hooks import record, steer
 from blockem_tl.models._peft_bridge import linear_kinds
-from blockem_tl.models.load import Model, probe_logits
+from blockem_tl.models._sources import probe_logits
+from blockem_tl.models.load import Model
 from blockem_tl.types import Prompt
 
 LONGEST_WINDOW = 300

@@ -82,6 +82,7 @@ def _identity(model: Model, level: Level) -> str:
         config,
         str(weights.dtype),
         weights.device.type,
+        model.attention,
         model.tokenizer.chat_template,
         files.environment(),
         level,

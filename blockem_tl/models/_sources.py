@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from jaxtyping import Float
 from peft import PeftModel
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
@@ -141,3 +142,19 @@ def fast_dtype(device: torch.device) -> torch.dtype:
         return torch.bfloat16
     known = torch.cpu.get_capabilities()
     return torch.bfloat16 if known.get("avx512_bf16") or known.get("amx_bf16") else torch.float32
+
+
+@torch.no_grad()
+def probe_logits(hf: nn.Module, device: torch.device) -> Float[Tensor, "pos d_vocab"]:
+    """The model's logits on a few tokens, the same ones every time, with eager attention: compared before and after it is bridged."""
+    model = cast(Any, hf)
+    training, attention = hf.training, model.config._attn_implementation
+    ids = 3 + torch.arange(12, device=device)[None] % max(1, int(model.config.get_text_config().vocab_size) - 3)
+    if attention not in (None, "eager"):
+        model.set_attn_implementation("eager")  # the bridge's; others leave out what Gemma 2 does to its scores
+    try:
+        return model.eval()(input_ids=ids, use_cache=False).logits[0].float()
+    finally:
+        hf.train(training)
+        if attention not in (None, "eager"):
+            model.set_attn_implementation(attention)

@@ -12,7 +12,8 @@ from blockem_tl import load_model
 from blockem_tl.generation import _checks, selftest
 from blockem_tl.generation._kv_cache import SlotCache
 from blockem_tl.generation.selftest import SelfTestFailed, checks, run_check
-from blockem_tl.models.load import Model, probe_logits
+from blockem_tl.models._sources import probe_logits
+from blockem_tl.models.load import Model
 
 REFUSED = {
     "cohere": "CohereForCausalLM: the self-test 'same logits' failed",  # the bridge leaves out the scale of the logits
