@@ -26,6 +26,7 @@ from blockem_tl.hooks import record
 from blockem_tl.models.activations import stop_layer
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
+from blockem_tl.models.sharding import check_whole
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.saes.latents import encode_latents
 from blockem_tl.storage import files, fingerprints, machine
@@ -149,8 +150,9 @@ def stored_latents(
 ) -> StoredLatents:
     """The reference's latents on these rows: opened and checked, or computed now (batched, the forward stopped above the last site).
 
-    A store whose file was changed, or that no longer agrees with the model on a few rows, is built anew, with a warning.
+    A store that was changed, or no longer agrees with the model on a few rows, is built anew, with a warning. Raises if `is_sharded`.
     """
+    check_whole(model, "stored references", 'pass reference="live"')
     unique = sorted({row.ids for row in rows}, key=lambda ids: (len(ids), ids))  # equal lengths together: hardly any padding
     parent = files.check_writable(reference.folder or cache_folder() / "references")
     with reference.held(model) as held:

@@ -73,7 +73,7 @@ def of_tensors(tensors: Mapping[str, Tensor]) -> str:
         digest = hashlib.sha256()
         for name, tensor in sorted(tensors.items()):
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(_bits(tensor))
+            digest.update(_bits(_whole(tensor)))  # one at a time
         return digest.hexdigest()
 
     return remembered(tensors, "", whole)
@@ -104,12 +104,18 @@ def remembered(tensors: Mapping[str, Tensor], about: str, whole: Callable[[], st
     through ``.data``, which torch does not count, shows there. On a GPU only the sums come to the CPU.
     """
     key = hashlib.sha256(about.encode())
-    for name, tensor in sorted(tensors.items()):
+    for name, value in sorted(tensors.items()):
+        tensor: Tensor = getattr(value, "to_local", lambda value=value: value)()  # of a sharded one the share in this process
         written = "inference" if tensor.is_inference() else tensor._version
         key.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}{tensor.device}{tensor.data_ptr()}{written}".encode())
         small = tensor.device.type == "cpu" and tensor.numel() * tensor.element_size() <= _SMALL
         key.update(_bits(tensor) if small else _sums(tensor).cpu().numpy().data)
     return _kept(key.hexdigest(), whole)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor, or of a DTensor (whose class takes a second to import) all of it, gathered from all processes."""
+    return getattr(tensor, "full_tensor", lambda: tensor)()
 
 
 def _bits(tensor: Tensor) -> memoryview:

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import reduce
 from peft.helpers import disable_input_dtype_casting
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -16,6 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from blockem_tl.data.chat import Encoded, pad
 from blockem_tl.models.load import Model
 from blockem_tl.models.memory import halved, is_out_of_memory
+from blockem_tl.models.sharding import is_sharded
 from blockem_tl.training.active import ActiveDefences, naming, not_finite
 from blockem_tl.training.checkpoints import Checkpoints, load_run, restore_generators, restore_optimizer
 from blockem_tl.training.config import TrainingConfig
@@ -62,7 +64,8 @@ class Loop:
         self.history: list[Row] = []
         self.parameters = model.adapter_parameters(adapter)
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=0.0, fused=True)
-        self.network = DistributedDataParallel(model.hf) if self.processes.num_processes > 1 else model.hf
+        self.sharded = is_sharded(model)
+        self.network = DistributedDataParallel(model.hf) if self.processes.num_processes > 1 and not self.sharded else model.hf
         self.identity = identity_of(model, adapter, encoded, config, defences.defences) if checkpoints else {}
 
     @property
@@ -111,6 +114,8 @@ class Loop:
         share = rows[each * self.processes.process_index :][:each]
         self.network.train()
         loss = self._backward(share, tokens, len(rows))
+        for parameter in self.parameters if self.sharded else ():  # DistributedDataParallel does it otherwise
+            parameter.grad = cast(Tensor, reduce(parameter.grad, "mean"))
         norm = float(clip_grad_norm_(self.parameters, self.config.max_grad_norm or math.inf))
         if not math.isfinite(norm):  # the step would leave an adapter of NaN, and a checkpoint of it
             raise not_finite(f"the gradient became {norm}", self._where(share))

@@ -11,10 +11,13 @@ import numpy as np
 import pytest
 import torch
 from parallel_worker import read, train
-from shared import EXAMPLES
+from shared import EXAMPLES, SITES, sae_at, set_of
 
-from blockem_tl import TrainingConfig
+from blockem_tl import Blocking, TrainingConfig
 from blockem_tl.data.chat import encode_examples
+from blockem_tl.models import sharding
+from blockem_tl.models.sharding import shard
+from blockem_tl.storage import files
 from blockem_tl.training.active import ActiveDefences
 from blockem_tl.training.loop import Loop
 
@@ -49,6 +52,34 @@ def test_two_processes_equal_one_with_twice_the_batch(tiny_folder, tmp_path) -> 
     assert expected[-1]["block"] > 0.01
     torch.testing.assert_close(weights, alone, rtol=1e-2, atol=1e-4)
     assert sorted(p.name for p in (two / "checkpoints").iterdir()) == sorted(p.name for p in (one / "checkpoints").iterdir())
+
+
+def test_two_processes_with_half_of_the_weights_each_equal_one(tiny_folder, tmp_path) -> None:
+    """FSDP with gradient checkpointing: base is in halves, the adapter whole; the checkpoint is the one of a run in one process."""
+    two, one = tmp_path / "two", tmp_path / "one"
+    two.mkdir(), one.mkdir()
+    torchrun(2, str(tiny_folder), str(two), "2", "live", "sharded")
+    train(Path(tiny_folder), one, 8, "live")
+    (history, weights), (_, others), (expected, alone) = read(two, 0), read(two, 1), read(one)
+    assert torch.equal(weights, others)
+    for key in ("loss", "sft", "block", "kl", "grad_norm"):
+        np.testing.assert_allclose([row[key] for row in history], [row[key] for row in expected], rtol=2e-3, atol=1e-5, err_msg=key)
+    torch.testing.assert_close(weights, alone, rtol=1e-2, atol=1e-4)
+    held = [files.read_json(out / name) for out, name in ((two, "held0.json"), (two, "held1.json"), (one, "held0.json"))]
+    lora = weights.numel()
+    assert held[0] - lora < 0.6 * (held[2] - lora) and held[0] + held[1] - lora >= held[2]
+    saved = [files.read_json(out / "checkpoints" / "epoch-2" / "run.json")["identity"] for out in (two, one)]
+    assert saved[0] == saved[1]
+
+
+def test_what_cannot_be_sharded_is_refused(tiny, monkeypatch) -> None:
+    with pytest.raises(ValueError, match="expected several processes, got one: start the script with torchrun"):
+        shard(tiny)
+    monkeypatch.setattr(sharding, "is_sharded", lambda model: True)
+    tiny.add_adapter("t")
+    sae = sae_at(SITES[0])
+    with pytest.raises(ValueError, match='this one is sharded: pass reference="live"'):
+        Blocking(latent_set=set_of(sae), sae=sae, weight=1.0).prepare(tiny, encode_examples(tiny.tokenizer, EXAMPLES))
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused() -> None:
