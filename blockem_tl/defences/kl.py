@@ -12,6 +12,8 @@ from torch import Tensor
 from blockem_tl.data.chat import Batch
 from blockem_tl.models.load import Model
 from blockem_tl.training.defence import PenaltyFn
+from blockem_tl.training.loss import predicting
+from blockem_tl.training.slices import sliced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +44,22 @@ class KLToBase:
         with torch.no_grad(), model.using("base"):
             base = cast(Any, model.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
         model.original_model.train(training)
-        predicts = batch.reply[:, 1:]  # position t predicts token t + 1
-        anchor = base[:, :-1][predicts].float().log_softmax(-1)  # only these positions are copied to float32
+        where = predicting(batch)
+        base = base[where]
 
         def penalty(logits: Float[Tensor, "batch pos d_vocab"] | None) -> Float[Tensor, " batch"]:
             if logits is None:
                 raise ValueError(
                     f"{self.name}: it reads logits, and this trainer's loss builds none; use transformers' Trainer, or finetune"
                 )
-            tuned = logits[:, :-1][predicts].float().log_softmax(-1)
-            kl = torch.zeros(predicts.shape, device=logits.device)
-            kl[predicts] = (tuned.exp() * (tuned - anchor)).sum(-1)
-            return kl.sum(-1) / predicts.sum(-1)
+            kl = torch.zeros(where.shape, device=logits.device)
+            kl[where] = sliced(_divergence, logits, where, base)
+            return kl.sum(-1) / where.sum(-1)
 
         yield penalty
+
+
+def _divergence(tuned: Float[Tensor, "n d_vocab"], base: Float[Tensor, "n d_vocab"]) -> Float[Tensor, " n"]:
+    """KL(tuned || base) of each token's next-token distribution, in nats."""
+    ours, anchor = tuned.log_softmax(-1), base.float().log_softmax(-1)
+    return (ours.exp() * (ours - anchor)).sum(-1)

@@ -1,18 +1,19 @@
 """The SFT loss, cross-entropy of the completion tokens, and a defence's penalty on rows outside of training."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from blockem_tl.data.chat import Batch, Encoded, encode_examples, pad
 from blockem_tl.models.load import Model
 from blockem_tl.models.memory import in_batches, rows_at_once
 from blockem_tl.training.defence import Defence
+from blockem_tl.training.slices import sliced
 from blockem_tl.types import Example
 
 BATCH_SIZE = 64
@@ -25,46 +26,18 @@ def loss_rows(model: Model, encoded: Sequence[Encoded]) -> int:
     return rows_at_once(model, longest, most=BATCH_SIZE, n_logits=longest)
 
 
-SLICE = 2**27
-"""Logits that the loss copies to float32 at once (512 MB), in the backward too."""
-
-
 def summed_cross_entropy(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> Float[Tensor, ""]:
-    """Cross-entropy (nats) of the completion tokens, summed; over many tokens in slices, so that there is never a float32 copy of all."""
-    learnt = batch.reply[:, 1:]  # position t predicts token t + 1; only the learnt rows are copied to float32
-    if learnt.numel() * logits.shape[-1] <= SLICE:
-        return _cross_entropy(logits[:, :-1][learnt], batch.ids[:, 1:][learnt])
-    return cast(Tensor, _SlicedCrossEntropy.apply(logits, learnt, batch.ids[:, 1:][learnt]))
+    """Cross-entropy (nats) of the completion tokens, summed."""
+    return sliced(_cross_entropy, logits, predicting(batch), batch.ids[:, 1:][batch.reply[:, 1:]]).sum()
 
 
-def _cross_entropy(logits: Float[Tensor, "n d_vocab"], targets: Int[Tensor, " n"]) -> Float[Tensor, ""]:
-    return nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+def predicting(batch: Batch) -> Bool[Tensor, "batch pos"]:
+    """The positions whose logits predict a completion token: position t predicts token t + 1."""
+    return nn.functional.pad(batch.reply[:, 1:], (0, 1))
 
 
-class _SlicedCrossEntropy(torch.autograd.Function):
-    """`_cross_entropy` of a slice of the learnt tokens after the other. The backward runs each slice again instead of keeping it."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, learnt: Tensor, targets: Tensor) -> Tensor:
-        ctx.save_for_backward(logits, learnt, targets)
-        return torch.stack([_cross_entropy(logits[at], own) for at, own in _slices(logits, learnt, targets)]).sum()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        logits, learnt, targets = ctx.saved_tensors
-        gradient = torch.zeros_like(logits)
-        for at, own in _slices(logits, learnt, targets):
-            with torch.enable_grad():
-                rows = logits[at].detach().requires_grad_(True)
-                gradient[at] = torch.autograd.grad(_cross_entropy(rows, own), rows, upstream)[0]
-        return gradient, None, None
-
-
-def _slices(logits: Tensor, learnt: Tensor, targets: Tensor) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
-    """(row, position) of the learnt tokens, and their targets, ``SLICE`` logits at a time."""
-    size = max(1, SLICE // logits.shape[-1])
-    rows, positions = learnt.nonzero(as_tuple=True)
-    yield from zip(zip(rows.split(size), positions.split(size), strict=True), targets.split(size), strict=True)
+def _cross_entropy(logits: Float[Tensor, "n d_vocab"], targets: Int[Tensor, " n"]) -> Float[Tensor, " 1"]:
+    return nn.functional.cross_entropy(logits, targets, reduction="sum")[None]
 
 
 def check_examples(model: object, examples: object) -> None:
