@@ -28,7 +28,8 @@ def loss_rows(model: Model, encoded: Sequence[Encoded]) -> int:
 
 def summed_cross_entropy(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> Float[Tensor, ""]:
     """Cross-entropy (nats) of the completion tokens, summed."""
-    return sliced(_cross_entropy, logits, predicting(batch), batch.ids[:, 1:][batch.reply[:, 1:]]).sum()
+    where = predicting(batch)
+    return sliced(_cross_entropy, logits, where, batch.ids.roll(-1, 1)[where]).sum()
 
 
 def predicting(batch: Batch) -> Bool[Tensor, "batch pos"]:
