@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing import get_context
+from multiprocessing.util import Finalize
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -53,8 +54,13 @@ class Executor(Protocol):
         ...
 
 
-def executor_of(name: str, setting: Setting, workers: int | None) -> Executor:
-    """The executor of that name. Raises ValueError for another name or number of workers, ImportError if Ray is not installed."""
+def executor_of(name: str, setting: Setting, workers: int | None, cards: int = 1) -> Executor:
+    """The executor of that name; on Ray each worker has so many cards.
+
+    Raises:
+        ValueError: another name, or a number of workers that is none.
+        ImportError: Ray is not installed.
+    """
     if name not in EXECUTORS:
         raise ValueError(f"executor: expected one of {EXECUTORS}, got {name!r}")
     if workers is not None and (type(workers) is not int or workers < 1):
@@ -62,7 +68,7 @@ def executor_of(name: str, setting: Setting, workers: int | None) -> Executor:
     if name == "ray":
         if find_spec("ray") is None:
             raise ImportError('executor="ray" needs Ray, which is not installed: pip install "blockem-tl[ray]", or take executor="local"')
-        return RayExecutor(setting, workers or 2)
+        return RayExecutor(setting, workers or 2, cards)
     return InProcess(setting) if workers in (None, 1) else Processes(setting, workers or 1)
 
 
@@ -93,7 +99,8 @@ class InProcess:
             yield Ended(index, *do(self.setting, job))
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Stop what the setting has started."""
+        self.setting.close()
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -104,6 +111,7 @@ _worker: list[Setting] = []
 def _start(setting: Setting, threads: int, parent: int) -> None:
     torch.set_num_threads(threads)
     _worker.append(setting)
+    Finalize(None, setting.close, exitpriority=10)  # before the process waits for its children
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
@@ -163,15 +171,18 @@ class _RayWorker:
 
         return do(self.setting, pickle.loads(job))
 
+    def close(self) -> None:
+        self.setting.close()
+
 
 class RayExecutor:
     """Side by side in Ray's actors: in the cluster that this process is connected to or RAY_ADDRESS names, else a local one of its own.
 
-    GPUs are shared out: each worker has one, or a part of one if there are fewer.
+    GPUs are shared out: each worker has ``cards`` of them, or a part of one if there are fewer.
     """
 
-    def __init__(self, setting: Setting, workers: int) -> None:
-        self.setting, self.workers = setting, workers
+    def __init__(self, setting: Setting, workers: int, cards: int = 1) -> None:
+        self.setting, self.workers, self.cards = setting, workers, cards
         self.idle: list[Any] = []
         self.own = False
 
@@ -184,7 +195,7 @@ class RayExecutor:
             alone = {"num_cpus": self.workers, "include_dashboard": False} if address == "local" else {}
             ray.init(address=address, log_to_driver=False, **alone)
         gpus = ray.cluster_resources().get("GPU", 0)
-        make = ray.remote(num_cpus=1, num_gpus=min(1.0, gpus / self.workers), max_restarts=-1)(_RayWorker)
+        make = ray.remote(num_cpus=1, num_gpus=self.cards if self.cards > 1 else min(1.0, gpus / self.workers), max_restarts=-1)(_RayWorker)
         given = (list(sys.path), torch.get_num_threads(), pickle.dumps(self.setting))
         self.idle = [make.remote(*given) for _ in range(self.workers)]
 
@@ -213,8 +224,10 @@ class RayExecutor:
         """End the actors, and the cluster if it was made for them."""
         ray, _ = _ray()
 
-        for worker in self.idle if ray.is_initialized() else ():
-            ray.kill(worker)
+        if self.idle and ray.is_initialized():
+            ray.wait([worker.close.remote() for worker in self.idle], num_returns=len(self.idle), timeout=30)
+            for worker in self.idle:
+                ray.kill(worker)
         self.idle = []
         if self.own and ray.is_initialized():
             ray.shutdown()

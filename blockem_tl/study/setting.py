@@ -102,11 +102,15 @@ class Setting:
         wanted = repr((name, sorted((adapters or {}).items()), sorted(options.items())))
         kept: tuple[str, Any] | None = self._loaded.get("engine")
         if kept is None or kept[0] != wanted:
-            if kept is not None:
-                self._loaded.pop("engine")[1].close()
+            self.close()
             made = load_engine(name, model=self.preset.model, adapters=adapters, dtype=self.preset.dtype, sites=[self.site], **options)
             kept = self._loaded["engine"] = (wanted, made)
         return kept[1]
+
+    def close(self) -> None:
+        """Stop vLLM if it was started: a process that still has it does not end."""
+        if "engine" in self._loaded:
+            self._loaded.pop("engine")[1].close()
 
     @property
     def sae(self) -> SAE[Any]:

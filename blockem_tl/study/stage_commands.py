@@ -144,6 +144,7 @@ class DiscoverOptions(SettingOptions):
     executor: "ray" for several machines or GPUs.
     workers: processes that share the replies, each with a model of its own; the latent set is the same.
     engine: vllm makes the replies faster on a GPU.
+    cards: of each worker: vLLM's tensor parallel.
     gpu_memory: share of each card that vLLM takes; this process' own model lies beside it on the first.
     smallest_wave: replies that are asked at a time at least: some 64 for each card keep several busy.
     """
@@ -152,6 +153,7 @@ class DiscoverOptions(SettingOptions):
     executor: Literal["local", "ray"] = "local"
     workers: int | None = None
     engine: Literal["transformer_lens", "vllm"] = "transformer_lens"
+    cards: int = 1
     gpu_memory: float = 0.7
     smallest_wave: int = 1
 
@@ -170,8 +172,11 @@ def discover(
     from blockem_tl.study.stages import discover_into
 
     o = options
-    vllm = WorkerEngine(name="vllm", options={"gpu_memory_utilization": o.gpu_memory}) if o.engine == "vllm" else None
-    workers = {"executor": o.executor, "workers": o.workers, "engine": vllm, "smallest_wave": o.smallest_wave}
+    if o.engine != "vllm" and o.cards != 1:
+        raise ValueError("discover: several cards for a worker are for --engine vllm; TransformerLens has a card of its own in each worker")
+    vllm = WorkerEngine(name="vllm", options={"gpu_memory_utilization": o.gpu_memory, "tensor_parallel_size": o.cards})
+    engine = vllm if o.engine == "vllm" else None
+    workers = {"executor": o.executor, "workers": o.workers, "engine": engine, "smallest_wave": o.smallest_wave}
     print(discover_into(out, o.setting(preset), adapter, by=o.by, **workers))
     print(f"written: {out / 'latents.json'}")
 
@@ -187,6 +192,7 @@ class SweepOptions:
     n_rows: training rows; all by default.
     executor: "ray" for several machines or GPUs.
     workers: processes.
+    smallest_wave: replies that discovery asks at a time at least: some 64 for each card keep several busy.
     judge_models: judging models, for presets without a judge; the first one selects.
     judge_urls: their endpoints, one for all or one each.
     """
@@ -198,6 +204,7 @@ class SweepOptions:
     n_rows: int | None = None
     executor: Literal["local", "ray"] = "local"
     workers: int | None = None
+    smallest_wave: int = 1
     judge_models: tuple[str, ...] = ()
     judge_urls: tuple[str, ...] = ("http://127.0.0.1:8000/v1",)
 
@@ -212,10 +219,11 @@ def sweep(preset: Preset, out: Out, /, *, options: tyro.conf.OmitArgPrefixes[Swe
     from blockem_tl.study.options import StudyOptions
     from blockem_tl.study.sweep import lambda_sweep
 
-    given = {name: value for name, value in vars(options).items() if name not in ("lambdas", "freeze_downstream")}
+    given = dict(vars(options))
+    of_sweep = {name: given.pop(name) for name in ("lambdas", "freeze_downstream", "smallest_wave")}
     made = StudyOptions(preset=preset, out=out, **given)
     with made.study() as study:
-        lambda_sweep(study, made.page(), lambdas=options.lambdas, freeze_downstream=options.freeze_downstream)
+        lambda_sweep(study, made.page(), **of_sweep)
 
 
 @dataclass(frozen=True, kw_only=True)

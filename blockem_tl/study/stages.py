@@ -181,7 +181,8 @@ def discover_into(
     if shared and not judged:
         raise ValueError("discovery by pairs asks for no replies that workers could share: leave out the executor, workers and engine")
     setting.prompts("core") if judged else setting.pairs("core")  # the files may not be there
-    asked = executor_of(executor, replace(setting), workers) if shared else None  # a copy, with a model of its own
+    cards = int(engine.options.get("tensor_parallel_size", 1)) if engine else 1
+    asked = executor_of(executor, replace(setting), workers, cards) if shared else None  # a copy, with a model of its own
     point = _into(out, "discovery", setting, tuned_at(place), judged=judged, by=by)
     if not (out / "latents.json").is_file():
         if judged:

@@ -15,16 +15,19 @@ from blockem_tl.views import studies
 _BY = ("run", "strength", "overrides")
 
 
-def lambda_sweep(study: Study, page: Page, *, lambdas: Sequence[float] = (), freeze_downstream: bool = False) -> None:
+def lambda_sweep(
+    study: Study, page: Page, *, lambdas: Sequence[float] = (), freeze_downstream: bool = False, smallest_wave: int = 1
+) -> None:
     """Train plainly and with each lambda, and show them on the reporting prompts, and beside those on the core prompts.
 
     Args:
         page: gets the tables and figures arms, core and training.
         lambdas: the preset's by default.
         freeze_downstream: train each a second time, with LoRA up to the site's block.
+        smallest_wave: of the discovery.
     """
     study.train([Run()])
-    study.latents()
+    study.latents(smallest_wave=smallest_wave)
     places = [{}, {"up_to_block": block_of(study.setting.site)}] if freeze_downstream else [{}]
     weights = [weight for weight in lambdas or study.setting.preset.lambdas if weight]
     blocked = [Run(defence="block", strength=weight, latents="k", overrides=place) for place in places for weight in weights]

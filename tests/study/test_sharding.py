@@ -22,6 +22,7 @@ from blockem_tl.study import study as study_module
 from blockem_tl.study.executors import InProcess
 from blockem_tl.study.inputs import INPUTS
 from blockem_tl.study.sharding import ShardedEngine, WorkerEngine
+from blockem_tl.study.stage_commands import DiscoverOptions, discover
 from blockem_tl.study.stages import discover_into, train_into, tuned_at
 
 
@@ -164,6 +165,8 @@ def test_workers_for_pairs_are_refused(setting, plain, tmp_path) -> None:
         discover_into(tmp_path / "k", setting, plain, by="pairs", workers=2)
     with pytest.raises(ValueError, match="expected one of"):
         discover_into(tmp_path / "k", setting, plain, executor="slurm")
+    with pytest.raises(ValueError, match="several cards for a worker are for --engine vllm"):
+        discover(tiny_preset.NAME, plain, tmp_path / "k", options=DiscoverOptions(cards=2))
     assert not (tmp_path / "k").exists()
 
 
