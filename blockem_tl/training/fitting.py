@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from accelerate import PartialState
 
 from blockem_tl.data.chat import Encoded
@@ -22,8 +23,11 @@ def fitted(model: Model, rows: Sequence[Encoded], config: TrainingConfig) -> Tra
     on_cpu, longest = model.device.type == "cpu", max(len(row.ids) for row in rows)
     processes = PartialState(cpu=on_cpu).num_processes
     most = config.micro_batch(processes)
-    free = free_bytes(model) // (processes if on_cpu else 1)  # which share a processor's memory, and have a card each
-    fits = {on: free // training_row_bytes(model, longest, checkpointing=on) for on in (False, True)}
+    share = free_bytes(model) // (processes if on_cpu else 1)  # processes share a processor's memory, and have a card each
+    free = torch.tensor(share, device=model.device)
+    if processes > 1:
+        torch.distributed.all_reduce(free, op=torch.distributed.ReduceOp.MIN)  # all run the same micro-batches
+    fits = {on: int(free) // training_row_bytes(model, longest, checkpointing=on) for on in (False, True)}
     on = config.gradient_checkpointing
     if on is None:
         on = fits[False] < (most if config.micro_batch_size else 1)
