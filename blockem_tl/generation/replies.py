@@ -1,13 +1,25 @@
 """`Replies`: generated replies as a sequence that shows itself, is graded, and gives rates with intervals."""
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
 import pandas as pd
 
-from blockem_tl.types import Checkable, Generation, Judge, Rate, Verdict, check_judge, check_verdicts
+from blockem_tl.types import (
+    INCOHERENT_LABELS,
+    POSITIVE_LABELS,
+    UNPARSED,
+    Checkable,
+    Generation,
+    Judge,
+    Rate,
+    Verdict,
+    check_judge,
+    check_verdicts,
+)
 from blockem_tl.views.results import Result
 from blockem_tl.views.tables import RateFrame
 
@@ -212,14 +224,15 @@ def positive_name(rubric: str) -> str:
 
 def rates_of(verdicts: Sequence[Verdict], rubric: str) -> dict[str, Any]:
     """n and each rate with its interval, as one row; rates are NaN if no verdict could be read."""
-    readable = [v for v in verdicts if v.parsed]
-    row: dict[str, Any] = {"n": len(readable)}
-    for name, count in (
-        (positive_name(rubric), sum(v.positive for v in readable)),
-        ("incoherent", sum(v.incoherent for v in readable)),
-        ("refusal", sum(v.refusal for v in readable)),
-    ):
-        rate = Rate(k=count, n=len(readable)) if readable else None
+    return rates_of_labels(Counter(verdict.label for verdict in verdicts), rubric)
+
+
+def rates_of_labels(counts: Mapping[str, int], rubric: str) -> dict[str, Any]:
+    """As `rates_of`, from how often each label was given, which is what `judge_file` returns."""
+    n = sum(counts.values()) - counts.get(UNPARSED, 0)
+    row: dict[str, Any] = {"n": n}
+    for name, labels in ((positive_name(rubric), POSITIVE_LABELS), ("incoherent", INCOHERENT_LABELS), ("refusal", {"REFUSAL"})):
+        rate = Rate(k=sum(counts.get(label, 0) for label in labels), n=n) if n else None
         low, high = rate.interval if rate else (float("nan"), float("nan"))
         row |= {name: rate.value if rate else float("nan"), f"{name}_low": low, f"{name}_high": high}
-    return {**row, "unparsed": (len(verdicts) - len(readable)) / len(verdicts)}
+    return {**row, "unparsed": counts.get(UNPARSED, 0) / sum(counts.values())}

@@ -52,6 +52,8 @@ class Pace:
 
     def turn(self) -> None:
         """Wait until it is the caller's turn."""
+        if not self.interval:
+            return  # to sleep for no time would still give the processor away: 2 ms on a busy machine
         with self.lock:
             start = max(self.next, time.monotonic())
             self.next = start + self.interval

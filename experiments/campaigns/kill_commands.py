@@ -72,15 +72,15 @@ def commands(folder: Path) -> list[Command]:
         "doses": f"{plain} --n-prompts 4 --figure doses.png",
         "ceiling": f"{plain} --latents {card} --n-rows 8 --csv ceiling.csv",
     }
-    shares = {"scale": 0.3, "doses": 0.5, "ceiling": 0.5, "sweep": 0.7}
+    shares = {"scale": 0.3, "doses": 0.5, "ceiling": 0.5, "sweep": 0.5}
     found = [
         Command(name=name, run=partial(cli.main, [name, tiny_preset.NAME, *line.split()]), share=shares.get(name, 1.0))
         for name, line in lines.items()
     ]
     return [
         *found,
-        Command(name="a study", run=partial(_study, Path("out")), share=0.5),
-        Command(name="quickstart", run=partial(_quickstart, Path("out")), share=0.15, by_files=False),
+        Command(name="a study", run=partial(_study, Path("out")), share=0.3),
+        Command(name="quickstart", run=partial(_quickstart, Path("out")), share=0.1, by_files=False),
     ]
 
 
@@ -89,5 +89,5 @@ def _study(out: Path) -> None:
 
 
 def _quickstart(out: Path) -> None:
-    small = {"rows": 1600, "heldout_rows": 80, "epochs": 1.0, "lambdas": (1.0,), "kl_weights": (0.3,), "core_prompts": 24}
+    small = {"rows": 600, "heldout_rows": 16, "epochs": 1.0, "lambdas": (1.0,), "kl_weights": (0.3,), "core_prompts": 8}
     quickstart.run(quickstart.Settings(out=out, workers=1, progress=False, **small))
