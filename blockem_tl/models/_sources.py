@@ -31,6 +31,14 @@ _STRICT = {
 """Every model is loaded so. One with code or weights of its own kind can be loaded by its user, and passed as it is."""
 
 
+def check_choices(check: str, attention: str) -> None:
+    """Raise ValueError for what `load_model` knows no such kind of."""
+    if check not in ("fast", "full", "off"):
+        raise ValueError(f'load_model: expected check="fast", "full" or "off", got {check!r}')
+    if attention not in ("eager", "sdpa"):
+        raise ValueError(f'load_model: expected attention="eager" or "sdpa", got {attention!r}')
+
+
 def of_loaded(model: PreTrainedModel | PeftModel) -> tuple[Any, str]:
     """The transformers model inside, and its source.
 

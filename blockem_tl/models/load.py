@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from blockem_tl.data.templates import bos_opens_turns
 from blockem_tl.hooks import HookFunction, HookNotFired, attached_to, matching, record, resolve
 from blockem_tl.models._fused_attention import FusedAttention, fuse
-from blockem_tl.models._sources import from_weights, of_loaded, probe_logits, tokenizer_of
+from blockem_tl.models._sources import check_choices, from_weights, of_loaded, probe_logits, tokenizer_of
 from blockem_tl.models.lora import LiveAdapters
 from blockem_tl.types import EXAMPLE_SITE, check_hooks, check_names
 
@@ -63,10 +63,7 @@ def load_model(
             loaded model without a tokenizer, or with a dtype or device to change; an attention that cannot be fused.
         SelfTestFailed: hooks, steering or replies of this architecture would be wrong; the check is named.
     """
-    if check not in ("fast", "full", "off"):
-        raise ValueError(f'load_model: expected check="fast", "full" or "off", got {check!r}')
-    if attention not in ("eager", "sdpa"):
-        raise ValueError(f'load_model: expected attention="eager" or "sdpa", got {attention!r}')
+    check_choices(check, attention)
     loaded_already = isinstance(model, (PreTrainedModel, PeftModel))
     if loaded_already and (dtype is not None or device is not None):
         raise ValueError("load_model: a model that is already loaded keeps its dtype and device; change them before, with model.to(...)")
