@@ -71,9 +71,7 @@ def load_model(
     tokenizer = tokenizer_of(source, tokenizer, template_arguments or {})
     peft = model if isinstance(model, PeftModel) else None
     plain = None if check == "off" else probe_logits(peft or hf, next(hf.parameters()).device)
-    loaded = _bridged(hf, peft, tokenizer, source, source if loaded_already else str(model))
-    if attention == "sdpa":
-        fuse(loaded)
+    loaded = _bridged(hf, peft, tokenizer, source, source if loaded_already else str(model), fused=attention == "sdpa")
     if plain is not None:
         pkgutil.resolve_name(_SELF_TEST)(loaded, plain, check)
     if adapter is not None:
@@ -81,7 +79,7 @@ def load_model(
     return loaded
 
 
-def _bridged(hf: Any, peft: PeftModel | None, tokenizer: PreTrainedTokenizerBase, source: str, name: str) -> "Model":
+def _bridged(hf: Any, peft: PeftModel | None, tokenizer: PreTrainedTokenizerBase, source: str, name: str, *, fused: bool) -> "Model":
     """The hooks put inside of a transformers model, with its live adapters."""
     trained = [parameter for parameter in hf.parameters() if parameter.requires_grad]
     bridge = build_bridge_from_module(hf.eval(), type(hf).__name__, hf_config=hf.config, tokenizer=None, model_name=name)
@@ -90,6 +88,8 @@ def _bridged(hf: Any, peft: PeftModel | None, tokenizer: PreTrainedTokenizerBase
     loaded = cast(Model, bridge)
     loaded._start(source, name)
     loaded._hold_tokenizer(tokenizer)
+    if fused:
+        fuse(loaded)
     if peft is not None:
         loaded._adopt(peft, trained)
     return loaded
