@@ -4,8 +4,8 @@ What is finished in a folder is read, not done again, and what was broken off go
 seed or option is refused there by name.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,16 +80,21 @@ def tuned_at(place: Path | str) -> Alone:
     return point
 
 
-def _into(out: Path, kind: str, setting: Setting, point: Alone, *, judged: bool = True, **about: Any) -> Alone:
-    """The point with ``out``, which is checked to be its own; a folder into which nothing was made yet may be begun anew."""
+@contextmanager
+def _into(out: Path, kind: str, setting: Setting, point: Alone, *, judged: bool = True, **about: Any) -> Iterator[Alone]:
+    """Inside the block the point with ``out``, which is checked to be its own, and which no other process may write meanwhile.
+
+    A folder into which nothing was made yet may be begun anew.
+    """
     mine = {"seed": str(setting.seed), **manifest.of_setting(setting, judged=judged), **manifest.flat(about)}
     if point.place not in (None, BASE):
         mine["adapter"] = of_folder(point.adapter)[:16]
     name = f"{kind}.json"
-    if out.is_dir() and [entry.name for entry in out.iterdir()] == [name]:
-        (out / name).unlink()
-    manifest.claim(out, name, mine, preset=setting.preset.name)
-    return replace(point, out=out.resolve(), seed=setting.seed)
+    with files.held(files.check_writable(out)):
+        if [entry.name for entry in out.iterdir() if not entry.name.startswith(".")] == [name]:
+            (out / name).unlink()
+        manifest.claim(out, name, mine, preset=setting.preset.name)
+        yield replace(point, out=out.resolve(), seed=setting.seed)
 
 
 def _measured(
@@ -144,10 +149,10 @@ def train_into(
     if card is not None and not (out / "run.json").is_file():
         LatentSet.load(card, setting.sae)
     about = {"run": asdict(point.run), "n_rows": n_rows, "every": every, "card": of_file(card)[:16] if card else None}
-    point = _into(out, "training", setting, point, judged=False, **about)
-    if not (out / "run.json").is_file():
-        jobs.train_run(setting, point=point, n_rows=n_rows, every=every, makers=DEFENCES, identity={}, progress=progress)
-    return files.read_json(out / "run.json")
+    with _into(out, "training", setting, point, judged=False, **about) as point:
+        if not (out / "run.json").is_file():
+            jobs.train_run(setting, point=point, n_rows=n_rows, every=every, makers=DEFENCES, identity={}, progress=progress)
+        return files.read_json(out / "run.json")
 
 
 def discover_into(
@@ -183,16 +188,16 @@ def discover_into(
     setting.prompts("core") if judged else setting.pairs("core")  # the files may not be there
     cards = int(engine.options.get("tensor_parallel_size", 1)) if engine else 1
     asked = executor_of(executor, replace(setting), workers, cards) if shared else None  # a copy, with a model of its own
-    point = _into(out, "discovery", setting, tuned_at(place), judged=judged, by=by)
-    if not (out / "latents.json").is_file():
-        if judged:
-            _check_judges(setting)
-        with closing(asked) if asked else nullcontext():
-            found = jobs.discovery(setting, point, by=by, executor=asked, engine=engine, progress=progress, **changes)
-        for name, frame in (("calibrated", found.to_frame()), ("screened", found.screen_frame()), ("doses", found.dose_frame())):
-            files.write_text(out / f"{name}.csv", frame.to_csv(index=False))
-        found.latent_set.save(out / "latents.json")
-    return LatentSet.load(out / "latents.json")
+    with _into(out, "discovery", setting, tuned_at(place), judged=judged, by=by) as point:
+        if not (out / "latents.json").is_file():
+            if judged:
+                _check_judges(setting)
+            with closing(asked) if asked else nullcontext():
+                found = jobs.discovery(setting, point, by=by, executor=asked, engine=engine, progress=progress, **changes)
+            for name, frame in (("calibrated", found.to_frame()), ("screened", found.screen_frame()), ("doses", found.dose_frame())):
+                files.write_text(out / f"{name}.csv", frame.to_csv(index=False))
+            found.latent_set.save(out / "latents.json")
+        return LatentSet.load(out / "latents.json")
 
 
 # ------------------------------------------------------------------------------------------------ evaluation and patching
@@ -221,18 +226,19 @@ def evaluate_into(
     for split in splits:
         setting.prompts(split, n)
         _ = setting.pairs(split) if pairs else None
-    point, tables = _into(out, "evaluation", setting, adapter_at(place)), {}
-    for split in splits:
-        asked = {"split": split, "n": n, "keep": True, "progress": progress}
-        found = _measured(setting, point, f"replies-{split}", jobs.graded_replies, **asked)
-        files.write_text(out / f"replies-{split}.csv", found.to_csv(index=False))
-        tables[f"rates-{split}"] = summary.rates(found, by=["run", "judge"] if found["judge"].nunique() > 1 else ["run"])
-        if pairs:
-            tables[f"pairs-{split}"] = preferences.shifts(_margins(setting, point, split), against=point.run.label)
-    page = Page(out)
-    for name, table in tables.items():
-        page.add(name, table)
-    return tables
+    tables: dict[str, RateFrame] = {}
+    with _into(out, "evaluation", setting, adapter_at(place)) as point:
+        for split in splits:
+            asked = {"split": split, "n": n, "keep": True, "progress": progress}
+            found = _measured(setting, point, f"replies-{split}", jobs.graded_replies, **asked)
+            files.write_text(out / f"replies-{split}.csv", found.to_csv(index=False))
+            tables[f"rates-{split}"] = summary.rates(found, by=["run", "judge"] if found["judge"].nunique() > 1 else ["run"])
+            if pairs:
+                tables[f"pairs-{split}"] = preferences.shifts(_margins(setting, point, split), against=point.run.label)
+        page = Page(out)
+        for name, table in tables.items():
+            page.add(name, table)
+        return tables
 
 
 def _margins(setting: Setting, point: Alone, split: PromptSplit) -> pd.DataFrame:
@@ -265,15 +271,15 @@ def patch_into(
     if by == "pairs" and (unused := [name for name, value in options.items() if value and name != "sites"]):
         raise ValueError(f"patching by pairs takes sites, and no {', '.join(unused)}")
     _ = setting.prompts(split, options.get("n")) if by == "replies" else setting.pairs(split)
-    point = _into(out, "patching", setting, tuned_at(place), judged=by == "replies")
-    if by == "pairs":
-        found = _measured(setting, point, "pairs", preferences.patched, split=split, sites=list(options.get("sites") or ()) or None)
-        table = preferences.left(found, _margins(setting, point, split))
-        figure = studies.shifts_along(table.dropna(subset=["block"]), "block", panels="patched")
-    else:
-        asked = {"split": split, "progress": progress, **options}
-        parts = [_measured(setting, point, f"patched-{one}", patching.patched_replies, when=one, **asked) for one in when]
-        table = patching.patched_rates(pd.concat(parts, ignore_index=True))
-        figure = plots.rates(table, by="site", direction=parts[0]["direction"].iloc[0])
-    Page(out).add("patched", table, figure)
-    return table
+    with _into(out, "patching", setting, tuned_at(place), judged=by == "replies") as point:
+        if by == "pairs":
+            found = _measured(setting, point, "pairs", preferences.patched, split=split, sites=list(options.get("sites") or ()) or None)
+            table = preferences.left(found, _margins(setting, point, split))
+            figure = studies.shifts_along(table.dropna(subset=["block"]), "block", panels="patched")
+        else:
+            asked = {"split": split, "progress": progress, **options}
+            parts = [_measured(setting, point, f"patched-{one}", patching.patched_replies, when=one, **asked) for one in when]
+            table = patching.patched_rates(pd.concat(parts, ignore_index=True))
+            figure = plots.rates(table, by="site", direction=parts[0]["direction"].iloc[0])
+        Page(out).add("patched", table, figure)
+        return table

@@ -15,6 +15,7 @@ from shared import Interrupted, sae_at, set_of
 
 from blockem_tl import LatentSet, Setting, cli
 from blockem_tl.presets import PRESETS
+from blockem_tl.storage import files
 from blockem_tl.study import patching
 from blockem_tl.study.defences import DEFENCES, ON_LATENTS
 from blockem_tl.study.inputs import INPUTS
@@ -84,6 +85,15 @@ def test_finetune_trains_into_a_folder_and_the_second_time_reads_it(tmp_path, ca
 
 
 KL = ("--defence", "kl", "--strength", 0.1)
+
+
+@pytest.mark.parametrize("stage", ["finetune", "discover", "evaluate", "patch"])
+def test_a_folder_is_one_process_s(stage, tmp_path) -> None:
+    run("finetune", "tiny", tmp_path / "a", "--n-rows", 16)
+    words = (stage, "tiny", *([] if stage == "finetune" else [tmp_path / "a"]), tmp_path / "out")
+    with files.held(files.check_writable(tmp_path / "out")):
+        fails("out: another run is writing it: wait until it has finished", *words)
+    assert list((tmp_path / "out").iterdir()) == []  # and nothing was begun there
 
 
 def test_a_training_that_was_broken_off_goes_on_from_its_checkpoint(tmp_path, monkeypatch) -> None:
