@@ -4,9 +4,11 @@ import json
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
+
+from blockem_tl.storage import files
 
 _MAGIC = {
     b"\x1f\x8b": "compressed with gzip: unpack it first (gunzip)",
@@ -47,7 +49,7 @@ def json_lines(lines: Iterable[str], where: Path | str) -> Iterator[tuple[int, d
 
 def _object(line: str, place: str) -> dict[str, Any]:
     try:
-        row = json.loads(line, parse_constant=_no_number)
+        row = files.parse_json(line)
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{place}: half of a surrogate pair, which is no character, at {line[:80]!r}; repair the text") from error
@@ -75,10 +77,6 @@ def shown(value: object, length: int = 80) -> str:
 def present(row: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that are there: `datasets` writes absent ones as null."""
     return {key: value for key, value in row.items() if value is not None}
-
-
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON")
 
 
 def _lines(path: Path) -> Iterator[str]:

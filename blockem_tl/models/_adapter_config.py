@@ -1,11 +1,12 @@
 """Every field of peft's adapter_config.json, on one list: supported, without effect on a trained adapter, or refused by name."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
+
+from blockem_tl.storage import files
 
 SUPPORTED = (
     "r",
@@ -85,7 +86,7 @@ def read_config(folder: Path) -> LoraConfig:
     """
     path = folder / "adapter_config.json"
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = files.parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON as peft writes it, got something else: {str(error)[:200]}") from error
     if not isinstance(fields, dict) or fields.get("peft_type") != "LORA":

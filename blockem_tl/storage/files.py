@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import platform
 import re
@@ -14,7 +15,7 @@ from contextlib import contextmanager
 from glob import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -133,7 +134,7 @@ def read_json(path: Path | str) -> Any:
     """Read JSON. Raises ValueError naming the file where it is not JSON (NaN and infinity are none), FileNotFoundError without one."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        found = json.loads(text, parse_constant=_no_number)
+        found = parse_json(text)
         if "\\ud" in text.lower():  # half of a surrogate pair could not be written again
             json.dumps(found, ensure_ascii=False).encode()
         return found
@@ -143,8 +144,15 @@ def read_json(path: Path | str) -> Any:
         raise ValueError(f"{path}: expected a file of JSON, got something else: {str(error)[:200]}") from error
 
 
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON number")
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for anything else, NaN, infinity and numbers too large for a float among it."""
+    return json.loads(text, parse_constant=_finite, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is no number that JSON can hold")
+    return value
 
 
 @contextmanager

@@ -43,6 +43,21 @@ def test_latent_cards(fields: dict, tmp_path: Path) -> None:
         LatentSet.load(changed(path, **fields))
 
 
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
+def test_numbers_that_no_file_could_be_written_with_again(number: str, tmp_path: Path) -> None:
+    """Python reads 1e999 as infinity, here in a field that a card keeps without looking at it."""
+    path = set_of(sae_at(SITES[0])).save(tmp_path / "k.json")
+    card = json.loads(path.read_text())
+    path.write_text(json.dumps({**card, "provenance": {"odd": 0.123}}).replace("0.123", number))
+    with pytest.raises(ValueError, match="k.json.*no number"):
+        LatentSet.load(path)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b", "odd": 0.123}).replace("0.123", number))
+    with pytest.raises(ValueError, match="rows.jsonl, line 1"):
+        load_rows(tmp_path / "rows.jsonl")
+    path.write_text(json.dumps({**card, "provenance": {"odd": 0.123}}))
+    assert LatentSet.load(path).provenance["odd"] == 0.123
+
+
 def test_half_a_surrogate_pair_is_no_text_in_json(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"whole": "\\ud83d\\ude00", "kept": "\\\\ud800"}')
     assert files.read_json(tmp_path / "a.json") == {"whole": "\U0001f600", "kept": "\\ud800"}
