@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -261,6 +261,15 @@ def killed_at_file(n: int) -> None:
 # ------------------------------------------------------------------------------------------------ signals
 
 
+@pytest.fixture
+def unhandled() -> Iterator[None]:
+    """Nobody handles SIGTERM, which pytest-cov does otherwise."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.usefixtures("unhandled")
 def test_sigterm_ends_work_as_ctrl_c_does(tmp_path: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         with pytest.raises(Stopped, match="the work: stopped; what is finished is kept, and the same call goes on from there"):  # noqa: SIM117
