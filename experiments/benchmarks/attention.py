@@ -3,21 +3,17 @@
     python experiments/benchmarks/attention.py --json attention.json
     python experiments/benchmarks/attention.py --shape llama-3.1-8b --rows 8 --json attention.json     # on a GPU
 
-Random weights; both models are the same and take turns in one process. Ratios are eager / fused: 2 is twice as fast. Memory is the growth
-of the peak of a process of its own, on a GPU of allocated bytes.
+Random weights; both models are the same and take turns in one process. Ratios are eager / fused: 2 is twice as fast. Memory is the most
+tensors alive at once in a training step, counted one by one.
 """
 
 import json
-import multiprocessing
-import os
-import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
-import psutil
 import torch
 import tyro
 from random_llama import SHAPES, random_weights, words
@@ -25,6 +21,7 @@ from turns import medians, take_turns
 
 from blockem_tl import Model, Prompt, generate, load_model
 from blockem_tl.plan import stages
+from blockem_tl.plan.meter import Meter
 from blockem_tl.storage import files, machine
 from blockem_tl.training.config import TrainingConfig
 from blockem_tl.training.loss import summed_cross_entropy
@@ -69,17 +66,10 @@ def replies(model: Model, rows: int, tokens: int, new_tokens: int) -> None:
     generate(model, prompts, max_new_tokens=new_tokens, progress=False)
 
 
-def peak_mb(options: Options, attention: Literal["eager", "sdpa"], tokens: int) -> float:
-    """Of one training step beyond the loaded model, in this process."""
-    torch.set_num_threads(1)
-    model = model_of(options, attention)
-    if model.device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        training_step(model, options.rows, tokens)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = psutil.Process().memory_info().rss
-    training_step(model, options.rows, tokens)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20
+def peak_mb(model: Model, rows: int, tokens: int) -> float:
+    """Of one training step: the most tensors that were alive at once, beyond the model."""
+    with Meter() as meter:
+        return stages.peak_of(meter, lambda: training_step(model, rows, tokens)) / 2**20
 
 
 def measured(options: Options, models: dict[str, Model], tokens: int) -> dict[str, Any]:
@@ -95,15 +85,11 @@ def measured(options: Options, models: dict[str, Model], tokens: int) -> dict[st
         seconds = take_turns({kind: partial(work, models[kind]) for kind in KINDS}, options.repetitions, device)
         eager, fused = (medians(seconds[kind]) for kind in KINDS)
         row[name] = eager.wall / fused.wall if device.type == "cuda" else eager.cpu / fused.cpu
-    peaks = []
-    for kind in KINDS:
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            peaks.append(pool.apply(peak_mb, [options, kind, tokens]))
+    peaks = [peak_mb(models[kind], options.rows, tokens) for kind in KINDS]
     return {**row, "memory": peaks[0] / peaks[1], "eager_mb": peaks[0], "sdpa_mb": peaks[1]}
 
 
 def main(options: Options) -> dict[str, Any]:
-    os.environ |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # read where the processes start
     torch.set_num_threads(1)
     models = {kind: model_of(options, kind) for kind in KINDS}
     rows = []
