@@ -59,7 +59,8 @@ def missing_in(part: Part) -> Iterator[str]:
         yield f"{run.relative_to(part.folder).as_posix()}: training is not finished: run the same study again"
     groups = {f"steps/{step.name}": (step, "*.parquet") for step in sorted(part.folder.glob("steps/*"))}
     groups |= {"latent sets": (part.folder, "latents/*.json"), "trained runs": (part.folder, "*/run.json")}
-    seeds = sorted({path.name for path in part.folder.rglob("seed*") if path.is_dir()})
+    # looked for where they are, not by a walk through everything: a study that still runs renames folders deeper inside
+    seeds = sorted({path.name for place, _ in groups.values() for path in place.glob("seed*") if path.is_dir()})
     for what, (place, pattern) in groups.items():
         there = {seed: {_point(path) for path in (place / seed).glob(pattern)} for seed in seeds}
         everything = sorted(set().union(*there.values()))

@@ -177,6 +177,24 @@ def test_what_the_commands_write_is_shown(preset, tmp_path, capsys) -> None:
     assert own.count("data:image/png;base64,") == 2 and "arms.csv" in own
 
 
+def test_a_study_that_still_runs_is_shown(study, tmp_path, monkeypatch) -> None:
+    """A folder that a run is filling may be gone when it is looked into."""
+    out = tmp_path / "run"
+    shutil.copytree(study, out)
+    (out / "seed0" / "plain" / "checkpoints" / ".epoch-9.abcd.unfinished").mkdir(parents=True)
+    scandir = os.scandir
+
+    def gone(path="."):
+        if str(path).endswith(".unfinished"):
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", gone)
+    with pytest.raises(FileNotFoundError):
+        list(os.scandir(out / "seed0" / "plain" / "checkpoints" / ".epoch-9.abcd.unfinished"))  # the twin
+    assert write_report(out)[1] == []
+
+
 def test_what_is_missing_or_broken_is_named_and_the_rest_shown(study, tmp_path) -> None:
     shutil.copytree(study, tmp_path / "study")
     about = json.loads((tmp_path / "study" / "study.json").read_text())
