@@ -263,28 +263,35 @@ def killed_at_file(n: int) -> None:
 
 @pytest.fixture
 def unhandled() -> Iterator[None]:
-    """Nobody handles SIGTERM, which pytest-cov does otherwise."""
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Signals as in a process that a terminal started: pytest-cov handles SIGTERM, and what a shell starts with & ignores SIGINT."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, before[0])
+    signal.signal(signal.SIGINT, before[1])
 
 
 @pytest.mark.usefixtures("unhandled")
-def test_sigterm_ends_work_as_ctrl_c_does(tmp_path: Path) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        with pytest.raises(Stopped, match="the work: stopped; what is finished is kept, and the same call goes on from there"):  # noqa: SIM117
-            with stoppable("the work"), files.finished_folder(tmp_path / "out") as folder:
-                (folder / "half").touch()
-                os.kill(os.getpid(), number)
-                time.sleep(5)
-        assert names(tmp_path) == [] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    mine = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_ends_work_as_ctrl_c_does(number: int, tmp_path: Path) -> None:
+    with pytest.raises(Stopped, match="the work: stopped; what is finished is kept, and the same call goes on from there"):  # noqa: SIM117
+        with stoppable("the work"), files.finished_folder(tmp_path / "out") as folder:
+            (folder / "half").touch()
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+    assert names(tmp_path) == [] and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.usefixtures("unhandled")
+def test_somebody_else_s_handler_of_sigterm_stays() -> None:
+    heard = []
+    signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
     with stoppable("the work"):
-        os.kill(os.getpid(), signal.SIGTERM)  # the twin: somebody else's handler stays
-    signal.signal(signal.SIGTERM, mine)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert heard == [1]
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unhandled")  # a process that is started inherits what is ignored
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_study_that_is_stopped_cleans_up_says_so_and_goes_on(number: int, tiny_folder: Path, tmp_path: Path) -> None:
     from shared import sae_at
