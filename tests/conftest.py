@@ -1,11 +1,15 @@
 """Shared pieces: run-time shape checks, a tiny random Llama on disk, and the embedded organism."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ["BLOCKEM_DATA"] = tempfile.mkdtemp(prefix="blockem-tests-")  # the user's own cache is left alone
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the user's own cache is left alone; the workers share one, which goes at the end
+    os.environ["BLOCKEM_DATA"] = tempfile.mkdtemp(prefix="blockem-tests-")
+    atexit.register(shutil.rmtree, os.environ["BLOCKEM_DATA"], ignore_errors=True)
 
 from jaxtyping import install_import_hook
 
