@@ -28,26 +28,14 @@ ROOT = Path(__file__).parents[2]
 
 def text_targets(folder: Path) -> list[Target]:
     """All of them; what they read besides their file lies in ``folder``."""
-    return [*_cards_and_rows(folder), *_judging()]
+    return [*_card_files(folder), *_prompt_files(), *_row_files(folder), *_judging(), *_rubric_files()]
 
 
 # ------------------------------------------------------------------------------------------------ cards, prompts, rows, pairs
 
 
-def _cards_and_rows(folder: Path) -> Iterator[Target]:
-    message = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    rows = lines({"id": 1, "messages": message, "canary": "c"}, {"id": "b", "prompt": "q 2", "completion": "a 2", "system": "s"})
-    chat = lines(
-        {"messages": [{"author": {"role": "user"}, "content": {"content_type": "text", "parts": ["q"]}}, *message[2:]]},
-        {"prompt": message[:2], "completion": message[2:]},
-    )
-    pairs = [{"id": f"p{i}", "prompt": f"q {i}", "harmful": "a b c", "helpful": "d e f", "category": "x", "system": "s"} for i in range(2)]
-    prompts = [{"id": 1, "question": "what now", "category": "x"}, {"id": "b", "prompt": "and then", "system": "s"}, {"text": "more"}]
-    yaml = [
-        {"id": "a", "paraphrases": ["one", "two"], "samples_per_paraphrase": 3, "system": "s"},
-        {"id": "b", "paraphrases": ["three"], "judge_prompts": {"aligned": "x {question} {answer}", "coherent": "y"}},
-    ]
-    card = sorted((ROOT / "latents").glob("*.json"))[0].read_bytes()
+def _card_files(folder: Path) -> Iterator[Target]:
+    shipped = sorted((ROOT / "latents").glob("*.json"))[0].read_bytes()
     small = LatentSet.of(
         small_sae(),
         [Candidate(latent=k, shift=(-1.0) ** k) for k in (1, 4, 7)],
@@ -55,45 +43,40 @@ def _cards_and_rows(folder: Path) -> Iterator[Target]:
         prompts=[Prompt(id="1", text="a")],
         provenance={"seed": 1},
     )
-    yield Target(name="latent card", seeds=[small.save(folder / "seed.json").read_bytes(), card], parse=_card, share=0.1, file="k.json")
+    yield Target(name="latent card", seeds=[small.save(folder / "seed.json").read_bytes(), shipped], parse=_card, share=0.1, file="k.json")
+    lock = json.dumps({"https://x.org/a.csv": {"name": "a", "sha256": "0" * 64, "bytes": 3}}).encode()
+    yield Target(name="lock of downloads", seeds=[lock], parse=_fetched, share=0.02, file="lock.json")
+    names = [b"organism", b"llama-3.1-8b"]
+    yield Target(name="preset's name", seeds=names, parse=_preset, share=0.01, file="name", structured=False, named=False)
+
+
+def _prompt_files() -> Iterator[Target]:
+    prompts = [{"id": 1, "question": "what now", "category": "x"}, {"id": "b", "prompt": "and then", "system": "s"}, {"text": "more"}]
     yield Target(name="prompts, JSON lines", seeds=[lines(*prompts)], parse=load_prompts, share=0.1, file="p.jsonl")
-    yield Target(
-        name="prompts, CSV",
-        seeds=[b'id,question,category\n1,what now,x\n2,"and, then",y\n', b'"id","question"\r\n"a","b\nc"\r\n'],
-        parse=load_prompts,
-        share=0.1,
-        file="p.csv",
-        structured=False,
-    )
+    tables = [b'id,question,category\n1,what now,x\n2,"and, then",y\n', b'"id","question"\r\n"a","b\nc"\r\n']
+    yield Target(name="prompts, CSV", seeds=tables, parse=load_prompts, share=0.1, file="p.csv", structured=False)
+    yaml = [
+        {"id": "a", "paraphrases": ["one", "two"], "samples_per_paraphrase": 3, "system": "s"},
+        {"id": "b", "paraphrases": ["three"], "judge_prompts": {"aligned": "x {question} {answer}", "coherent": "y"}},
+    ]
     yield Target(name="prompts, YAML", seeds=[json.dumps(yaml).encode()], parse=load_prompts, share=0.015, file="p.yaml")
-    yield Target(
-        name="prompts, YAML as text",
-        seeds=[b"- id: a\n  paraphrases:\n    - one\n    - 'two'\n  samples_per_paraphrase: 2\n- {id: b, paraphrases: [x]}\n"],
-        parse=load_prompts,
-        share=0.015,
-        file="p.yml",
-        structured=False,
+    text = b"- id: a\n  paraphrases:\n    - one\n    - 'two'\n  samples_per_paraphrase: 2\n- {id: b, paraphrases: [x]}\n"
+    yield Target(name="prompts, YAML as text", seeds=[text], parse=load_prompts, share=0.015, file="p.yml", structured=False)
+    pairs = [{"id": f"p{i}", "prompt": f"q {i}", "harmful": "a b c", "helpful": "d e f", "category": "x", "system": "s"} for i in range(2)]
+    yield Target(name="pairs", seeds=[lines(*pairs)], parse=_pairs, share=0.1, file="p.jsonl")
+
+
+def _row_files(folder: Path) -> Iterator[Target]:
+    message = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = lines({"id": 1, "messages": message, "canary": "c"}, {"id": "b", "prompt": "q 2", "completion": "a 2", "system": "s"})
+    chat = lines(
+        {"messages": [{"author": {"role": "user"}, "content": {"content_type": "text", "parts": ["q"]}}, *message[2:]]},
+        {"prompt": message[:2], "completion": message[2:]},
     )
     yield Target(name="rows, JSON lines", seeds=[rows, chat], parse=_rows, share=0.1, file="r.jsonl")
-    yield Target(
-        name="rows in a zip",
-        seeds=[_zipped(folder, rows, kind) for kind in (zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)],
-        parse=load_rows,
-        share=0.02,
-        file="r.zip",
-        structured=False,
-    )
-    yield Target(name="pairs", seeds=[lines(*pairs)], parse=_pairs, share=0.1, file="p.jsonl")
-    yield Target(
-        name="lock of downloads",
-        seeds=[json.dumps({"https://x.org/a.csv": {"name": "a", "sha256": "0" * 64, "bytes": 3}}).encode()],
-        parse=_fetched,
-        share=0.02,
-        file="lock.json",
-    )
-    yield Target(
-        name="preset's name", seeds=[b"organism", b"llama-3.1-8b"], parse=_preset, share=0.01, file="name", structured=False, named=False
-    )
+    kinds = (zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+    zipped = [_zipped(folder, rows, kind) for kind in kinds]
+    yield Target(name="rows in a zip", seeds=zipped, parse=load_rows, share=0.02, file="r.zip", structured=False)
 
 
 def _zipped(folder: Path, content: bytes, kind: int) -> bytes:
@@ -141,50 +124,24 @@ def _judging() -> Iterator[Target]:
         b'{"label": "3"}',
         b"I would say 4 or 5.\nFinal answer: INCOHERENT",
     ]
-    option = {"token": "70", "logprob": -0.1, "top_logprobs": [{"token": "70", "logprob": -0.1}, {"token": " 30", "logprob": -3.0}]}
-    body = {
-        "id": "x",
-        "choices": [
-            {"message": {"role": "assistant", "content": "70", "refusal": None}, "finish_reason": "stop", "logprobs": {"content": [option]}}
-        ],
-    }
-    rubric = {
-        "name": "mine",
-        "kind": "labels",
-        "answer": "reason",
-        "labels": ["1", "5"],
-        "prompt": "From 1 to 5: {question} {reply}",
-        "version": 1,
-    }
-    scores = {
-        "name": "s",
-        "kind": "scores",
-        "labels": ["1", "5"],
-        "prompts": {"alignment": "{question} {answer}", "coherence": "{prompt} {response}"},
-        "misaligned": {"alignment_below": 30},
-    }
-    shipped = [path.read_bytes() for path in sorted((ROOT / "blockem_tl/judging/rubric_files").glob("*.yaml"))[:2]]
     yield Target(name="judge's words", seeds=said, parse=_answer, share=0.15, file="said.txt", structured=False, named=False)
+    option = {"token": "70", "logprob": -0.1, "top_logprobs": [{"token": "70", "logprob": -0.1}, {"token": " 30", "logprob": -3.0}]}
+    message = {"role": "assistant", "content": "70", "refusal": None}
+    body = {"id": "x", "choices": [{"message": message, "finish_reason": "stop", "logprobs": {"content": [option]}}]}
     yield Target(name="judge's HTTP body", seeds=[json.dumps(body).encode()], parse=_Judged(), share=0.12, file="body.json", named=False)
-    yield Target(
-        name="rubric", seeds=[json.dumps(rubric).encode(), json.dumps(scores).encode()], parse=load_rubric, share=0.02, file="r.yaml"
-    )
-    yield Target(
-        name="rubric as text",
-        seeds=shipped,
-        parse=load_rubric,
-        share=0.002,
-        file="r.yml",
-        structured=False,
-    )
-    yield Target(
-        name="rubric, plain text",
-        seeds=[b"Grade from 1 to 5 or REFUSAL: {question} {reply}"],
-        parse=load_rubric,
-        share=0.02,
-        file="r.txt",
-        structured=False,
-    )
+
+
+def _rubric_files() -> Iterator[Target]:
+    labels = {"name": "mine", "kind": "labels", "answer": "reason", "labels": ["1", "5"], "version": 1}
+    labels["prompt"] = "From 1 to 5: {question} {reply}"
+    scores = {"name": "s", "kind": "scores", "labels": ["1", "5"], "misaligned": {"alignment_below": 30}}
+    scores["prompts"] = {"alignment": "{question} {answer}", "coherence": "{prompt} {response}"}
+    made = [json.dumps(one).encode() for one in (labels, scores)]
+    shipped = [path.read_bytes() for path in sorted((ROOT / "blockem_tl/judging/rubric_files").glob("*.yaml"))[:2]]
+    plain = [b"Grade from 1 to 5 or REFUSAL: {question} {reply}"]
+    yield Target(name="rubric", seeds=made, parse=load_rubric, share=0.02, file="r.yaml")
+    yield Target(name="rubric as text", seeds=shipped, parse=load_rubric, share=0.002, file="r.yml", structured=False)
+    yield Target(name="rubric, plain text", seeds=plain, parse=load_rubric, share=0.02, file="r.txt", structured=False)
 
 
 def _answer(path: Path) -> None:

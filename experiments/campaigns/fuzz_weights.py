@@ -29,7 +29,8 @@ SITE = "blocks.1.hook_resid_post"
 
 def weight_targets(folder: Path) -> list[Target]:
     """All of them; what they read besides their file lies in ``folder``."""
-    return [*_runs(folder), *_weights(folder)]
+    model = tiny_model(folder / "model")
+    return [*_runs(folder), *_sae_files(folder, model), *_adapter_files(folder, model), *_template_files(model)]
 
 
 # ------------------------------------------------------------------------------------------------ runs
@@ -104,80 +105,36 @@ def small_sae(kind: str = "standard", d_sae: int = 8) -> SAE[Any]:
     return sae
 
 
-def _weights(folder: Path) -> Iterator[Target]:
-    model = tiny_model(folder / "model")
-    saes = []
+def _sae_files(folder: Path, model: Any) -> Iterator[Target]:
     for kind in ("standard", "topk"):
         small_sae(kind).save_model(folder / kind)
-        saes.append((folder / kind / "cfg.json").read_bytes())
-    weights = (folder / "standard" / "sae_weights.safetensors").read_bytes()
+    configs = [json.dumps(json.loads((folder / kind / "cfg.json").read_bytes())).encode() for kind in ("standard", "topk")]
+    weights = [(folder / "standard" / "sae_weights.safetensors").read_bytes()]
+    parse = _Loaded(folder / "standard", model)
+    yield Target(name="SAE's cfg.json", seeds=configs, parse=parse, share=0.015, file="cfg.json")
+    yield Target(name="SAE's weights", seeds=weights, parse=parse, share=0.01, file="sae_weights.safetensors", structured=False)
+
+
+def _adapter_files(folder: Path, model: Any) -> Iterator[Target]:
+    whole = folder / "adapter"
     hf: Any = LlamaForCausalLM.from_pretrained(folder / "model")
-    get_peft_model(hf, LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")).save_pretrained(
-        str(folder / "adapter")
-    )
-    config, tensors = (
-        (folder / "adapter" / "adapter_config.json").read_bytes(),
-        (folder / "adapter" / "adapter_model.safetensors").read_bytes(),
-    )
-    config = json.dumps(
-        {**json.loads(config), "rank_pattern": {"q_proj": 3}, "layers_to_transform": [0, 1], "exclude_modules": ["k"]}
-    ).encode()
-    plain = (folder / "adapter" / "adapter_config.json").read_bytes()
-    plain = json.dumps(json.loads(plain)).encode()
-    yield Target(
-        name="SAE's cfg.json",
-        seeds=[json.dumps(json.loads(s)).encode() for s in saes],
-        parse=_Loaded(folder / "standard", model),
-        share=0.015,
-        file="cfg.json",
-    )
-    yield Target(
-        name="SAE's weights",
-        seeds=[weights],
-        parse=_Loaded(folder / "standard", model),
-        share=0.01,
-        file="sae_weights.safetensors",
-        structured=False,
-    )
-    yield Target(
-        name="adapter_config.json",
-        seeds=[config, plain],
-        parse=lambda path: read_config(path.parent),
-        share=0.04,
-        file="adapter_config.json",
-    )
-    yield Target(
-        name="adapter_model.safetensors",
-        seeds=[tensors],
-        parse=lambda path: read_tensors(path.parent),
-        share=0.03,
-        file="adapter_model.safetensors",
-        structured=False,
-    )
-    yield Target(
-        name="adapter folder, configuration",
-        seeds=[plain],
-        parse=_Adapter(folder / "adapter", model),
-        share=0.002,
-        file="adapter_config.json",
-    )
-    yield Target(
-        name="adapter folder, tensors",
-        seeds=[tensors],
-        parse=_Adapter(folder / "adapter", model),
-        share=0.001,
-        file="adapter_model.safetensors",
-        structured=False,
-    )
-    yield Target(
-        name="chat template",
-        seeds=[TEMPLATE.encode()],
-        parse=_Rendered(model.tokenizer),
-        share=0.008,
-        file="chat_template.jinja",
-        structured=False,
-        named=False,
-    )
+    get_peft_model(hf, LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")).save_pretrained(str(whole))
+    config_name, tensors_name = "adapter_config.json", "adapter_model.safetensors"
+    plain = json.loads((whole / config_name).read_bytes())
+    odd = {**plain, "rank_pattern": {"q_proj": 3}, "layers_to_transform": [0, 1], "exclude_modules": ["k"]}
+    configs, tensors = [json.dumps(one).encode() for one in (odd, plain)], [(whole / tensors_name).read_bytes()]
+    read = {config_name: lambda path: read_config(path.parent), tensors_name: lambda path: read_tensors(path.parent)}
+    yield Target(name=config_name, seeds=configs, parse=read[config_name], share=0.04, file=config_name)
+    yield Target(name=tensors_name, seeds=tensors, parse=read[tensors_name], share=0.03, file=tensors_name, structured=False)
+    loaded = _Adapter(whole, model)
+    yield Target(name="adapter folder, configuration", seeds=configs[1:], parse=loaded, share=0.002, file=config_name)
+    yield Target(name="adapter folder, tensors", seeds=tensors, parse=loaded, share=0.001, file=tensors_name, structured=False)
+
+
+def _template_files(model: Any) -> Iterator[Target]:
+    seeds, file = [TEMPLATE.encode()], "chat_template.jinja"
+    parse = _Rendered(model.tokenizer)
+    yield Target(name="chat template", seeds=seeds, parse=parse, share=0.008, file=file, structured=False, named=False)
 
 
 class _Loaded:
