@@ -44,7 +44,8 @@ def sweep(options: StudyOptions, lambdas: tuple[float, ...]) -> pd.DataFrame:
 
 def main(options: Options) -> None:
     """Both sweeps, side by side."""
-    last = replace(options, preset=options.last_preset or f"{options.preset}-last-layer", out=options.folder / "last")
+    preset = options.last_preset or f"{options.preset}-last-layer"
+    last = replace(options, preset=preset, out=options.folder / "last", shared_study=None)  # a study of its own
     last.setting()  # it may be unknown
     page = options.page()
     arms = pd.concat([sweep(options, options.lambdas), sweep(last, options.last_lambdas)], ignore_index=True)

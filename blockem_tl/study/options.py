@@ -22,7 +22,8 @@ class StudyOptions:
     """Options of an experiment; one of your own inherits from it and sets ``name``.
 
     preset: see `blockem presets`.  domain: the narrow task that latents are found on; the preset's by default.
-    seeds: of training.  out: the study's folder, results/NAME-PRESET by default: what is finished there is not run again.
+    seeds: of training.  out: tables, figures and the study, results/NAME-PRESET by default: what is finished there is not run again.
+    shared_study: a study's folder in the place of out/study, which several experiments share, so that what they have in common runs once.
     publish: also renew the documentation.  executor: "local" or "ray".  workers: processes.  n_rows: training rows, all by default.
     judge_models, judge_urls: judging models and their endpoints (one for all, or one each), for presets without a judge; the first selects.
     """
@@ -31,6 +32,7 @@ class StudyOptions:
     domain: str | None = None
     seeds: tuple[int, ...] = (0,)
     out: Path | None = None
+    shared_study: Path | None = None
     publish: bool = False
     executor: str = "local"
     workers: int | None = None
@@ -42,7 +44,7 @@ class StudyOptions:
 
     @property
     def folder(self) -> Path:
-        """Where the study lies."""
+        """Where tables, figures and, unless it is shared, the study lie."""
         return self.out or Path("results") / f"{self.name}-{self.preset}"
 
     def judges(self) -> Mapping[str, Judge] | None:
@@ -63,7 +65,7 @@ class StudyOptions:
     def study(self, **options: Any) -> Study:
         """The study beside the page."""
         common = {"seeds": self.seeds, "executor": self.executor, "workers": self.workers, "n_rows": self.n_rows, "progress": self.progress}
-        return Study(self.folder / "study", self.setting(), **{**common, **options})
+        return Study(self.shared_study or self.folder / "study", self.setting(), **{**common, **options})
 
     def page(self) -> Page:
         """The page of tables and figures beside the study; published under docs/ of the working directory if asked for."""
