@@ -2,9 +2,10 @@
 
     python experiments/benchmarks/memory_model.py --json memory.json
 
-Each case is a process of its own: `finetune` with `Blocking` for one step. Foretold is the same step on tensors without data. Measured is
-the peak of resident memory above that of the process before there was a model, on a GPU the peak of allocated bytes. The C library is told
-to give freed memory back at once: left alone it keeps up to 70 % more than is in use.
+Each case is a process of its own: `finetune` with `Blocking` for two steps, since the optimizer's moments are there from the second on.
+Foretold is such a step on tensors without data. Measured is the peak of resident memory above that of the process before there was a
+model, on a GPU the peak of allocated bytes. The C library is told to give freed memory back at once: left alone it keeps up to 70 % more
+than is in use.
 """
 
 import json
@@ -47,7 +48,7 @@ class Case:
 
     @property
     def config(self) -> TrainingConfig:
-        """One step of one micro-batch."""
+        """A step is one micro-batch."""
         return TrainingConfig(batch_size=self.rows, gradient_checkpointing=self.checkpointing)
 
 
@@ -78,7 +79,7 @@ def foretold(case: Case) -> float:
 
 
 def measured(case: Case) -> float:
-    """MB, in this process: `finetune` with `Blocking` for one step."""
+    """MB, in this process: `finetune` with `Blocking` for two steps."""
     torch.set_num_threads(1)
     start = psutil.Process().memory_info().rss
     tokenizer = words(SHAPES[case.shape]["vocab_size"])
@@ -88,7 +89,7 @@ def measured(case: Case) -> float:
     for parameter in sae.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     half = case.tokens // 2
-    rows = [Example(id=str(i), prompt=" ".join(["w1"] * (half - 2)), completion=" ".join(["w2"] * half)) for i in range(case.rows)]
+    rows = [Example(id=str(i), prompt=" ".join(["w1"] * (half - 2)), completion=" ".join(["w2"] * half)) for i in range(2 * case.rows)]
     block = Blocking(latent_set=random_latents(sae, 20, seed=0), sae=sae, weight=1.0, reference="live")
     finetune(model, rows, config=case.config, defences=[block], progress=False)
     if model.device.type == "cuda":
