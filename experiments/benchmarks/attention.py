@@ -107,13 +107,9 @@ def main(options: Options) -> dict[str, Any]:
     models = {kind: model_of(options, kind) for kind in KINDS if kind.dtype in options.dtypes}
     rows = []
     for tokens in options.tokens:
-        rows += measured(options, models, tokens)
-        show(
-            [
-                {key: f"{value:.3g}" if isinstance(value, float) else str(value) for key, value in row.items()}
-                for row in rows[-len(models) :]
-            ]
-        )
+        rows += (found := measured(options, models, tokens))
+        cells = [{key: f"{value:.3g}" if isinstance(value, float) else str(value) for key, value in row.items()} for row in found]
+        show(cells, f"{options.rows} rows of {tokens} tokens, ratios to the first")
     result = {"shape": options.shape, "rows": options.rows, "lengths": rows, "machine": machine.described()}
     if options.json is not None:
         files.write_json(options.json, result)
