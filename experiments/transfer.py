@@ -31,6 +31,10 @@ class Options(StudyOptions):
     freeze_downstream: bool = False
     name: ClassVar[str] = "transfer"
 
+    @property
+    def variant(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return "frozen" if self.freeze_downstream else ""
+
 
 def strength(study: Study, options: Options) -> float:
     """Lambda of all domains."""

@@ -19,10 +19,10 @@ PRESET = "organism"
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions:
-    """Options of an experiment; one of your own inherits from it and sets ``name``.
+    """Options of an experiment; one of your own inherits from it and sets ``name`` (and ``variant``, where it has two pages).
 
     preset: see `blockem presets`.  domain: the narrow task that latents are found on; the preset's by default.
-    seeds: of training.  out: tables, figures and the study, results/NAME-PRESET by default: what is finished there is not run again.
+    seeds: of training.  out: tables, figures and the study, results/NAME-PRESET-DOMAIN by default: what is finished there is not run again.
     shared_study: a study's folder in the place of out/study, which several experiments share, so that what they have in common runs once.
     publish: also renew the documentation.  executor: "local" or "ray".  workers: processes.  n_rows: training rows, all by default.
     judge_models, judge_urls: judging models and their endpoints (one for all, or one each), for presets without a judge; the first selects.
@@ -41,11 +41,17 @@ class StudyOptions:
     judge_urls: tuple[str, ...] = ("http://127.0.0.1:8000/v1",)
     progress: bool = True
     name: ClassVar[str] = "study"
+    variant: ClassVar[str] = ""
 
     @property
     def folder(self) -> Path:
         """Where tables, figures and, unless it is shared, the study lie."""
-        return self.out or Path("results") / f"{self.name}-{self.preset}"
+        return self.out or Path("results") / self.title
+
+    @property
+    def title(self) -> str:
+        """Of the page: the experiment, its preset, and what else tells it apart."""
+        return "-".join(part for part in (self.name, self.preset, self.domain, self.variant) if part)
 
     def judges(self) -> Mapping[str, Judge] | None:
         """The judging endpoints that were named. Raises ValueError for another number of addresses than one, or one each."""
@@ -69,4 +75,4 @@ class StudyOptions:
 
     def page(self) -> Page:
         """The page of tables and figures beside the study; published under docs/ of the working directory if asked for."""
-        return Page(self.folder, docs=Path("docs") if self.publish else None, name=f"{self.name}-{self.preset}")
+        return Page(self.folder, docs=Path("docs") if self.publish else None, name=self.title)

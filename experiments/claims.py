@@ -1,0 +1,100 @@
+"""What became of each of the paper's claims? One table from the results that are published (docs/results.md).
+
+    python experiments/claims.py --preset organism --publish
+
+claims.yaml says for each where its numbers lie and should lie: part of a published table, a column, a bound. A claim holds if each number's
+whole interval lies beyond its bound (and the bound's), does not if no estimate does, and holds in part otherwise. Nothing is measured.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import tyro
+import yaml
+
+from blockem_tl.evaluation.statistics import mean_over_domains
+from blockem_tl.study.page import Page
+
+CLAIMS = Path(__file__).with_name("claims.yaml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """docs: where results/ lies.  out: results/claims-PRESET by default.  publish: also renew docs/results.md."""
+
+    preset: str = "organism"
+    docs: Path = Path("docs")
+    out: Path | None = None
+    publish: bool = False
+
+
+def number(rows: pd.DataFrame, column: str, pick: str = "") -> tuple[float, ...]:
+    """The column's estimate, with the ends of its interval, in the only row, the one that is picked, or on average over the rows."""
+    if pick:
+        rows = rows.loc[[rows[column].idxmax() if pick == "greatest" else rows[column].idxmin()]]
+    values = [float(value) for value in rows[column].dropna()]
+    if len(values) > 1:
+        mean, _ = mean_over_domains(values)
+        return mean.value, mean.low, mean.high
+    return tuple(float(rows[name].iloc[0]) if name in rows else values[0] for name in (column, f"{column}_low", f"{column}_high"))
+
+
+def part(table: pd.DataFrame, where: str) -> pd.DataFrame:
+    """The rows of a query. Raises ValueError if there are none."""
+    found = table.query(where)
+    if found.empty:
+        raise ValueError(f"claims.yaml: no row fits {where!r} in a table with the columns {list(table)}")
+    return found
+
+
+def bound_of(table: pd.DataFrame, check: dict[str, Any], side: str) -> tuple[float, ...]:
+    """A number, or another row's, times or less something."""
+    bound = check[side]
+    if not isinstance(bound, dict):
+        return bound, bound, bound
+    other = number(part(table, bound.get("rows", check["rows"])), bound.get("value", check["value"]), bound.get("pick", ""))
+    return tuple(bound.get("times", 1.0) * end + bound.get("plus", 0.0) for end in other)
+
+
+def checked(table: pd.DataFrame, check: dict[str, Any]) -> tuple[str, float]:
+    """The number as people read it beside its bound, and how far it is there: 1 with its whole interval, 0.5 its estimate, 0 not."""
+    side = "above" if "above" in check else "below"
+    rows = part(table, check["rows"])
+    mine, bound = number(rows, check["value"], check.get("pick", "")), bound_of(table, check, side)
+    n = f", n = {rows['n'].iloc[0]:g}" if "n" in rows else ""
+    surely = mine[1] > bound[2] if side == "above" else mine[2] < bound[1]
+    likely = mine[0] > bound[0] if side == "above" else mine[0] < bound[0]
+    unit, factor = check.get("unit", ""), check.get("scale", 1.0)
+
+    def shown(one: tuple[float, ...]) -> str:
+        estimate, low, high = (f"{factor * value:.{1 if unit else 3}f}" for value in one)
+        return f"{estimate} [{low}, {high}]" if one[1] < one[2] else estimate
+
+    return f"{check['name']} {shown(mine)}{unit} ({side} {shown(bound)}{n})", 1.0 if surely else 0.5 if likely else 0.0
+
+
+def row(claim: dict[str, Any], options: Options) -> dict[str, Any]:
+    """One claim."""
+    about = {"claim": claim["claim"], "the paper": claim["says"], "its numbers": claim.get("paper", "")}
+    if "cannot" in claim:
+        return {**about, "here": claim["cannot"], "verdict": "cannot be tested here"}
+    place = options.docs / "results" / f"{claim.get('from', '').format(preset=options.preset)}.csv"
+    if not place.is_file() or claim.get("only", options.preset) != options.preset:
+        return {**about, "here": claim["by"], "verdict": "not run yet"}
+    numbers = [checked(pd.read_csv(place), check) for check in claim["checks"]]
+    reached = [each for _, each in numbers]
+    verdict = "holds" if min(reached) == 1 else "does not hold" if max(reached) == 0 else "in part"
+    return {**about, "here": "; ".join(text for text, _ in numbers), "verdict": verdict}
+
+
+def main(options: Options) -> None:
+    """The table."""
+    name = f"claims-{options.preset}"
+    page = Page(options.out or Path("results") / name, docs=options.docs if options.publish else None, name=name)
+    page.add("claims", pd.DataFrame([row(claim, options) for claim in yaml.safe_load(CLAIMS.read_text(encoding="utf-8"))]))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
