@@ -8,7 +8,13 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo real test test-slow test-vllm install install-vllm lint types docs readme organism clean
+# What `make reproduce` runs and on what: make reproduce PRESET=llama-3.1-8b OPTIONS="--judge-models qwen llama"
+PRESET ?= organism
+SEEDS ?= 0 1 2
+OPTIONS ?= --workers 2
+STUDIES := "lambda_sweep.py --freeze-downstream" transfer.py signs.py set_size.py cross_source.py selection_ablation.py last_layer.py "capacity.py --freeze-downstream"
+
+.PHONY: demo real reproduce test test-slow test-vllm install install-vllm lint types docs readme organism clean
 
 demo: install  ## misalign the embedded organism, find its latents, block them, show that it worked
 	$(BIN)/python experiments/quickstart.py
@@ -54,6 +60,10 @@ types: install
 real: install  ## the method on a real instruct model of 135M: latents, blocking, its rivals, and what comes back (docs/real.md)
 	$(BIN)/python experiments/real.py
 	$(BIN)/python experiments/real_reemergence.py
+
+reproduce: install  ## the paper's figures on PRESET, in one study that goes on where it was stopped; then what became of its claims
+	for study in $(STUDIES); do $(BIN)/python experiments/$$study --preset $(PRESET) --seeds $(SEEDS) --shared-study results/$(PRESET) $(OPTIONS) || exit; done
+	$(BIN)/python experiments/claims.py --preset $(PRESET)
 
 docs: install  ## the documentation as a site in site/; a warning or a dead link ends it
 	$(BIN)/python -m mkdocs build --strict --config-file .mkdocs.yml

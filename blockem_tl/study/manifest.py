@@ -2,8 +2,9 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,20 @@ def claim(folder: Path, name: str, mine: Mapping[str, str], *, preset: str) -> N
         raise ValueError(f"{folder} is another {kind}: {'; '.join(changed)}. Choose another folder")
     machines, here = list(kept.get(MACHINES, [])), machine.described()
     files.write_json(path, {**mine, PRESET: preset, MACHINES: machines if here in machines else [*machines, here]})
+
+
+def claim_work(path: Path, what: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+    """Write down by which function and with which options work is done, but for options that change no result.
+
+    Raises:
+        ValueError: it was done with others.
+    """
+    inner = function.func if isinstance(function, partial) else function
+    counting = {name: value for name, value in options.items() if f"discovery.{name}" not in _NO_MATTER}
+    mine = {"function": str(getattr(inner, "__qualname__", type(inner).__name__)), **flat(counting)}
+    if path.is_file() and (changed := differences(files.read_json(path), mine)):
+        raise ValueError(f"{what} was done otherwise: {'; '.join(changed)}. Give it another name")
+    files.write_json(path, mine)
 
 
 def read(path: Path) -> dict[str, Any]:

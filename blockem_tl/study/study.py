@@ -53,7 +53,7 @@ class Study:
 
     out/study.json                       what the study is of: another one is refused
     out/seed0/RUN/                       run.json, adapter/, checkpoints/epoch-0.5/
-    out/seed0/latents/NAME.json          latent sets
+    out/seed0/latents/NAME.json          latent sets, and steps/latents/NAME.json how they were made
     out/steps/NAME/seed0/RUN.parquet     what a step measured at a point
 
     Args:
@@ -185,8 +185,12 @@ class Study:
             of: the run whose point the function gets; plain fine-tuning by default.
 
         Raises:
+            ValueError: this set was made by another function or with other options.
             StudyFailed: it failed for a seed.
         """
+        manifest.claim_work(
+            self.out / "steps" / "latents" / f"{name}.json", f"latent set {name!r}", function, {**options, "of": (of or Run()).folder}
+        )
         paths = {point: point.latents_file(name) for point in self.points([of or Run()])}
         missing = [point for point, path in paths.items() if not path.is_file()]
         shared = function is jobs.find_latents and options.get("by") != "pairs" and len(missing) < self._executor.workers
@@ -214,11 +218,7 @@ class Study:
         if not points:
             raise ValueError(f"step {name!r}: expected at least one point, got none: train runs first, or name points")
         folder = self.out / "steps" / name
-        inner = function.func if isinstance(function, partial) else function
-        mine = {"function": str(getattr(inner, "__qualname__", type(inner).__name__)), **manifest.flat(options)}
-        if (folder / "step.json").is_file() and (changed := differences(files.read_json(folder / "step.json"), mine)):
-            raise ValueError(f"step {name!r} was done otherwise: {'; '.join(changed)}. Give it another name")
-        files.write_json(folder / "step.json", mine)
+        manifest.claim_work(folder / "step.json", f"step {name!r}", function, options)
         paths = {point: folder / f"{point.key}.parquet" for point in points}
         measure = partial(jobs.keep_frame, function=function, options=options)
         self._do(name, {p: partial(measure, point=p, path=path) for p, path in paths.items() if not path.is_file()}, len(paths))

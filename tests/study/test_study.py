@@ -16,7 +16,7 @@ import tiny_preset
 from shared import sae_at
 
 import blockem_tl.study.executors as executors
-from blockem_tl import Page, Point, Run, Setting, Study, StudyFailed, over_domains, rates
+from blockem_tl import LatentSet, Page, Point, Run, Setting, Study, StudyFailed, over_domains, random_latents, rates
 from blockem_tl.evaluation.statistics import clustered_rate, paired_difference, paired_reduction, share_removed
 from blockem_tl.presets import PRESETS
 from blockem_tl.storage import files
@@ -85,6 +85,25 @@ def test_a_run_is_hashable_and_names_its_folder_and_label() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ once, and on
+
+
+def some_latents(setting: Setting, point: Point, n: int = 3, smallest_wave: int = 1) -> LatentSet:
+    return random_latents(setting.sae, n, seed=point.seed)
+
+
+def test_a_latent_set_made_with_other_options_is_refused_under_its_name(setting, tmp_path) -> None:
+    with Study(tmp_path, setting, seeds=(0,), progress=False) as study:
+        first = study.latents("k", some_latents, n=4)[0]
+    with Study(tmp_path, setting, seeds=(0,), progress=False) as study:
+        assert study.latents("k", some_latents, n=4)[0] == first == study.latents("k", some_latents, n=4, smallest_wave=8)[0]
+        assert len(study.latents("more", some_latents, n=5)[0]) == 5
+        for made, difference in (
+            (lambda: study.latents("k", some_latents, n=5), "n: 4 there, 5 here"),
+            (lambda: study.latents("k"), "function: some_latents there, find_latents here"),
+            (lambda: study.latents("k", some_latents, n=4, of=Run(domain="finance")), "of: plain there, plain-finance here"),
+        ):
+            with pytest.raises(ValueError, match=f"latent set 'k' was done otherwise: .*{difference}.*Give it another name"):
+                made()
 
 
 def test_each_point_is_measured_once_and_other_options_are_refused(setting, tmp_path) -> None:
