@@ -74,8 +74,9 @@ def foretold(case: Case) -> float:
         sae = stages.plain_sae(case.place, model.cfg.d_model, case.d_sae)
         with stages.trainable(model, case.config) as parameters:
             batch = stages.rows_of(case.rows, case.tokens, model.device)
+            resident = meter.now + sum(2 * p.numel() * p.element_size() for p in parameters)
             work = stages.peak_of(meter, lambda: stages.training_step(model, batch, sae, list(range(20)), live=True))
-            return (meter.now + work + sum(2 * p.numel() * p.element_size() for p in parameters)) / MB
+            return (resident + work) / MB
 
 
 def measured(case: Case) -> float:
