@@ -3,10 +3,13 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background run, whose children would ignore Ctrl-C too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the user's own cache is left alone; the workers share one, which goes at the end
     os.environ["BLOCKEM_DATA"] = tempfile.mkdtemp(prefix="blockem-tests-")
     atexit.register(shutil.rmtree, os.environ["BLOCKEM_DATA"], ignore_errors=True)

@@ -263,11 +263,10 @@ def killed_at_file(n: int) -> None:
 
 @pytest.fixture
 def unhandled() -> Iterator[None]:
-    """Signals as in a process that a terminal started: pytest-cov handles SIGTERM, and what a shell starts with & ignores SIGINT."""
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.default_int_handler)
+    """SIGTERM as in a process of its own: pytest-cov handles it."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGTERM, before[0])
-    signal.signal(signal.SIGINT, before[1])
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.usefixtures("unhandled")
@@ -291,7 +290,6 @@ def test_somebody_else_s_handler_of_sigterm_stays() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unhandled")  # a process that is started inherits what is ignored
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_study_that_is_stopped_cleans_up_says_so_and_goes_on(number: int, tiny_folder: Path, tmp_path: Path) -> None:
     from shared import sae_at

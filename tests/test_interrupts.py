@@ -71,8 +71,11 @@ class Kernel:
                 printed += "\n".join(got["content"]["traceback"])
             if got["msg_type"] == "status" and got["content"]["execution_state"] == "idle":
                 break
-        reply = self.client.get_shell_msg(timeout=10)["content"]
-        return ("ok" if reply["status"] == "ok" else reply["ename"]), printed
+        reply = self.client.get_shell_msg(timeout=60)
+        while reply["parent_header"].get("msg_id") != message:  # a slow kernel answers some questions twice when it starts
+            reply = self.client.get_shell_msg(timeout=60)
+        found = reply["content"]
+        return ("ok" if found["status"] == "ok" else found["ename"]), printed
 
     def close(self) -> None:
         self.client.stop_channels()
