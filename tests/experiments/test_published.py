@@ -21,7 +21,6 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import compare_defences  # noqa: E402
 import publish  # noqa: E402
 import reemergence_pages as pages  # noqa: E402
-import watch  # noqa: E402
 
 Rows = list[dict[str, str]]
 
@@ -84,7 +83,6 @@ TABLES: dict[tuple[str, str], Callable[[], Rows]] = {
     ("docs/organism.md", "seeds"): seeds,
     ("docs/defences.md", "comparison"): each(compare_defences.table_row, "defences/arms"),
     ("docs/defences.md", "grid"): each(compare_defences.grid_row, "defences/grid"),
-    ("docs/defences.md", "watch"): lambda: [watch.row(one) for one in files.read_json(RESULTS / "watch" / "runs.json")],
     ("docs/reemergence.md", "reemergence-curves"): whole(pages.curve_rows, "reemergence/curves"),
     ("docs/reemergence.md", "reemergence-patched"): each(pages.patched_row, "reemergence/patched"),
     ("docs/reemergence.md", "reemergence-extended"): each(pages.extended_row, "reemergence/extended"),

@@ -29,6 +29,7 @@ OPTIONS = {
     "last_layer": {"last_lambdas": (1.0,)},
     "capacity": {"epochs": 2.0, "freeze_downstream": True},
     "cross_source": {"strengths": (0.1,)},
+    "watch": {"every": 1, "steps": 3},
     "real": {"sizes": (2, 3), "nats": (0.5, 1.0)},
     "ceiling": {"sizes": (2, 3), "random": (2,), "nats": 0.5},
     "real_reemergence": {"size": 3, "nats": 0.5, "epochs": 2.0},
@@ -43,6 +44,7 @@ TABLES = {
     "last_layer": {"arms"},
     "capacity": {"arms", "capacity", "mean"},
     "cross_source": {"arms", "curves", "overlap"},
+    "watch": {"runs"},
     "real": {"tried", "ceiling", "arms", "in-domain"},
     "ceiling": {"combinations", "agreement"},
     "real_reemergence": {"epochs", "patched", "carriers"},
@@ -51,7 +53,7 @@ LAST = "blocks.3.hook_resid_post"
 # These still know the organism, or import one another. The list may only shrink.
 NOT_YET = {
     "arms", "attribution", "blocking_sites", "compare_defences", "publish", "quickstart", "reemergence",
-    "reemergence_pages", "tutorials", "watch",
+    "reemergence_pages", "tutorials",
 }  # fmt: skip
 
 
@@ -78,7 +80,9 @@ def test_a_script_runs_on_any_preset_and_again_at_once(name: str, preset: str, t
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "study").rglob("*.safetensors")}
     first = {path.stem: pd.read_csv(path) for path in (tmp_path / "out").glob("*.csv")}
     assert set(first) == TABLES[name] and all((tmp_path / "docs" / "results" / f"{name}-tiny" / f"{one}.md").is_file() for one in first)
-    if name == "ceiling":
+    if name == "watch":
+        assert len(first["runs"]) == 8 and set(first["runs"]["rows"]) == {"harmful", "harmless"}
+    elif name == "ceiling":
         assert first["combinations"].notna().all().all() and len(first["combinations"]) == first["agreement"]["combinations"][0] == 6
     else:
         rate, beside = ("prefers_harm", "margin") if name.startswith("real") else ("misaligned", "adherent")
