@@ -102,7 +102,7 @@ def latents_by_attribution(
         pairs: they select, and must never report.
 
     Raises:
-        ValueError: besides, fewer such latents than ``n``.
+        ValueError: fewer such latents than ``n``.
     """
     diff = pair_diff(model, sae, pairs, adapter=adapter, batch_size=batch_size, progress=progress)
     order = diff.attribution.argsort(descending=True, stable=True).tolist()

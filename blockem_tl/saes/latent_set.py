@@ -104,7 +104,17 @@ class LatentSet(Result):
 
     @staticmethod
     def load(path: Path | str, sae: SAE[Any] | None = None) -> "LatentSet":
-        """Read and check a set; with ``sae`` also that it is the SAE the set was made with. Raises ValueError otherwise."""
+        """Read and check a set; with ``sae`` also that it is the SAE the set was made with.
+
+        Raises:
+            ValueError: it is no latent set, or another SAE's.
+            FileNotFoundError: there is no such file.
+        """
+        if not Path(path).exists():
+            raise FileNotFoundError(
+                f"{path}: there is no such latent set, seen from {Path.cwd().name}/. Give its whole path; the published sets lie in the "
+                "checkout's folder latents/"
+            )
         data = files.read_json(path)
         if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
             raise ValueError(f"{path}: expected a latent set in format {_FORMAT}; was it written by another version?")

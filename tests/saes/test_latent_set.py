@@ -100,3 +100,9 @@ def test_links_and_out_of_range(latent_set, sae) -> None:
     assert latent_set.links()[5].endswith("/llama3.1-8b/19-x/5")
     with pytest.raises(ValueError, match=r"got \[16\]"):
         LatentSet.of(sae, [Candidate(latent=16, shift=1.0)], [1.0])
+
+
+def test_a_set_that_is_not_there_says_where_the_published_ones_lie(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"latents/x\.json: there is no such latent set.*the checkout's folder latents/"):
+        LatentSet.load("latents/x.json")

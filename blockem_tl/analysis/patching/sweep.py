@@ -42,7 +42,7 @@ def patching_sweep(
     seed: int = 0,
     progress: bool = True,
 ) -> Replies:
-    """Replies of the target with source's states patched in, site by site, in one table; see above.
+    """Replies of the target with source's states patched in, site by site, in one table.
 
     Args:
         sites: hook names, patched one after the other; None without ``groups``: ``hook_resid_post`` of every block, the paper's sweep.
