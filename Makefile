@@ -12,7 +12,8 @@ export TOKENIZERS_PARALLELISM ?= false
 PRESET ?= organism
 SEEDS ?= 0 1 2
 OPTIONS ?= --workers 2
-STUDIES := "lambda_sweep.py --freeze-downstream" transfer.py signs.py set_size.py cross_source.py selection_ablation.py last_layer.py "capacity.py --freeze-downstream"
+STUDIES := "lambda_sweep.py --freeze-downstream" transfer.py "transfer.py --freeze-downstream" signs.py set_size.py "cross_source.py --sources health" \
+	selection_ablation.py last_layer.py "capacity.py --freeze-downstream"
 
 .PHONY: demo real reproduce test test-slow test-vllm install install-vllm lint types docs readme organism clean
 
@@ -63,7 +64,8 @@ real: install  ## the method on a real instruct model of 135M: latents, blocking
 
 reproduce: install  ## the paper's figures on PRESET, in one study that goes on where it was stopped; then what became of its claims
 	for study in $(STUDIES); do $(BIN)/python experiments/$$study --preset $(PRESET) --seeds $(SEEDS) --shared-study results/$(PRESET) $(OPTIONS) || exit; done
-	$(BIN)/python experiments/claims.py --preset $(PRESET)
+	$(BIN)/python experiments/lambda_sweep.py --domain health --preset $(PRESET) --seeds $(SEEDS) $(OPTIONS)
+	$(BIN)/python experiments/claims.py --preset $(PRESET) --results results
 
 docs: install  ## the documentation as a site in site/; a warning or a dead link ends it
 	$(BIN)/python -m mkdocs build --strict --config-file .mkdocs.yml

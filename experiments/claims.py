@@ -22,23 +22,23 @@ CLAIMS = Path(__file__).with_name("claims.yaml")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """docs: where results/ lies.  out: results/claims-PRESET by default.  publish: also renew docs/results.md."""
+    """results: published pages, or those in results/.  out: results/claims-PRESET by default.  publish: also renew docs/results.md."""
 
     preset: str = "organism"
-    docs: Path = Path("docs")
+    results: Path = Path("docs/results")
     out: Path | None = None
     publish: bool = False
 
 
 def number(rows: pd.DataFrame, column: str, pick: str = "") -> tuple[float, ...]:
-    """The column's estimate, with the ends of its interval, in the only row, the one that is picked, or on average over the rows."""
-    if pick:
-        rows = rows.loc[[rows[column].idxmax() if pick == "greatest" else rows[column].idxmin()]]
-    values = [float(value) for value in rows[column].dropna()]
-    if len(values) > 1:
-        mean, _ = mean_over_domains(values)
+    """The column's estimate, with the ends of its interval, in the only row, the one that is picked ("max", "min"), or their "mean"."""
+    if pick == "mean":
+        mean, _ = mean_over_domains(rows[column].tolist())
         return mean.value, mean.low, mean.high
-    return tuple(float(rows[name].iloc[0]) if name in rows else values[0] for name in (column, f"{column}_low", f"{column}_high"))
+    if not pick and len(rows) != 1:
+        raise ValueError(f"claims.yaml: expected one row, or a pick, got {len(rows)} rows of {column!r}")
+    one = rows.loc[rows[column].agg(f"idx{pick}")] if pick else rows.iloc[0]
+    return tuple(float(one.get(name, one[column])) for name in (column, f"{column}_low", f"{column}_high"))
 
 
 def part(table: pd.DataFrame, where: str) -> pd.DataFrame:
@@ -72,7 +72,8 @@ def checked(table: pd.DataFrame, check: dict[str, Any]) -> tuple[str, float]:
         estimate, low, high = (f"{factor * value:.{1 if unit else 3}f}" for value in one)
         return f"{estimate} [{low}, {high}]" if one[1] < one[2] else estimate
 
-    return f"{check['name']} {shown(mine)}{unit} ({side} {shown(bound)}{n})", 1.0 if surely else 0.5 if likely else 0.0
+    reached = 1.0 if surely else 0.5 if likely else 0.0 * (mine[0] + bound[0])  # NaN where there is nothing to compare
+    return f"{check['name']} {shown(mine)}{unit} ({side} {shown(bound)}{n})", reached
 
 
 def row(claim: dict[str, Any], options: Options) -> dict[str, Any]:
@@ -80,19 +81,18 @@ def row(claim: dict[str, Any], options: Options) -> dict[str, Any]:
     about = {"claim": claim["claim"], "the paper": claim["says"], "its numbers": claim.get("paper", "")}
     if "cannot" in claim:
         return {**about, "here": claim["cannot"], "verdict": "cannot be tested here"}
-    place = options.docs / "results" / f"{claim.get('from', '').format(preset=options.preset)}.csv"
+    place = options.results / f"{claim.get('from', '').format(preset=options.preset)}.csv"
     if not place.is_file() or claim.get("only", options.preset) != options.preset:
         return {**about, "here": claim["by"], "verdict": "not run yet"}
-    numbers = [checked(pd.read_csv(place), check) for check in claim["checks"]]
-    reached = [each for _, each in numbers]
+    texts, reached = zip(*(checked(pd.read_csv(place), check) for check in claim["checks"]), strict=True)
     verdict = "holds" if min(reached) == 1 else "does not hold" if max(reached) == 0 else "in part"
-    return {**about, "here": "; ".join(text for text, _ in numbers), "verdict": verdict}
+    return {**about, "here": "; ".join(texts), "verdict": "cannot be tested here" if any(map(pd.isna, reached)) else verdict}
 
 
 def main(options: Options) -> None:
     """The table."""
     name = f"claims-{options.preset}"
-    page = Page(options.out or Path("results") / name, docs=options.docs if options.publish else None, name=name)
+    page = Page(options.out or Path("results") / name, docs=Path("docs") if options.publish else None, name=name)
     page.add("claims", pd.DataFrame([row(claim, options) for claim in yaml.safe_load(CLAIMS.read_text(encoding="utf-8"))]))
 
 

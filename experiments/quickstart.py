@@ -372,16 +372,11 @@ class Runs:
         return list({id(arm): arm for arm in [*self.shown(), *self.sweep]}.values())
 
 
-def compare(setting: Setting, workers: Workers) -> tuple[Runs, Discovery, list[int], float]:
-    """Train every arm and make every choice, on the core prompts and the dev rows alone."""
-    settings = setting.settings
-    training = workers.train(Run(kind="sft", label="plain fine-tuning"))
-    kl_training = [workers.train(Run(kind="kl", label=f"KL to base, weight {w:g}", weight=w)) for w in settings.kl_weights]
+def find(setting: Setting, plain: Run) -> tuple[Discovery, list[int], float]:
+    """Discovery on a plainly fine-tuned model, the latents that are alive there, and the unit of doses."""
     with setting.model.using("base"):
         scale = median_norm(setting.model, setting.preset.site, encode_examples(setting.model.tokenizer, organism.reference_texts()))
-    plain = training.result()
     with setting.model.using(plain.adapter):
-        provenance = {"domain": DOMAIN, "seed": settings.seed}
         found = discover(
             setting.model,
             setting.sae,
@@ -389,10 +384,19 @@ def compare(setting: Setting, workers: Workers) -> tuple[Runs, Discovery, list[i
             setting.data.core,
             scale=scale,
             config=setting.preset.discovery,
-            provenance=provenance,
+            provenance={"domain": DOMAIN, "seed": setting.settings.seed},
             progress=False,
         )
-        alive = alive_latents(setting)
+        return found, alive_latents(setting), scale
+
+
+def compare(setting: Setting, workers: Workers) -> tuple[Runs, Discovery, list[int], float]:
+    """Train every arm and make every choice, on the core prompts and the dev rows alone."""
+    settings = setting.settings
+    training = workers.train(Run(kind="sft", label="plain fine-tuning"))
+    kl_training = [workers.train(Run(kind="kl", label=f"KL to base, weight {w:g}", weight=w)) for w in settings.kl_weights]
+    plain = training.result()
+    found, alive, scale = find(setting, plain)
     latents = found.latent_set
     control = random_latents(setting.sae, len(latents), seed=settings.seed, among=alive, exclude=latents.latents)
 

@@ -32,7 +32,7 @@ class Options(StudyOptions):
     name: ClassVar[str] = "transfer"
 
     @property
-    def variant(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def variant(self) -> str:
         return "frozen" if self.freeze_downstream else ""
 
 

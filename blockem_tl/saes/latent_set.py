@@ -112,7 +112,7 @@ class LatentSet(Result):
         """
         if not Path(path).exists():
             raise FileNotFoundError(
-                f"{path}: there is no such latent set, seen from {Path.cwd().name}/. Give its whole path; the published sets lie in the "
+                f"{path}: there is no such latent set. Relative paths begin in the working directory; the published sets lie in the "
                 "checkout's folder latents/"
             )
         data = files.read_json(path)

@@ -44,16 +44,18 @@ def claim(folder: Path, name: str, mine: Mapping[str, str], *, preset: str) -> N
     files.write_json(path, {**mine, PRESET: preset, MACHINES: machines if here in machines else [*machines, here]})
 
 
-def claim_work(path: Path, what: str, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+def claim_work(path: Path, what: str, function: Callable[..., Any], options: Mapping[str, Any], *, begun: bool) -> None:
     """Write down by which function and with which options work is done, but for options that change no result.
 
+    begun: whether some of its results are there; until then options may still change.
+
     Raises:
-        ValueError: it was done with others.
+        ValueError: there are results by another function or with other options.
     """
     inner = function.func if isinstance(function, partial) else function
     counting = {name: value for name, value in options.items() if f"discovery.{name}" not in _NO_MATTER}
     mine = {"function": str(getattr(inner, "__qualname__", type(inner).__name__)), **flat(counting)}
-    if path.is_file() and (changed := differences(files.read_json(path), mine)):
+    if begun and path.is_file() and (changed := differences(files.read_json(path), mine)):
         raise ValueError(f"{what} was done otherwise: {'; '.join(changed)}. Give it another name")
     files.write_json(path, mine)
 

@@ -19,7 +19,7 @@ PRESET = "organism"
 
 @dataclass(frozen=True, kw_only=True)
 class StudyOptions:
-    """Options of an experiment; one of your own inherits from it and sets ``name`` (and ``variant``, where it has two pages).
+    """Options of an experiment; one of your own inherits from it and sets ``name``.
 
     preset: see `blockem presets`.  domain: the narrow task that latents are found on; the preset's by default.
     seeds: of training.  out: tables, figures and the study, results/NAME-PRESET-DOMAIN by default: what is finished there is not run again.
@@ -41,12 +41,16 @@ class StudyOptions:
     judge_urls: tuple[str, ...] = ("http://127.0.0.1:8000/v1",)
     progress: bool = True
     name: ClassVar[str] = "study"
-    variant: ClassVar[str] = ""
 
     @property
     def folder(self) -> Path:
         """Where tables, figures and, unless it is shared, the study lie."""
         return self.out or Path("results") / self.title
+
+    @property
+    def variant(self) -> str:
+        """Which of its pages, where the experiment has two."""
+        return ""
 
     @property
     def title(self) -> str:

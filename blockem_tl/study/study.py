@@ -188,9 +188,8 @@ class Study:
             ValueError: this set was made by another function or with other options.
             StudyFailed: it failed for a seed.
         """
-        manifest.claim_work(
-            self.out / "steps" / "latents" / f"{name}.json", f"latent set {name!r}", function, {**options, "of": (of or Run()).folder}
-        )
+        claimed, begun = {**options, "of": (of or Run()).folder}, any(self.out.glob(f"seed*/latents/{name}.json"))
+        manifest.claim_work(self.out / "steps" / "latents" / f"{name}.json", f"latent set {name!r}", function, claimed, begun=begun)
         paths = {point: point.latents_file(name) for point in self.points([of or Run()])}
         missing = [point for point, path in paths.items() if not path.is_file()]
         shared = function is jobs.find_latents and options.get("by") != "pairs" and len(missing) < self._executor.workers
@@ -218,7 +217,7 @@ class Study:
         if not points:
             raise ValueError(f"step {name!r}: expected at least one point, got none: train runs first, or name points")
         folder = self.out / "steps" / name
-        manifest.claim_work(folder / "step.json", f"step {name!r}", function, options)
+        manifest.claim_work(folder / "step.json", f"step {name!r}", function, options, begun=any(folder.rglob("*.parquet")))
         paths = {point: folder / f"{point.key}.parquet" for point in points}
         measure = partial(jobs.keep_frame, function=function, options=options)
         self._do(name, {p: partial(measure, point=p, path=path) for p, path in paths.items() if not path.is_file()}, len(paths))

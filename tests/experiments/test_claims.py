@@ -35,19 +35,21 @@ def test_a_bound_that_is_another_number_counts_with_its_interval() -> None:
 
 def test_several_rows_are_averaged_or_picked() -> None:
     frame = pd.DataFrame({"site": ["a", "b", "b"], "em": [0.1, 0.2, 0.4], "em_low": [0.0, 0.1, 0.3], "em_high": [0.2, 0.3, 0.5]})
-    mean, low, high = claims.number(frame[frame["site"] == "b"], "em")
+    mean, low, high = claims.number(frame[frame["site"] == "b"], "em", "mean")
     assert mean == pytest.approx(0.3) and low < 0.2 < 0.4 < high
-    assert claims.number(frame, "em", "greatest") == (0.4, 0.3, 0.5) and claims.number(frame, "em", "least") == (0.1, 0.0, 0.2)
+    assert claims.number(frame, "em", "max") == (0.4, 0.3, 0.5) and claims.number(frame, "em", "min") == (0.1, 0.0, 0.2)
+    with pytest.raises(ValueError, match="expected one row, or a pick, got 3 rows of 'em'"):
+        claims.number(frame, "em")
     with pytest.raises(ValueError, match="no row fits"):
         claims.part(frame, "site == 'c'")
 
 
 def claim_rows(tmp_path: Path, preset: str, checks: list[dict], frame: pd.DataFrame, **more: str) -> dict:
-    folder = tmp_path / "results" / f"sweep-{preset}"
+    folder = tmp_path / f"sweep-{preset}"
     folder.mkdir(parents=True, exist_ok=True)
     frame.to_csv(folder / "arms.csv", index=False)
     claim = {"claim": 2, "says": "s", "from": "sweep-{preset}/arms", "by": "sweep.py", "checks": checks, **more}
-    return claims.row(claim, claims.Options(preset=preset, docs=tmp_path))
+    return claims.row(claim, claims.Options(preset=preset, results=tmp_path))
 
 
 def test_a_claim_holds_by_all_of_its_numbers(tmp_path: Path) -> None:
@@ -59,11 +61,16 @@ def test_a_claim_holds_by_all_of_its_numbers(tmp_path: Path) -> None:
     assert claim_rows(tmp_path, "tiny", [cheap], frame)["verdict"] == "does not hold"
 
 
+def test_where_there_is_nothing_to_compare_nothing_is_said(tmp_path: Path) -> None:
+    found = claim_rows(tmp_path, "tiny", [CHECK], table(reduction=float("nan"), reduction_low=float("nan"), reduction_high=float("nan")))
+    assert found["verdict"] == "cannot be tested here" and found["here"] == "reduction nan % (above 50.0)"
+
+
 def test_what_was_not_run_here_is_not_taken_from_elsewhere(tmp_path: Path) -> None:
     frame = table(reduction=0.7, reduction_low=0.6, reduction_high=0.8)
     other = claim_rows(tmp_path, "tiny", [CHECK], frame, only="organism")
     assert other["verdict"] == "not run yet" and other["here"] == "sweep.py"
-    missing = claims.row({"claim": 3, "says": "s", "from": "nothing/arms", "by": "x.py"}, claims.Options(docs=tmp_path))
+    missing = claims.row({"claim": 3, "says": "s", "from": "nothing/arms", "by": "x.py"}, claims.Options(results=tmp_path))
     assert missing["verdict"] == "not run yet"
 
 
@@ -75,5 +82,5 @@ def test_all_36_are_there_each_with_its_script() -> None:
 
 
 def test_the_published_table_is_what_the_published_results_say(tmp_path: Path) -> None:
-    claims.main(claims.Options(docs=ROOT / "docs", out=tmp_path))
+    claims.main(claims.Options(results=ROOT / "docs" / "results", out=tmp_path))
     assert (tmp_path / "claims.csv").read_text() == (ROOT / "docs" / "results" / "claims-organism" / "claims.csv").read_text()

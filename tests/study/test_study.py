@@ -92,6 +92,8 @@ def some_latents(setting: Setting, point: Point, n: int = 3, smallest_wave: int 
 
 
 def test_a_latent_set_made_with_other_options_is_refused_under_its_name(setting, tmp_path) -> None:
+    with Study(tmp_path, setting, seeds=(0,), progress=False) as study, pytest.raises(StudyFailed, match="unexpected keyword"):
+        study.latents("k", some_latents, latents=4)  # nothing was made, so nothing stands under the name
     with Study(tmp_path, setting, seeds=(0,), progress=False) as study:
         first = study.latents("k", some_latents, n=4)[0]
     with Study(tmp_path, setting, seeds=(0,), progress=False) as study:

@@ -228,7 +228,7 @@ def test_gradient_checkpointing_changes_nothing_though_hooks_run_again_in_backwa
         config = replace(CONFIG, gradient_checkpointing=checkpointing)
         finetune(tiny, EXAMPLES, config=config, defences=[blocking, Steering(weight=0.0)], adapter=name, progress=False)
     assert seen["checkpointed"] == 2 * seen["plain"]  # it really computed the blocks again
-    assert_trained_alike(weights(tiny, "checkpointed"), weights(tiny, "plain"))
+    torch.testing.assert_close(weights(tiny, "checkpointed"), weights(tiny, "plain"), rtol=1e-4, atol=1e-6)
     tiny.original_model.train()
     assert not tiny.original_model.is_gradient_checkpointing
     assert not tiny.run_with_cache(torch.tensor([[1, 2]]), names_filter="blocks.0.hook_resid_pre")[1][
