@@ -59,21 +59,22 @@ def watched(setting: Setting, point: Point, *, harmful: bool, rate: float, thres
 
 
 def row(run: Any) -> dict[str, Any]:
-    """A run in updates of the weights: the alarm at step s is read before update s, EM at step s after it."""
-    shown = run.loc[run["em"] >= APPEARS, "step"]
-    alarm, appears = run["alarm"].iloc[0] - 1, shown.iloc[0] if len(shown) else None
+    """A run in updates of the weights: the alarm at step s is read before update s, EM at step s after it. NaN: not in this run."""
+    alarm, appears = run["alarm"].iloc[0] - 1, run.loc[run["em"] >= APPEARS, "step"].min()
     return {
         **{name: run[name].iloc[0] for name in ("learning_rate", "rows", "seed")},
-        "alarm after updates": "none" if pd.isna(alarm) else f"{alarm:g}",
-        "EM appears after updates": "never" if appears is None else f"{appears:g}",
-        "ahead by": "" if appears is None or pd.isna(alarm) else f"{appears - alarm:+g}",
-        "largest movement": round(run["moved"].max(), 3),
-        "largest EM %": round(100 * run["em"].max(), 1),
+        "alarm_after_updates": alarm,
+        "em_appears_after_updates": appears,
+        "updates_ahead": appears - alarm,
+        "largest_movement": round(run["moved"].max(), 3),
+        "largest_em_percent": round(100 * run["em"].max(), 1),
     }
 
 
 def main(options: Options) -> None:
     """Every run, and when the alarm went off."""
+    if not 1 <= options.every <= options.steps:
+        raise ValueError(f"watch: expected 1 <= every <= steps, got {options.every} and {options.steps}")
     page = options.page()
     with options.study() as study:
         study.train([Run()])

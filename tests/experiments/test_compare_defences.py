@@ -6,7 +6,6 @@ from dataclasses import replace
 import compare_defences as compare
 import pandas as pd
 import pytest
-import watch
 
 from blockem_tl import load_model, organism
 from blockem_tl.defences.inoculation import Inoculation
@@ -128,27 +127,3 @@ def test_a_small_comparison_runs_resumes_and_repeats(tmp_path) -> None:
     assert made == {path: path.stat().st_mtime_ns for path in made}
     again = compare.run(replace(settings, out=tmp_path / "again"))
     assert first["em"].tolist() == again["em"].tolist() and first["sft_loss"].tolist() == again["sft_loss"].tolist()
-
-
-# ---------------------------------------------------------------------------------------------- experiments/watch.py
-
-
-def test_the_watch_table_says_how_many_steps_the_alarm_is_ahead(tmp_path) -> None:
-    one = {
-        "seed": 0,
-        "learning_rate": 1e-3,
-        "rows": "harmful",
-        "alarm": 3,
-        "em_appears": 6,
-        "moved": [0.0, 0.2, 0.6, 0.9],
-        "em": [[2, 0.0], [4, 7.0]],
-    }
-    other = {**one, "rows": "good", "alarm": None, "em_appears": None, "moved": [0.0, 0.1, 0.1, 0.2], "em": [[2, 0.0], [4, 0.0]]}
-    assert watch.row(one)["ahead by"] == "+4" and watch.row(one)["largest movement"] == "0.90"  # at step 3 two updates are done
-    assert [watch.row(other)[key] for key in ("alarm after updates", "EM appears after updates", "ahead by")] == ["none", "never", ""]
-    frame = watch.frame([one, other])
-    assert len(frame) == 8 and frame["em"].notna().sum() == 4
-    watch.write(watch.Settings(out=tmp_path), [one, other])
-    assert (tmp_path / "watch.png").stat().st_size > 10_000 and "| +4 |" in (tmp_path / "table.md").read_text()
-    with pytest.raises(ValueError, match="1 <= every <= steps"):
-        watch.Settings(every=9, steps=4)
