@@ -53,7 +53,7 @@ class Study:
 
     out/study.json                       what the study is of: another one is refused
     out/seed0/RUN/                       run.json, adapter/, checkpoints/epoch-0.5/
-    out/seed0/latents/NAME.json          latent sets; steps/latents-NAME/ says how they were made
+    out/seed0/latents/NAME.json          latent sets; sets/NAME.json says how they were made
     out/steps/NAME/seed0/RUN.parquet     what a step measured at a point
 
     Args:
@@ -189,7 +189,7 @@ class Study:
             StudyFailed: it failed for a seed.
         """
         claimed, begun = {**options, "of": (of or Run()).folder}, any(self.out.glob(f"seed*/latents/{name}.json"))
-        manifest.claim_work(self.out / "steps" / f"latents-{name}" / "step.json", f"latent set {name!r}", function, claimed, begun=begun)
+        manifest.claim_work(self.out / "sets" / f"{name}.json", f"latent set {name!r}", function, claimed, begun=begun)
         paths = {point: point.latents_file(name) for point in self.points([of or Run()])}
         missing = [point for point, path in paths.items() if not path.is_file()]
         shared = function is jobs.find_latents and options.get("by") != "pairs" and len(missing) < self._executor.workers
