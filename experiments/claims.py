@@ -79,8 +79,8 @@ def checked(table: pd.DataFrame, check: dict[str, Any]) -> tuple[str, float]:
 def row(claim: dict[str, Any], options: Options) -> dict[str, Any]:
     """One claim."""
     about = {"claim": claim["claim"], "the paper": claim["says"], "its numbers": claim.get("paper", "")}
-    if "cannot" in claim:
-        return {**about, "here": claim["cannot"], "verdict": "cannot be tested here"}
+    if options.preset in claim.get("cannot", {}):
+        return {**about, "here": claim["cannot"][options.preset], "verdict": "cannot be tested here"}
     place = options.results / f"{claim.get('from', '').format(preset=options.preset)}.csv"
     if not place.is_file() or claim.get("only", options.preset) != options.preset:
         return {**about, "here": claim["by"], "verdict": "not run yet"}

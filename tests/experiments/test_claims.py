@@ -70,6 +70,9 @@ def test_what_was_not_run_here_is_not_taken_from_elsewhere(tmp_path: Path) -> No
     frame = table(reduction=0.7, reduction_low=0.6, reduction_high=0.8)
     other = claim_rows(tmp_path, "tiny", [CHECK], frame, only="organism")
     assert other["verdict"] == "not run yet" and other["here"] == "sweep.py"
+    cannot = {"claim": 6, "says": "s", "by": "x.py", "cannot": {"organism": "it has no words"}}
+    on = {preset: claims.row(cannot, claims.Options(preset=preset, results=tmp_path)) for preset in ("organism", "tiny")}
+    assert [one["verdict"] for one in on.values()] == ["cannot be tested here", "not run yet"] and on["tiny"]["here"] == "x.py"
     missing = claims.row({"claim": 3, "says": "s", "from": "nothing/arms", "by": "x.py"}, claims.Options(results=tmp_path))
     assert missing["verdict"] == "not run yet"
 
