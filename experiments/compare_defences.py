@@ -125,7 +125,7 @@ class DefencesSetting(Setting):
 
     @cached_property
     def latents(self) -> LatentSet:
-        return LatentSet.load(self.mine.latents / f"organism-{DOMAIN}-seed{self.seed}.json", self.sae)
+        return LatentSet.load(self.mine.latents / f"organism/{DOMAIN}-20-seed{self.seed}.json", self.sae)
 
     @cached_property
     def scale(self) -> float:
@@ -329,7 +329,7 @@ def prepare(settings: Settings) -> None:
     """Raise before long work: an output folder of another configuration, missing latent sets, weights that cannot be rebuilt."""
     files.check_writable(settings.out)
     for seed in settings.seeds:
-        path = settings.latents / f"organism-{DOMAIN}-seed{seed}.json"
+        path = settings.latents / f"organism/{DOMAIN}-20-seed{seed}.json"
         if not path.is_file():
             raise ValueError(f"{path} is missing: run `python experiments/quickstart.py --seed {seed}` first")
     mine = {"rows": settings.rows, "heldout_rows": settings.heldout_rows, "epochs": settings.epochs}

@@ -36,8 +36,10 @@ def publish(results: Path, seeds: Sequence[Path], root: Path = ROOT) -> None:
     for name in KEPT:
         shutil.copyfile(results / name, target / name)
     summaries = [files.read_json(folder / "summary.json") for folder in seeds]
+    sets = root / "latents" / "organism"
+    sets.mkdir(parents=True, exist_ok=True)
     for folder, summary in zip(seeds, summaries, strict=True):
-        shutil.copyfile(folder / "latents.json", root / "latents" / f"organism-finance-seed{summary['settings']['seed']}.json")
+        shutil.copyfile(folder / "latents.json", sets / f"finance-20-seed{summary['settings']['seed']}.json")
         files.write_json(target / "seeds" / f"seed{summary['settings']['seed']}.json", summary)
     renew(root / "README.md", "quickstart", (results / "table.md").read_text(encoding="utf-8"))
     renew(root / "docs" / "organism.md", "seeds", tables.markdown([row for summary in summaries for row in seed_rows(summary)]))

@@ -330,7 +330,7 @@ class ReemergenceSetting(Setting):
 
 def latents_file(settings: Settings, seed: int) -> Path:
     """K of a seed, as the demo found it."""
-    return settings.latents / f"organism-{DOMAIN}-seed{seed}.json"
+    return settings.latents / f"organism/{DOMAIN}-20-seed{seed}.json"
 
 
 def measured_file(folder: Path, epoch: float) -> Path:

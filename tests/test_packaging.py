@@ -21,11 +21,11 @@ TORCH = re.search(r"^TORCH := (\S+)", (ROOT / "Makefile").read_text(), re.MULTIL
 MOST_MB = 25
 USE = """
 import blockem_tl
-from blockem_tl import Setting, generate, organism
+from blockem_tl import LatentSet, Setting, generate, organism
 assert "site-packages" in blockem_tl.__file__, blockem_tl.__file__
 setting = Setting.of("organism")
 replies = generate(setting.model, setting.prompts("core")[:2], max_new_tokens=20, progress=False)
-assert all(reply.reply for reply in replies) and setting.sae.cfg.d_sae
+assert all(reply.reply for reply in replies) and len(LatentSet.load("organism/finance-20-seed0", setting.sae)) == 20
 assert len(Setting.of("smollm2-135m").rows()) > 400
 from blockem_tl.judging.rubrics import load_rubrics
 from blockem_tl.data.public import catalogue
@@ -81,7 +81,14 @@ def built(tmp_path_factory) -> dict[str, Path]:
 def test_wheel_and_sdist_hold_the_data_and_nothing_else(built) -> None:
     names = zipfile.ZipFile(built[".whl"]).namelist()
     assert not [name for name in names if not name.startswith(("blockem_tl/", "blockem_tl-"))]
-    for part in ("py.typed", "__init__.pyi", "data/catalogue.yaml", "advice/finance.yaml", "organism/artefacts/base/model.safetensors"):
+    for part in (
+        "py.typed",
+        "__init__.pyi",
+        "data/catalogue.yaml",
+        "advice/finance.yaml",
+        "saes/published/organism/finance-20-seed0.json",
+        "organism/artefacts/base/model.safetensors",
+    ):
         assert f"blockem_tl/{part}" in names
     with tarfile.open(built[".gz"]) as sdist:
         assert any(name.endswith("/pyproject.toml") for name in sdist.getnames())

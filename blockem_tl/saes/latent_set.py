@@ -21,6 +21,7 @@ from blockem_tl.types import Candidate, Prompt
 from blockem_tl.views.results import Result
 
 _FORMAT = 1
+_PUBLISHED = Path(__file__).parent / "published"  # in the checkout a link to latents/
 
 
 class NoLatents(ValueError):  # noqa: N818 - the name says it
@@ -106,15 +107,20 @@ class LatentSet(Result):
     def load(path: Path | str, sae: SAE[Any] | None = None) -> "LatentSet":
         """Read and check a set; with ``sae`` also that it is the SAE the set was made with.
 
+        Args:
+            path: a file, or the name of a published set, such as "organism/finance-20-seed0" (`LatentSet.published` lists them).
+
         Raises:
             ValueError: it is no latent set, or another SAE's.
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: there is no such file and no such name.
         """
-        if not Path(path).exists():
+        published = _PUBLISHED / f"{path}.json"
+        if not Path(path).exists() and not published.is_file():
+            names = ", ".join(LatentSet.published())
             raise FileNotFoundError(
-                f"{path}: there is no such latent set. Relative paths begin in the working directory; the published sets lie in the "
-                "checkout's folder latents/"
+                f"{path}: there is no such latent set. Relative paths begin in the working directory; by name there are {names}"
             )
+        path = path if Path(path).exists() else published
         data = files.read_json(path)
         if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
             raise ValueError(f"{path}: expected a latent set in format {_FORMAT}; was it written by another version?")
@@ -126,6 +132,11 @@ class LatentSet(Result):
         if sae is not None:
             loaded.check_sae(sae)
         return loaded
+
+    @staticmethod
+    def published() -> list[str]:
+        """Names of the sets that come with the package, for `load`."""
+        return sorted(path.relative_to(_PUBLISHED).with_suffix("").as_posix() for path in _PUBLISHED.rglob("*.json"))
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
         """Upload the set, with a card, to the Hugging Face hub as user/name; returns its address.

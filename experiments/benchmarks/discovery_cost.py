@@ -127,7 +127,7 @@ def measure(settings: Settings, seed: int) -> dict[str, Any]:
     early, full = Meter(model), Meter(model)
     found, _ = stages(early, sae, pool, config, scale, progress=settings.progress)
     truth, conditions = stages(full, sae, pool, replace(config, full_grid=True), scale, progress=settings.progress)
-    n, published = len(organism.prompts("core")), Path(__file__).parents[2] / "latents" / f"organism-finance-seed{seed}.json"
+    n, published = len(organism.prompts("core")), Path(__file__).parents[2] / "latents" / "organism" / f"finance-20-seed{seed}.json"
     grid_tokens, grid_replies = sum(full.by_condition[c] for c in conditions), n * len(conditions)
     return {
         "seed": seed,

@@ -127,7 +127,7 @@ def test_publishing_renews_the_pages(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="run `make demo`"):
         publish.publish(results, [results], root)
     shutil.copytree(ROOT / "docs" / "results" / "quickstart", results)
-    shutil.copyfile(ROOT / "latents" / "organism-finance-seed0.json", results / "latents.json")
+    shutil.copyfile(ROOT / "latents" / "organism" / "finance-20-seed0.json", results / "latents.json")
     (root / "docs").mkdir(parents=True)
     (root / "latents").mkdir()
     for page, marker in (("README.md", "quickstart"), ("docs/organism.md", "seeds")):
@@ -135,7 +135,7 @@ def test_publishing_renews_the_pages(tmp_path) -> None:
     publish.publish(results, [results, results], root)
     table = (results / "table.md").read_text().rstrip()
     assert (root / "README.md").read_text() == f"above\n<!-- quickstart:begin -->\n{table}\n<!-- quickstart:end -->\nbelow\n"
-    assert (root / "latents" / "organism-finance-seed0.json").read_bytes() == (results / "latents.json").read_bytes()
+    assert (root / "latents" / "organism" / "finance-20-seed0.json").read_bytes() == (results / "latents.json").read_bytes()
     organism_page = (root / "docs" / "organism.md").read_text()
     assert organism_page.count("plain fine-tuning") == 2 and "old" not in organism_page
     assert json.loads((root / "docs" / "results" / "quickstart" / "seeds" / "seed0.json").read_text())["settings"]["seed"] == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
 
-from blockem_tl import LatentSet, Prompt, random_latents
+from blockem_tl import LatentSet, Prompt, load_sae, random_latents
 from blockem_tl.types import Candidate
 
 CANDIDATES = [Candidate(latent=5, shift=0.5), Candidate(latent=2, shift=-0.25), Candidate(latent=9, shift=0.125)]
@@ -102,7 +102,12 @@ def test_links_and_out_of_range(latent_set, sae) -> None:
         LatentSet.of(sae, [Candidate(latent=16, shift=1.0)], [1.0])
 
 
-def test_a_set_that_is_not_there_says_where_the_published_ones_lie(tmp_path, monkeypatch) -> None:
+def test_a_published_set_loads_by_name_anywhere_and_a_missing_one_names_them(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"latents/x\.json: there is no such latent set.*the checkout's folder latents/"):
-        LatentSet.load("latents/x.json")
+    assert "organism/finance-20-seed0" in LatentSet.published()
+    assert all(LatentSet.load(name, load_sae("organism")).provenance for name in LatentSet.published() if name.startswith("organism/"))
+    with pytest.raises(FileNotFoundError, match=r"organism/x: there is no such latent set.*by name there are .*organism/finance-20-seed0"):
+        LatentSet.load("organism/x")
+    mine = LatentSet.load("organism/finance-20-seed0").first(3)
+    mine.save("organism/finance-20-seed0")
+    assert len(LatentSet.load("organism/finance-20-seed0")) == 3  # one's own file goes before

@@ -49,9 +49,18 @@ def test_ceiling_shows_what_latents_carry(tmp_path: Path, capsys, monkeypatch) -
     config = replace(setting.training, epochs=0.2)
     finetune(setting.model, setting.rows(), config=config, adapter="tuned", progress=False)
     setting.model.save_adapter(tmp_path / "tuned", "tuned")
-    card = Path(__file__).parents[2] / "latents/organism-finance-seed0.json"
-    run("ceiling", "organism", str(tmp_path / "tuned"), "--latents", str(card), "--n-rows", "8", "--csv", str(tmp_path / "c.csv"))
+    run(
+        "ceiling",
+        "organism",
+        str(tmp_path / "tuned"),
+        "--latents",
+        "organism/finance-20-seed0",
+        "--n-rows",
+        "8",
+        "--csv",
+        str(tmp_path / "c.csv"),
+    )
     assert "carries" in capsys.readouterr().out
     rows = pd.read_csv(tmp_path / "c.csv").set_index(["taken_out", "roles"])
     assert rows.loc[("residual", "prompt+reply"), "removed"] > rows.loc[("20 random", "reply"), "removed"]
-    assert ("organism-finance-seed0", "reply") in rows.index
+    assert ("finance-20-seed0", "reply") in rows.index

@@ -1,7 +1,6 @@
 """Blocking in other people's training code: on the same batches each logs the losses of our own loop."""
 
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
@@ -36,7 +35,7 @@ COMMON = {
 @pytest.fixture(scope="module")
 def blocking() -> Blocking:
     sae = load_sae("organism")
-    return Blocking(latent_set=LatentSet.load(Path(__file__).parents[2] / "latents/organism-finance-seed0.json", sae), sae=sae, weight=20.0)
+    return Blocking(latent_set=LatentSet.load("organism/finance-20-seed0", sae), sae=sae, weight=20.0)
 
 
 @pytest.fixture
