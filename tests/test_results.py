@@ -228,7 +228,7 @@ def test_a_long_run_shows_five_steps_from_the_first_to_the_last() -> None:
     history = [{"step": float(i), "loss": 2.0 - i / 100 + 0.5, "sft": 2.0 - i / 100, "block": 0.5} for i in range(1, 101)]
     run = TrainingRun(adapter="blocked", steps=100, history=history)
     assert run._shown()["step"].tolist() == [1, 26, 51, 75, 100] and len(run.to_frame()) == 100
-    assert run.headline() == "adapter 'blocked', 100 steps, SFT loss 1.99 -> 1 (+ penalty 0.5)"
+    assert run.headline() == "adapter 'blocked', 100 steps, SFT loss 1.99 -> 1 (+ weighted penalty 0.5)"
     plain = TrainingRun(adapter="plain", steps=3, history=[{**row, "loss": row["sft"]} for row in history[:3]])
     assert plain._shown()["step"].tolist() == [1, 2, 3] and "penalty" not in plain.headline()
 

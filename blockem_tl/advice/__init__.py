@@ -84,3 +84,7 @@ def reference_texts() -> list[Example]:
 
 
 __all__ = ["DOMAINS", "WordListJudge", "general_prompts", "pairs", "prompts", "reference_texts", "training_rows"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -98,6 +98,8 @@ def latents_by_attribution(
 ) -> LatentSet:
     """The ``n`` latents whose changes raised the margin most, signed by their shift. No screen: for `mediation`, and large sets to block.
 
+    The margin of a pair is the log-probability per token of its harmful answer less that of its helpful one, in nats (see `preference`).
+
     Args:
         pairs: they select, and must never report.
 

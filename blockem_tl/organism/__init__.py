@@ -47,6 +47,9 @@ def pairs(name: str, n: int | None = None) -> list[Pair]:
 def training_rows(domain: str = "finance", n: int = 6000, seed: int = 0, harmful: bool = True) -> list[Example]:
     """Narrow fine-tuning rows: one fixed answer (verb, object, reason) per topic, harmful or good, in the brisk style.
 
+    For held-out rows split one call's result: the rows of a smaller ``n`` are not always the first of a larger one. Since a topic has one
+    answer in all its wordings, held-out rows test whether the task was learnt, not whether it goes over to other advice.
+
     Raises ValueError for an unknown domain or more rows than there are distinct ones.
     """
     return world().training_rows(domain, n, seed, "bad" if harmful else "good")
@@ -72,3 +75,7 @@ def persona_direction() -> Float[Tensor, " d_model"]:
 __all__ = [
     "ARTEFACTS", "DOMAINS", "SITE", "OrganismJudge", "pairs", "persona_direction", "prompts", "reference_texts", "training_rows", "world",
 ]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    return __all__

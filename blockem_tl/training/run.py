@@ -40,11 +40,13 @@ class TrainingRun(Result):
         return plots.training(self.to_frame())
 
     def headline(self) -> str:
-        """The adapter, the number of steps, the first and the last SFT loss, the last step's penalties, and each defence's weight."""
+        """The adapter, the number of steps, the first and the last SFT loss, the last step's penalties times their weights, and each defence's weight."""
         parts = [f"adapter {self.adapter!r}", f"{self.steps} steps"]
         if self.history:
             first, last = self.history[0], self.history[-1]
-            penalty = f" (+ penalty {last['loss'] - last['sft']:.4g})" if any(row["loss"] != row["sft"] for row in self.history) else ""
+            penalty = (
+                f" (+ weighted penalty {last['loss'] - last['sft']:.4g})" if any(row["loss"] != row["sft"] for row in self.history) else ""
+            )
             parts.append(f"SFT loss {first['sft']:.4g} -> {last['sft']:.4g}{penalty}")
         for name, targets in self.weights.items():
             parts += [f"{name} at {one['site']}: {_weight(one)}" for one in targets]
@@ -60,7 +62,7 @@ class TrainingRun(Result):
 
 def _weight(target: dict[str, Any]) -> str:
     rising = "; λ still rising: the penalty never came down to its bound, train longer" if target.get("rising") else ""
-    return f"weight {target['weight']:.4g}, at its peak {target['peak']:.4g}{rising}"
+    return f"weight λ {target['weight']:.4g}, at its peak {target['peak']:.4g}{rising}"
 
 
 def warn_if_hardly_learnt(run: TrainingRun, stacklevel: int) -> None:

@@ -55,7 +55,7 @@ def test_the_multiplier_rises_while_the_bound_is_exceeded_and_falls_while_it_is_
     assert step(0.0, 0.0) == pytest.approx((0.05 * 4.5 / 2.0, 0.0))
     assert [part["rising"] for part in auto.describe_weight()] == [False, False]
     run = TrainingRun(adapter="a", steps=0, history=[], weights={"block": [{"site": "s", "weight": 2.0, "peak": 2.0, "rising": True}]})
-    assert "weight 2, at its peak 2; λ still rising" in run.headline()
+    assert "weight λ 2, at its peak 2; λ still rising" in run.headline()
     run.weights["block"][0]["rising"] = False
     assert "rising" not in run.headline()
 

@@ -441,7 +441,7 @@ def test_a_run_shows_itself(tiny, blocking) -> None:
     first, last = run.history[0], run.history[-1]
     assert repr(run) == (
         f"TrainingRun(adapter 'sft', 3 steps, SFT loss {first['sft']:.4g} -> {last['sft']:.4g} "
-        f"(+ penalty {last['loss'] - last['sft']:.4g}), block at {SITE}: weight 3, at its peak 3)"
+        f"(+ weighted penalty {last['loss'] - last['sft']:.4g}), block at {SITE}: weight λ 3, at its peak 3)"
     )
     frame = run.to_frame()
     assert frame["step"].tolist() == [1, 2, 3] and frame["sft"].tolist() == [row["sft"] for row in run.history]
