@@ -40,7 +40,7 @@ class TrainingRun(Result):
         return plots.training(self.to_frame())
 
     def headline(self) -> str:
-        """The adapter, the number of steps, the first and the last SFT loss, the last step's weighted penalties, and each defence's weight."""
+        """Adapter, number of steps, first and last SFT loss, the last step's weighted penalties, and each defence's weight."""
         parts = [f"adapter {self.adapter!r}", f"{self.steps} steps"]
         if self.history:
             first, last = self.history[0], self.history[-1]
