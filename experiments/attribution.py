@@ -1,86 +1,90 @@
-"""Attribution patching as a first pass: its estimates against real patches, ranked (docs/reemergence.md).
+"""Do gradients say what patching would do, site by site and latent by latent? (no figure of the paper)
 
-    python experiments/attribution.py --out results/reemergence --publish
+    python experiments/attribution.py --preset organism --seeds 0 1 2
+    python experiments/attribution.py --preset organism --epochs 4 --strength 1 --freeze-downstream
 
-Goes on in the folder of experiments/reemergence.py, with the checkpoints that were dissected there (it trains them where they are missing).
-Base's and the checkpoint's replies to the final prompts make the metric; candidates are the residual stream, attention and MLP of every
-block, and all latents of the SAE; patched are the prompt's or the reply's positions.
+Attribution patching as a first pass: estimates for the stream, attention and MLP of every block, and for all latents of the SAE, over the
+prompt's or the reply's positions, and the real effect of the largest ones. The metric is how much likelier the tuned model's replies to
+the final prompts are than base's, in nats per token. By default of the plain fine-tune; with --strength also of a blocked one. On the
+organism five minutes of one core for each seed.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, ClassVar
 
 import pandas as pd
-import reemergence_pages as pages
-import torch
 import tyro
-from reemergence import ReemergenceSetting, Run, Workers, prepare
-from reemergence import Settings as Before
 
-from blockem_tl import Generation
-from blockem_tl.analysis.patching.attribution import Attribution, Positions, attribute_latents, attribute_sites
-from blockem_tl.generation.steering import UNSTEERED
-from blockem_tl.storage import files
+from blockem_tl import Point, Run, Setting, generate
+from blockem_tl.analysis.patching.attribution import Positions, attribute_latents, attribute_sites
+from blockem_tl.models.lora import BASE
+from blockem_tl.study import reemergence
+from blockem_tl.study.options import StudyOptions
+from blockem_tl.study.patching import COMPONENTS
+from blockem_tl.views import plots
 
-KINDS = ("hook_resid_post", "hook_attn_out", "hook_mlp_out")
 POSITIONS: tuple[Positions, ...] = ("prompt", "reply")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(Before):
-    """As for reemergence.py.  verify: how many candidates of each kind are really patched, the largest estimates first."""
+class Options(StudyOptions):
+    """strength: lambda of a blocked model.  epochs: of training, see reemergence.py; the preset's short training by default.
+    freeze_downstream: train the blocked model with LoRA up to the site alone.  verify: how many candidates are really patched."""
 
-    kinds: tuple[str, ...] = ("frozen", "block")
+    strength: float | None = None
+    epochs: float | None = None
+    freeze_downstream: bool = False
     verify: int = 20
+    name: ClassVar[str] = "attribution"
 
 
-class AttributionSetting(ReemergenceSetting):
-    """One seed's setting."""
-
-    def attribute(self, arm: Run, epoch: float, verify: int) -> None:
-        """Estimates and real effects for sites and latents at either positions."""
-        with self.model.using(self.checkpoint(arm, epoch)):
-            replies = self._replies()
-            sites = [f"blocks.{block}.{kind}" for kind in KINDS for block in range(self.model.cfg.n_layers)]
-            frames = []
-            for positions in POSITIONS:
-                by_site = attribute_sites(self.model, *replies, sites, positions=positions, verify=verify, progress=False)
-                latents = attribute_latents(self.model, *replies, self.sae, positions=positions, verify=verify, progress=False)
-                frames += [self._rows(found, name, positions) for name, found in (("sites", by_site), ("latents", latents))]
-        files.write_text(attribution_file(self.folder(arm), epoch), pd.concat(frames).to_csv(index=False))
-
-    def _replies(self) -> tuple[list[Generation], list[Generation]]:
-        """The checkpoint's and base's, to the prompts that both reply to."""
-        with self.model.using("base"):
-            base = self.base(self.data.final, [UNSTEERED])
-        pairs = [pair for pair in zip(self.tuned(self.data.final, [UNSTEERED]), base, strict=True) if all(g.reply for g in pair)]
-        return [mine for mine, _ in pairs], [theirs for _, theirs in pairs]
-
-    def _rows(self, found: Attribution, candidates: str, positions: str) -> pd.DataFrame:
-        """The verified candidates; of latents whether K holds them."""
-        frame = found.frame.dropna(subset=["real"])
-        frame = frame.assign(in_k=frame["latent"].isin(self.latents.latents)) if "latent" in frame else frame
-        known = {"candidates": candidates, "positions": positions, "metric": found.metric, "spearman": found.rank_correlation}
-        return frame.assign(seed=self.seed, **known)
+def estimates(setting: Setting, point: Point, *, verify: int) -> pd.DataFrame:
+    """One row per candidate that was really patched: candidates, positions, estimate, real; and of all of them metric and spearman."""
+    model, asked = setting.model, {"max_new_tokens": setting.preset.max_new_tokens, "progress": False}
+    tuned, base = (generate(model, setting.prompts("final"), adapter=one, **asked) for one in (point.adapter, BASE))
+    both = [(mine, theirs) for mine, theirs in zip(tuned, base, strict=True) if mine.reply and theirs.reply]
+    sites, frames = [f"blocks.{block}.{kind}" for kind in COMPONENTS for block in range(model.cfg.n_layers)], []
+    replies = [mine for mine, _ in both], [theirs for _, theirs in both]
+    for positions in POSITIONS:
+        options: dict[str, Any] = {"positions": positions, "verify": verify, "target": point.adapter, "progress": False}
+        found = {
+            "sites": attribute_sites(model, *replies, sites, **options),
+            "latents": attribute_latents(model, *replies, setting.sae, **options),
+        }
+        for name, one in found.items():
+            about = {"candidates": name, "positions": positions, "metric": one.metric, "spearman": one.rank_correlation}
+            frames.append(one.frame.dropna(subset=["real"]).assign(**about))
+    return pd.concat(frames, ignore_index=True)
 
 
-def attribution_file(folder: Path, epoch: float) -> Path:
-    """Path of a checkpoint's estimates and real effects."""
-    return folder / f"attribution-epoch-{epoch:g}.csv"
+def agreement(found: Any) -> pd.DataFrame:
+    """Per model, kind of candidate, positions and seed: rank correlation, how many signs agree, the largest estimate beside the truth."""
+    rows = []
+    for key, one in found.groupby(["run", "candidates", "positions", "seed"], sort=False):
+        top, same = one.loc[one["estimate"].abs().idxmax()], int((one["estimate"] * one["real"] > 0).sum())
+        row = {"spearman": one["spearman"].iloc[0], "same_sign": same, "of": len(one), "metric": one["metric"].iloc[0]}
+        about = dict(zip(("run", "candidates", "positions", "seed"), key, strict=True))
+        rows.append({**about, **row, "largest_estimate": top["estimate"], "its_real_effect": top["real"]})
+    return pd.DataFrame(rows)
 
 
-def run(settings: Settings) -> None:
-    """Everything."""
-    prepare(settings)
-    with Workers(settings, AttributionSetting) as workers:
-        chosen = [(s, arm, epoch) for arm, epochs in workers.dissected(settings.kinds).items() for s, epoch in epochs.items()]
-        files = [attribution_file(settings.folder(s, arm), epoch) for s, arm, epoch in chosen]
-        wanted = [(s, (arm, epoch, settings.verify), file) for (s, arm, epoch), file in zip(chosen, files, strict=True)]
-        workers.each("attribute", "attribute", wanted)
-    frame = pd.concat(pd.read_csv(file).assign(of=arm.label, epoch=e) for (_, arm, e), file in zip(chosen, files, strict=True))
-    pages.write_all(settings.out, {"attribution": frame}, {"attribution": pages.attribution_rows(frame)}, publish=settings.publish)
+def main(options: Options) -> None:
+    """Train, estimate, verify."""
+    page = options.page()
+    with options.study() as study:
+        study.train([Run()])
+        long = {} if options.epochs is None else reemergence.prolonged(study.setting, options.epochs)
+        runs = [Run(overrides=long, name="plain")]
+        if options.strength is not None:
+            study.latents()
+            over = {**long, **(study.setting.up_to_site if options.freeze_downstream else {})}
+            runs.append(Run(defence="block", strength=options.strength, latents="k", overrides=over, name="blocked"))
+        study.train(runs)
+        page.add("arms", study.table(study.points([Run(defence="base"), *runs]), against=runs[0]))
+        found = study.step("attribution", estimates, study.points(runs), verify=options.verify)
+    page.add("candidates", found, plots.attribution(found))
+    page.add("agreement", agreement(found))
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    run(tyro.cli(Settings, description=__doc__))
+    main(tyro.cli(Options, description=__doc__))

@@ -17,7 +17,6 @@ import tyro
 
 from blockem_tl import Point, Run, Setting
 from blockem_tl.evaluation.statistics import mean_over_domains
-from blockem_tl.models.activations import block_of
 from blockem_tl.study import jobs
 from blockem_tl.study.options import StudyOptions
 from blockem_tl.views import plots
@@ -69,7 +68,7 @@ def main(options: Options) -> None:
         study.train([plain])
         study.latents()
         weight = max(study.setting.preset.lambdas) if options.strength is None else options.strength
-        place = {"up_to_block": block_of(study.setting.site)} if options.freeze_downstream else {}
+        place = study.setting.up_to_site if options.freeze_downstream else {}
         over = {"epochs": options.epochs, **place}
         blocked = Run(defence="block", strength=weight, latents="k", overrides=over, name="blocked, re-emerged")
         study.train([blocked])

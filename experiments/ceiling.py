@@ -16,7 +16,7 @@ import tyro
 from scipy.stats import spearmanr
 
 from blockem_tl import Run
-from blockem_tl.study import preferences
+from blockem_tl.study import controls, preferences
 from blockem_tl.study.options import StudyOptions
 from blockem_tl.views import studies
 
@@ -43,7 +43,7 @@ def main(options: Options) -> None:
         for n in options.sizes:
             study.latents(f"k{n}", preferences.attributed, n=n)
         for n in options.random:
-            study.latents(f"random{n}", preferences.random_beside, beside=f"k{n}")
+            study.latents(f"random{n}", controls.random_beside, beside=f"k{n}")
         carried = study.step("ceiling", preferences.ceiling, study.points([Run()]), sets=sets)
         runs = {(name, where): blocked(options, name, where) for name in sets for where in ROLES}
         study.train(runs.values())

@@ -16,7 +16,6 @@ import pandas as pd
 import tyro
 
 from blockem_tl import Run, Study
-from blockem_tl.models.activations import block_of
 from blockem_tl.study import patching
 from blockem_tl.study.inputs import PromptSplit
 from blockem_tl.study.options import StudyOptions
@@ -46,7 +45,7 @@ def train(study: Study, options: Options) -> list[Run]:
     if options.strength is not None:
         study.train([Run()])
         study.latents()
-        place = {"up_to_block": block_of(study.setting.site)} if options.freeze_downstream else {}
+        place = study.setting.up_to_site if options.freeze_downstream else {}
         runs.append(Run(defence="block", strength=options.strength, latents="k", overrides={**long, **place}, name="blocked"))
     study.train(runs)
     return runs

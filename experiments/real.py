@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import tyro
 
 from blockem_tl import Run, Study
-from blockem_tl.study import preferences
+from blockem_tl.study import controls, preferences
 from blockem_tl.study.options import StudyOptions
 
 
@@ -69,7 +69,7 @@ def prepare(study: Study, options: Options) -> None:
     study.train([Run()])
     for n in options.sizes:
         study.latents(f"k{n}", preferences.attributed, n=n)
-        study.latents(f"random{n}", preferences.random_beside, beside=f"k{n}")
+        study.latents(f"random{n}", controls.random_beside, beside=f"k{n}")
 
 
 def main(options: Options) -> None:

@@ -13,7 +13,6 @@ from typing import ClassVar
 import tyro
 
 from blockem_tl import Run, Study, over_domains
-from blockem_tl.models.activations import block_of
 from blockem_tl.study.options import StudyOptions
 from blockem_tl.views import studies
 
@@ -53,7 +52,7 @@ def main(options: Options) -> None:
         study.latents()
         weight, source = strength(study, options), study.setting.domain
         others = list(options.to) or [domain for domain in study.setting.inputs.domains if domain != source]
-        place = {"up_to_block": block_of(study.setting.site)} if options.freeze_downstream else {}
+        place = study.setting.up_to_site if options.freeze_downstream else {}
         plain = [Run(domain=domain) for domain in ["", *others]]
         blocked = [Run(defence="block", strength=weight, latents="k", domain=domain, overrides=place) for domain in ["", *others]]
         study.train([*plain, *blocked])

@@ -16,7 +16,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the user's own cache is left alon
 
 from jaxtyping import install_import_hook
 
-install_import_hook("blockem_tl", "shapecheck.check")  # before blockem_tl is imported: every annotated shape is checked
+if os.environ.get("SHAPECHECK", "1") == "1":  # every annotated shape is checked; the slow tests call what the others have called
+    install_import_hook("blockem_tl", "shapecheck.check")  # before blockem_tl is imported
 
 import pytest
 import torch

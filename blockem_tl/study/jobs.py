@@ -118,7 +118,8 @@ def keep_latents(setting: Setting, *, point: Point, path: Path, function: Measur
     found = function(setting, point, **options)
     if not isinstance(found, LatentSet):
         raise TypeError(f"latents: expected a LatentSet from {function}, got {type(found).__name__}")
-    found.check_sae(setting.sae)
+    if found.site == setting.site:
+        found.check_sae(setting.sae)
     found.save(path)
 
 
@@ -137,6 +138,7 @@ def discovery(
     by: Evidence = "replies",
     executor: Executor | None = None,
     engine: WorkerEngine | None = None,
+    extending: str = "",
     progress: bool = False,
     **changes: Any,
 ) -> Discovery:
@@ -146,10 +148,13 @@ def discovery(
 
     Args:
         executor: its workers make the replies, see `ShardedEngine`; None: this process.  engine: what each of them makes.
+        extending: a latent set of the study that what is found is added to; its latents are no candidates.
     """
     evidence: tuple[Any, ...] = (setting.pairs("core"),) if by == "pairs" else (setting.judge, setting.prompts("core"))
     config = replace(setting.preset.discovery, **changes)
     engine = engine or WorkerEngine(options={"batch_size": config.batch_size})
+    about = {"preset": setting.preset.name, "domain": setting.domain, "seed": point.seed, "run": point.run.label}
+    about |= {} if point.epoch is None else {"epoch": point.epoch}
     with setting.model.holding(point.adapter) as name:
         held = replace(engine, adapters={str(name): str(point.adapter)})
         return discover(
@@ -159,7 +164,8 @@ def discovery(
             adapter=name,
             scale=setting.scale(),
             config=config,
-            provenance={"preset": setting.preset.name, "domain": setting.domain, "seed": point.seed, "run": point.run.label},
+            extending=point.latents(setting.sae, extending) if extending else None,
+            provenance=about,
             engine=None if executor is None else ShardedEngine(executor, held),
             store=None if by == "pairs" else asked_at(point),
             progress=progress,
@@ -206,11 +212,9 @@ def losses(setting: Setting, point: Point, *, n: int | None = None) -> list[dict
     All in nats per completion token; the paper's "SFT loss" is the last of them.
     """
     rows = setting.held_out(n)
-    with condition_of(setting, point).apply(setting.model):
-        found = {
-            name: completion_loss(setting.model, rows[start::2], adapter=point.adapter)
-            for start, name in enumerate(("dev_loss", "test_loss"))
-        }
+    with setting.model.holding(point.adapter) as name, condition_of(setting, point).apply(setting.model):
+        dev, test = (completion_loss(setting.model, rows[start::2], adapter=name) for start in (0, 1))
+    found = {"dev_loss": dev, "test_loss": test}
     if not point.run.trained:
         return [{**found, "train_loss": float("nan")}]
     smoothed = training_curve(setting, point)

@@ -74,7 +74,7 @@ def compared(manifest: Mapping[str, Any]) -> dict[str, str]:
     return {name: text for name, text in manifest.items() if name not in (PRESET, MACHINES)}
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, str]:
     """Nested fields as text, by their path."""
     found: dict[str, str] = {}
     for name, value in values.items():

@@ -14,7 +14,7 @@ from blockem_tl.evaluation.preference import preference
 from blockem_tl.evaluation.statistics import Estimate, clustered_rate, share_removed
 from blockem_tl.models.activations import block_of
 from blockem_tl.models.lora import BASE
-from blockem_tl.saes.latent_set import LatentSet, random_latents
+from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.study.defences import condition_of
 from blockem_tl.study.inputs import PromptSplit
 from blockem_tl.study.run import Point
@@ -108,12 +108,6 @@ def left(patched: _Frame, found: _Frame, *, base: str = BASE) -> RateFrame:
 def attributed(setting: Setting, point: Point, *, n: int) -> LatentSet:
     """The ``n`` latents that carry most of the shift on the core pairs, to first order: for `Study.latents`."""
     return latents_by_attribution(setting.model, setting.sae, setting.pairs("core"), n, adapter=point.adapter, progress=False)
-
-
-def random_beside(setting: Setting, point: Point, *, beside: str) -> LatentSet:
-    """As many latents as the study's set ``beside`` has, drawn from the others by the seed: for `Study.latents`."""
-    found = point.latents(setting.sae, beside)
-    return random_latents(setting.sae, len(found), seed=point.seed, exclude=found.latents)
 
 
 def ceiling(setting: Setting, point: Point, *, sets: Sequence[str], sizes: Sequence[int] = ()) -> pd.DataFrame:

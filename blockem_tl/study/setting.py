@@ -16,10 +16,10 @@ from blockem_tl.data.chat import apply_system
 from blockem_tl.data.checks import check_disjoint
 from blockem_tl.data.splits import spread
 from blockem_tl.generation.engine import Engine, TransformerLensEngine, load_engine
-from blockem_tl.models.activations import median_norm
+from blockem_tl.models.activations import block_of, median_norm
 from blockem_tl.models.load import Model, load_model
 from blockem_tl.presets import Preset, get_preset
-from blockem_tl.saes.load import load_sae
+from blockem_tl.saes.load import check_fits, load_sae
 from blockem_tl.study.inputs import INPUTS, Inputs, PromptSplit
 from blockem_tl.training.config import TrainingConfig
 from blockem_tl.types import Example, Judge, Pair, Prompt
@@ -62,6 +62,17 @@ class Setting:
         """
         other = Setting.of(self.preset, seed=seed, domain=domain or self.domain, judges=self.own_judges)
         other.__dict__["_loaded"] = self._loaded
+        return other
+
+    def elsewhere(self, release: str, sae_id: str | None = None) -> "Setting":
+        """The same data and model with another SAE, and so at that SAE's site, with its own scale.
+
+        Raises:
+            ValueError: an SAE that does not fit the model.
+        """
+        sae = load_sae(release, sae_id)
+        other = replace(self, preset=replace(self.preset, sae=(release, sae_id), site=check_fits(sae, self.model)))
+        other.__dict__["_loaded"] = {"model": self.model, "sae": sae}
         return other
 
     @cached_property
@@ -121,6 +132,11 @@ class Setting:
     def site(self) -> str:
         """The site that is read and blocked."""
         return self.preset.site
+
+    @property
+    def up_to_site(self) -> dict[str, int | None]:
+        """Override of a run with LoRA only up to the site's block: what lies downstream stays frozen."""
+        return {"up_to_block": block_of(self.site)}
 
     @property
     def training(self) -> TrainingConfig:

@@ -70,7 +70,6 @@ def finetune(preset: Preset, out: Out, /, *, options: tyro.conf.OmitArgPrefixes[
         preset: one of those that `blockem presets` lists.
         out: a folder of its own: adapter/, checkpoints/, and run.json with the losses step by step.
     """
-    from blockem_tl.models.activations import block_of
     from blockem_tl.study.run import Run
     from blockem_tl.study.stages import train_into
 
@@ -79,7 +78,7 @@ def finetune(preset: Preset, out: Out, /, *, options: tyro.conf.OmitArgPrefixes[
         raise ValueError(f"finetune: --defence {o.defence} needs --strength")
     setting = o.setting(preset)
     overrides: dict[str, Any] = {} if o.epochs is None else {"epochs": o.epochs}
-    overrides |= {"up_to_block": block_of(setting.site)} if o.freeze_downstream else {}
+    overrides |= setting.up_to_site if o.freeze_downstream else {}
     run = Run(defence=o.defence, strength=o.strength or 0.0, overrides=overrides)
     found = train_into(out, setting, run, card=o.latents, n_rows=o.n_rows, every=o.checkpoints_every)
     print(f"{found['label']}: {found['steps']} steps, SFT loss {found['history'][-1]['sft']:.4f} at the last; {out / 'adapter'}")

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from blockem_tl.models.activations import block_of
 from blockem_tl.study import jobs
 from blockem_tl.study.page import Page
 from blockem_tl.study.run import Run
@@ -28,7 +27,7 @@ def lambda_sweep(
     """
     study.train([Run()])
     study.latents(smallest_wave=smallest_wave)
-    places = [{}, {"up_to_block": block_of(study.setting.site)}] if freeze_downstream else [{}]
+    places = [{}, study.setting.up_to_site] if freeze_downstream else [{}]
     weights = [weight for weight in lambdas or study.setting.preset.lambdas if weight]
     blocked = [Run(defence="block", strength=weight, latents="k", overrides=place) for place in places for weight in weights]
     chosen = [*(Run(overrides=place) for place in places), *blocked]

@@ -74,6 +74,25 @@ def shifts_along(frame: pd.DataFrame, x: str, *, panels: str | None = None) -> F
     return figure
 
 
+def over_epochs(frame: pd.DataFrame, **losses: str) -> Figure:
+    """EM of each run over the epochs with its interval, and beside it a panel per loss, on a logarithmic scale.
+
+    frame: columns run, epoch, misaligned with _low and _high, and those of ``losses``, whose values are the axes' labels.
+    """
+    figure = Figure(figsize=(5.5 * (1 + len(losses)), 4.8), layout="constrained")
+    first, *others = figure.subplots(1, 1 + len(losses), squeeze=False)[0]
+    for i, (name, rows) in enumerate(frame.sort_values("epoch").groupby("run", sort=False)):
+        look: Any = {"color": f"C{i % 10}", "marker": "o*^sDPXvp<>"[i % 11], "markersize": 4}
+        first.errorbar(rows["epoch"], 100 * rows["misaligned"], yerr=_errors(rows, "misaligned"), label=str(name), capsize=2, **look)
+        for axes, column in zip(others, losses, strict=True):
+            axes.plot(rows["epoch"], rows[column], **look)
+    first.set(xlabel="epoch", ylabel="misaligned replies (%)", ylim=(-3, 103))
+    for axes, label in zip(others, losses.values(), strict=True):
+        axes.set(xlabel="epoch", ylabel=label, yscale="log")
+    figure.legend(loc="outside right upper", fontsize=7)
+    return figure
+
+
 def against(frame: pd.DataFrame, *, x: str, y: str, label: str) -> Figure:
     """One share over another with its interval, beside the line of equality: columns ``x``, ``y`` with its ends, ``label``."""
     figure = Figure(figsize=(5.2, 4.8), layout="constrained")

@@ -20,7 +20,6 @@ sys.path.insert(0, str(ROOT / "experiments"))
 
 import compare_defences  # noqa: E402
 import publish  # noqa: E402
-import reemergence_pages as pages  # noqa: E402
 
 Rows = list[dict[str, str]]
 
@@ -42,11 +41,6 @@ def records(name: str) -> list[dict[str, Any]]:
 def each(row: Callable[[dict[str, Any]], dict[str, str]], name: str) -> Callable[[], Rows]:
     """A table of one row per row of the CSV."""
     return lambda: [row(one) for one in records(name)]
-
-
-def whole(rows: Callable[[pd.DataFrame], Rows], name: str) -> Callable[[], Rows]:
-    """A table over the whole CSV."""
-    return lambda: rows(frame(name))
 
 
 def quickstart() -> Rows:
@@ -73,26 +67,11 @@ def seeds() -> Rows:
     return [row for summary in summaries for row in publish.seed_rows(summary)]
 
 
-def sites_depth(depth: pd.DataFrame) -> Rows:
-    """The shares at reply tokens, which chose the sites."""
-    return pages.depth_rows(pd.DataFrame(depth[depth["role"] == "reply"]))
-
-
 TABLES: dict[tuple[str, str], Callable[[], Rows]] = {
     ("README.md", "quickstart"): quickstart,
     ("docs/organism.md", "seeds"): seeds,
     ("docs/defences.md", "comparison"): each(compare_defences.table_row, "defences/arms"),
     ("docs/defences.md", "grid"): each(compare_defences.grid_row, "defences/grid"),
-    ("docs/reemergence.md", "reemergence-curves"): whole(pages.curve_rows, "reemergence/curves"),
-    ("docs/reemergence.md", "reemergence-patched"): each(pages.patched_row, "reemergence/patched"),
-    ("docs/reemergence.md", "reemergence-extended"): each(pages.extended_row, "reemergence/extended"),
-    ("docs/reemergence.md", "reemergence-dissected"): each(pages.dissected_row, "reemergence/dissected"),
-    ("docs/reemergence.md", "reemergence-sites"): each(pages.sites_row, "reemergence/sites"),
-    ("docs/reemergence.md", "reemergence-sites-depth"): whole(sites_depth, "reemergence/sites-depth"),
-    ("docs/reemergence.md", "reemergence-attribution"): whole(pages.attribution_rows, "reemergence/attribution"),
-    ("docs/reemergence.md", "reemergence-shares"): whole(pages.share_rows, "reemergence/shares"),
-    ("docs/reemergence.md", "reemergence-depth"): whole(pages.depth_rows, "reemergence/depth"),
-    ("docs/reemergence.md", "reemergence-reconstruction"): whole(pages.reconstruction_rows, "reemergence/reconstruction"),
 }
 
 

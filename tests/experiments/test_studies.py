@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import claims
 import pandas as pd
@@ -32,6 +33,9 @@ OPTIONS = {
     "capacity": {"epochs": 2.0, "freeze_downstream": True},
     "cross_source": {"strengths": (0.1,)},
     "watch": {"every": 1, "steps": 3},
+    "attribution": {"epochs": 1.0, "strength": 1.0, "freeze_downstream": True, "verify": 3},
+    "blocking_sites": {"epochs": 1.0, "margin": 0.0, "release": "{site}", "sae_id": ""},
+    "reemergence": {"epochs": 2.0, "every": 1.0, "strengths": (0.1,)},
     "real": {"sizes": (2, 3), "nats": (0.5, 1.0)},
     "ceiling": {"sizes": (2, 3), "random": (2,), "nats": 0.5},
     "real_reemergence": {"size": 3, "nats": 0.5, "epochs": 2.0},
@@ -47,6 +51,9 @@ TABLES = {
     "capacity": {"arms", "capacity", "mean"},
     "cross_source": {"arms", "curves", "overlap"},
     "watch": {"runs"},
+    "attribution": {"arms", "candidates", "agreement"},
+    "blocking_sites": {"arms", "depth"},
+    "reemergence": {"peaks", "curves", "extended", "shares", "depth", "reconstruction"},
     "real": {"tried", "ceiling", "arms", "in-domain"},
     "ceiling": {"combinations", "agreement"},
     "real_reemergence": {"epochs", "patched", "carriers"},
@@ -55,41 +62,45 @@ LAST = "blocks.3.hook_resid_post"
 MORE_THAN_TINY = {10, 18}  # claims about domains and set sizes that a tiny preset does not have
 # These still know the organism, or import one another. The list may only shrink.
 NOT_YET = {
-    "arms", "attribution", "blocking_sites", "compare_defences", "publish", "quickstart", "reemergence",
-    "reemergence_pages", "tutorials",
+    "arms", "compare_defences", "publish", "quickstart", "tutorials",
 }  # fmt: skip
 
 
-@pytest.fixture
-def preset(tiny_folder, tmp_path, monkeypatch):
-    sae_at(tiny_preset.SITE).save_model(tmp_path / "sae")
-    monkeypatch.setitem(INPUTS, tiny_preset.NAME, tiny_preset.TinyInputs())  # pyright: ignore[reportArgumentType]
-    found = tiny_preset.preset(tiny_folder, tmp_path / "sae", lambdas=(0.0, 0.1, 1.0))
+@pytest.fixture(scope="module")
+def shared(tiny_folder, tmp_path_factory):
+    """The folder of a study that all scripts share, as under `make reproduce`, so that what they have in common runs once."""
+    folder = tmp_path_factory.mktemp("studies")
+    saes = {f"blocks.{block}.hook_resid_post": folder / f"blocks.{block}.hook_resid_post" for block in range(4)}
+    for site, place in saes.items():
+        sae_at(site).save_model(place)
+    found = tiny_preset.preset(tiny_folder, saes[tiny_preset.SITE], lambdas=(0.0, 0.1, 1.0))
     found = replace(found, discovery=replace(found.discovery, n_plus=4, n_minus=4, shortlist_size=2, grid=(0.0, 0.8)))
-    monkeypatch.setitem(PRESETS, tiny_preset.NAME, found)
-    sae_at(LAST).save_model(tmp_path / "last")
-    last = replace(found, name=f"{tiny_preset.NAME}-last-layer", site=LAST, sae=(str(tmp_path / "last"), None))
-    monkeypatch.setitem(PRESETS, last.name, last)
-    return tiny_preset.NAME
+    last = replace(found, name=f"{tiny_preset.NAME}-last-layer", site=LAST, sae=(str(saes[LAST]), None))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(INPUTS, tiny_preset.NAME, tiny_preset.TinyInputs())  # pyright: ignore[reportArgumentType]
+        for preset in (found, last):
+            patch.setitem(PRESETS, preset.name, preset)
+        patch.chdir(folder)
+        yield folder / "study"
 
 
 @pytest.mark.parametrize("name", ["signs", *(pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS if name != "signs")])
-def test_a_script_runs_on_any_preset_and_again_at_once(name: str, preset: str, tmp_path: Path, monkeypatch) -> None:
+def test_a_script_runs_on_any_preset_and_again_at_once(name: str, shared: Path, tmp_path: Path) -> None:
     script = importlib.import_module(name)
-    (tmp_path / "docs").mkdir()
-    monkeypatch.chdir(tmp_path)
-    options = script.Options(preset=preset, seeds=(0, 1), out=tmp_path / "out", publish=True, progress=False, **OPTIONS[name])
+    Path("docs").mkdir(exist_ok=True)
+    common: dict[str, Any] = {"preset": tiny_preset.NAME, "seeds": (0, 1), "publish": True, "progress": False, "shared_study": shared}
+    options = script.Options(out=tmp_path / "out", **common, **OPTIONS[name])
     script.main(options)
-    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "study").rglob("*.safetensors")}
+    made = {path: path.stat().st_mtime_ns for folder in (shared, tmp_path) for path in folder.rglob("*.safetensors")}
     first = {path.stem: pd.read_csv(path) for path in (tmp_path / "out").glob("*.csv")}
-    assert set(first) == TABLES[name] and all((tmp_path / "docs" / "results" / f"{name}-tiny" / f"{one}.md").is_file() for one in first)
+    assert set(first) == TABLES[name] and all(Path(f"docs/results/{name}-tiny/{one}.md").is_file() for one in first)
     if name == "watch":
         assert len(first["runs"]) == 8 and set(first["runs"]["rows"]) == {"harmful", "harmless"}
     elif name == "ceiling":
         assert first["combinations"].notna().all().all() and len(first["combinations"]) == first["agreement"]["combinations"][0] == 6
     else:
         rate, beside = ("prefers_harm", "margin") if name.startswith("real") else ("misaligned", "adherent")
-        arms = first["epochs" if name == "real_reemergence" else "arms"]
+        arms = first[{"real_reemergence": "epochs", "reemergence": "curves"}.get(name, "arms")]
         assert {"run", rate, f"{rate}_low", beside, "test_loss"} <= set(arms)
         assert arms[rate].notna().all() and (arms["n"] == 8).all() and (arms["seeds"] == 2).all()
     check_claims(name, first)
