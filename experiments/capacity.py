@@ -17,14 +17,15 @@ import tyro
 
 from blockem_tl import Point, Run, Setting
 from blockem_tl.evaluation.statistics import mean_over_domains
-from blockem_tl.study import jobs
+from blockem_tl.study import jobs, reemergence
 from blockem_tl.study.options import StudyOptions
 from blockem_tl.views import plots
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(StudyOptions):
-    """strength: lambda, the preset's largest by default.  epochs: of the blocked training.  freeze_downstream: LoRA up to the site."""
+    """strength: lambda, the preset's largest by default.  epochs: of the blocked training, at a constant rate.  freeze_downstream: LoRA up to
+    the site."""
 
     strength: float | None = None
     epochs: float = 4.0
@@ -69,7 +70,7 @@ def main(options: Options) -> None:
         study.latents()
         weight = max(study.setting.preset.lambdas) if options.strength is None else options.strength
         place = study.setting.up_to_site if options.freeze_downstream else {}
-        over = {"epochs": options.epochs, **place}
+        over = {**reemergence.prolonged(study.setting, options.epochs), **place}
         blocked = Run(defence="block", strength=weight, latents="k", overrides=over, name="blocked, re-emerged")
         study.train([blocked])
         page.add("arms", study.table(study.points([Run(defence="base"), plain, blocked]), against=plain))

@@ -16,7 +16,7 @@ import pandas as pd
 import tyro
 
 from blockem_tl import Run, Study
-from blockem_tl.study import patching
+from blockem_tl.study import patching, reemergence
 from blockem_tl.study.inputs import PromptSplit
 from blockem_tl.study.options import StudyOptions
 from blockem_tl.views import plots
@@ -24,8 +24,9 @@ from blockem_tl.views import plots
 
 @dataclass(frozen=True, kw_only=True)
 class Options(StudyOptions):
-    """strength: lambda of a blocked model that is patched too.  epochs: of training; the preset's by default.  freeze_downstream: train
-    it with LoRA up to the site alone.  split, when, sites, components, reverse: as for `blockem patch`."""
+    """strength: lambda of a blocked model that is patched too.  epochs: of training, at a constant rate as in reemergence.py; the preset's
+    own training by default.  freeze_downstream: train it with LoRA up to the site alone.  split, when, sites, components, reverse: as for
+    `blockem patch`."""
 
     strength: float | None = None
     epochs: float | None = None
@@ -40,7 +41,7 @@ class Options(StudyOptions):
 
 def train(study: Study, options: Options) -> list[Run]:
     """The models that are patched."""
-    long: dict[str, Any] = {} if options.epochs is None else {"epochs": options.epochs}
+    long: dict[str, Any] = {} if options.epochs is None else reemergence.prolonged(study.setting, options.epochs)
     runs = [Run(overrides=long, name="plain")]
     if options.strength is not None:
         study.train([Run()])
