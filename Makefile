@@ -8,12 +8,17 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-# What `make reproduce` runs and on what: make reproduce PRESET=llama-3.1-8b OPTIONS="--judge-models qwen llama"
+# What `make reproduce` runs and on what: make reproduce PRESET=llama-3.1-8b STRENGTH=3000 EPOCHS=2 OPTIONS="--judge-models qwen llama"
+# STRENGTH and EPOCHS: lambda and length of the long runs in which misalignment comes back.
 PRESET ?= organism
 SEEDS ?= 0 1 2
 OPTIONS ?= --workers 2
+STRENGTH ?= 0.3
+EPOCHS ?= 4
+LONG := --epochs $(EPOCHS) --strength $(STRENGTH) --freeze-downstream
 STUDIES := "lambda_sweep.py --freeze-downstream" transfer.py "transfer.py --freeze-downstream" signs.py set_size.py "cross_source.py --sources health" \
-	selection_ablation.py last_layer.py "capacity.py --freeze-downstream"
+	selection_ablation.py last_layer.py "reemergence.py --epochs $(EPOCHS) --strengths $(STRENGTH)" "capacity.py $(LONG)" \
+	"patching_sweep.py $(LONG)" "attribution.py $(LONG)" "blocking_sites.py --epochs $(EPOCHS) --strength $(STRENGTH)"
 
 .PHONY: demo real reproduce test test-slow test-vllm install install-vllm lint types docs readme organism clean
 

@@ -24,8 +24,8 @@ from blockem_tl.views import plots
 
 @dataclass(frozen=True, kw_only=True)
 class Options(StudyOptions):
-    """strength: lambda, the preset's largest by default.  epochs: of the blocked training, at a constant rate.  freeze_downstream: LoRA up to
-    the site."""
+    """strength: lambda, the preset's largest by default.  epochs: of the blocked training, at a constant rate.  freeze_downstream: LoRA up
+    to the site."""
 
     strength: float | None = None
     epochs: float = 4.0
