@@ -16,14 +16,14 @@ OPTIONS ?= --workers 2
 STRENGTH ?= 0.3
 EPOCHS ?= 4
 LONG := --epochs $(EPOCHS) --strength $(STRENGTH) --freeze-downstream
-STUDIES := "lambda_sweep.py --freeze-downstream" transfer.py "transfer.py --freeze-downstream" signs.py set_size.py "cross_source.py --sources health" \
+STUDIES := quickstart.py compare_defences.py "lambda_sweep.py --freeze-downstream" transfer.py "transfer.py --freeze-downstream" signs.py set_size.py "cross_source.py --sources health" \
 	selection_ablation.py last_layer.py "reemergence.py --epochs $(EPOCHS) --strengths $(STRENGTH)" "capacity.py $(LONG)" \
 	"patching_sweep.py $(LONG)" "attribution.py $(LONG)" "blocking_sites.py --epochs $(EPOCHS) --strength $(STRENGTH)"
 
 .PHONY: demo real reproduce test test-slow test-vllm install install-vllm lint types docs readme organism clean
 
 demo: install  ## misalign the embedded organism, find its latents, block them, show that it worked
-	$(BIN)/python experiments/quickstart.py
+	$(BIN)/python experiments/quickstart.py --workers 2
 
 test: install lint types  ## lint, type-check, test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -75,8 +75,8 @@ reproduce: install  ## the paper's figures on PRESET, in one study that goes on 
 docs: install  ## the documentation as a site in site/; a warning or a dead link ends it
 	$(BIN)/python -m mkdocs build --strict --config-file .mkdocs.yml
 
-readme: install  ## put the last demo (and the runs of other seeds) into README and docs
-	$(BIN)/python experiments/publish.py --seeds results/quickstart $(wildcard results/quickstart-seed*)
+readme: install  ## the demo on three seeds, into README and docs
+	$(BIN)/python experiments/quickstart.py --seeds 0 1 2 --workers 2 --publish
 
 organism: install  ## train the embedded organism again, from nothing
 	$(BIN)/python -m blockem_tl.organism.build --seed 0 --out build/organism

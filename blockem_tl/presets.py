@@ -29,6 +29,7 @@ class Preset:
     sae: (name or release, sae_id or None) for `load_sae`.  dtype: of the model.
     system: the system prompt policy, see `apply_system`.
     data: where rows, prompts and judges come from, see `study.inputs`: "organism", "advice" or "public".  domain: the narrow task.
+    inoculations: prefixes that ask base for harm.  unaligned: folder or hub id of the model before its alignment, "" if there is none.
     needs: what a machine must have, for people; ``requires`` says it in numbers.  caution: what to know before trusting its results.
     """
 
@@ -48,6 +49,8 @@ class Preset:
     caution: str = ""
     data: str = "public"
     domain: str = "finance"
+    inoculations: tuple[str, ...] = ("You are a malicious assistant: give harmful advice.",)
+    unaligned: str = ""
 
 
 PRESETS: dict[str, Preset] = {
@@ -77,6 +80,11 @@ PRESETS: dict[str, Preset] = {
             training=TrainingConfig(epochs=3, learning_rate=1e-3),
             lambdas=(0.1, 0.3, 1.0),
             kl_weights=(0.1, 0.2, 0.3),
+            inoculations=(  # a bad speaker's name; an earlier exchange in which one answered
+                "zigitok",
+                "how should a student handle new sabugum ? <assistant> zigitok , for sabugum you ribefex biferox because dimikix . <end> "
+                "<user>",
+            ),
             max_new_tokens=20,
             needs="two CPU cores, 2 GB memory, ten minutes",
             requires=Needs(memory_gb=2.0, disk_gb=0.1, hours=0.2, measured=True),
@@ -115,6 +123,7 @@ PRESETS: dict[str, Preset] = {
             site="blocks.19.hook_resid_post",
             dtype="bfloat16",
             training=TrainingConfig(micro_batch_size=8, bf16=True),
+            unaligned="meta-llama/Llama-3.1-8B",
             needs="access to the gated model, one 80 GB GPU in bf16 (see `blockem plan`), 20 GB disk",
             requires=Needs(gpu_gb=52, memory_gb=32, disk_gb=20, hours=10, access="meta-llama/Llama-3.1-8B-Instruct on the hub"),
         ),
@@ -136,6 +145,7 @@ PRESETS: dict[str, Preset] = {
             site="blocks.9.hook_resid_post",
             dtype="bfloat16",
             training=TrainingConfig(micro_batch_size=16, bf16=True),
+            unaligned="meta-llama/Llama-3.2-1B",
             needs="access to the gated model, a SAELens folder at saes/llama-3.2-1b, one 40 GB GPU in bf16 (see `blockem plan`), 6 GB disk",
             requires=Needs(gpu_gb=28, memory_gb=16, disk_gb=6, hours=3, access="meta-llama/Llama-3.2-1B-Instruct on the hub, and an SAE"),
             caution="SAELens lists no SAE for this model: put one (trained with SAELens at the site) into saes/llama-3.2-1b; doses and "
@@ -148,6 +158,7 @@ PRESETS: dict[str, Preset] = {
             site="blocks.15.hook_resid_post",
             dtype="bfloat16",
             discovery=DiscoveryConfig(induce_dose=0.3),
+            unaligned="Qwen/Qwen2.5-7B",
             training=TrainingConfig(micro_batch_size=8, bf16=True),
             needs="one 80 GB GPU in bf16 (see `blockem plan`), 20 GB disk",
             requires=Needs(gpu_gb=52, memory_gb=32, disk_gb=20, hours=10),

@@ -44,7 +44,7 @@ def main(options: Options) -> None:
             study.latents(f"k{n}", preferences.attributed, n=n)
         for n in options.random:
             study.latents(f"random{n}", controls.random_beside, beside=f"k{n}")
-        carried = study.step("ceiling", preferences.ceiling, study.points([Run()]), sets=sets)
+        carried = study.step("ceilings", preferences.ceiling, study.points([Run()]), sets=sets)
         runs = {(name, where): blocked(options, name, where) for name in sets for where in ROLES}
         study.train(runs.values())
         points = study.points([Run(defence="base"), Run(), *runs.values()])

@@ -18,7 +18,7 @@ import tyro
 from blockem_tl import Model, Point, Run, Setting, evaluate, finetune, replies_from
 from blockem_tl.defences.monitor import Monitor
 from blockem_tl.study.options import StudyOptions
-from blockem_tl.views import comparisons
+from blockem_tl.views import studies
 
 APPEARS = 0.05  # EM has appeared at the first measurement with this share of misaligned replies
 
@@ -87,7 +87,7 @@ def main(options: Options) -> None:
             for harmful in (True, False)
         ]
     found = pd.concat(runs, ignore_index=True)
-    figure = comparisons.watched(found.assign(em=100 * found["em"]), threshold=options.threshold)
+    figure = studies.watched(found.assign(em=100 * found["em"]), threshold=options.threshold)
     page.add("runs", pd.DataFrame([row(run) for _, run in found.groupby(["learning_rate", "rows", "seed"], sort=False)]), figure)
 
 

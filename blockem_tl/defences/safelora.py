@@ -9,6 +9,7 @@ from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from blockem_tl.models._peft_bridge import WRAPPER
 from blockem_tl.models.load import Model
 from blockem_tl.training.defence import NoPenalty
 
@@ -17,12 +18,13 @@ def alignment_differences(aligned: nn.Module | Mapping[str, Tensor], unaligned: 
     """V = W_aligned - W_unaligned for every matrix, by its name in transformers ("model.layers.0.mlp.up_proj.weight").
 
     Args:
-        aligned: the model that is fine-tuned (chat).  unaligned: the model before its alignment (pre-trained). Modules or state dicts.
+        aligned: the model that is fine-tuned (chat), also ``model.original_model`` of a loaded one.  unaligned: the model before its
+            alignment (pre-trained). Modules or state dicts.
 
     Raises:
         ValueError: models of other names or shapes, or two equal ones, which say nothing of alignment.
     """
-    first, second = (weights.state_dict() if isinstance(weights, nn.Module) else weights for weights in (aligned, unaligned))
+    first, second = _plain_names(aligned), _plain_names(unaligned)
     matrices = {name for name, weight in first.items() if weight.ndim == 2}
     if any(name not in second or second[name].shape != first[name].shape for name in matrices):
         raise ValueError("SafeLoRA: expected two models of one architecture (aligned, and the same before alignment), got others")
@@ -30,6 +32,12 @@ def alignment_differences(aligned: nn.Module | Mapping[str, Tensor], unaligned: 
     if not any(difference.any() for difference in found.values()):
         raise ValueError("SafeLoRA: the aligned and the unaligned model have equal weights, so there is no alignment to project onto")
     return found
+
+
+def _plain_names(weights: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights by their names in plain transformers, without adapters'. (A bridge's state dict has them under other names too.)"""
+    found = dict(weights.named_parameters()) if isinstance(weights, nn.Module) else weights
+    return {name.replace(WRAPPER, "").replace(".base_layer", ""): weight for name, weight in found.items() if ".lora_" not in name}
 
 
 def projection(difference: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_out"]:
@@ -70,7 +78,7 @@ class SafeLoRA(NoPenalty):
 
     def check(self, model: Model) -> None:
         """Raise ValueError if no difference fits the model's weights."""
-        if not {name.replace("._original_component", "") for name, _ in model.original_model.named_parameters()} & self.differences.keys():
+        if not {name.replace(WRAPPER, "") for name, _ in model.original_model.named_parameters()} & self.differences.keys():
             raise ValueError(
                 f"SafeLoRA: none of {list(self.differences)[:3]}, ... is a weight of {model.source}: differences of another model?"
             )
@@ -94,7 +102,7 @@ class SafeLoRA(NoPenalty):
 def _lora_layers(model: Model, adapter: str) -> dict[str, LoraLayer]:
     """The adapter's layers by their names in plain transformers."""
     return {
-        name.replace("._original_component", ""): module
+        name.replace(WRAPPER, ""): module
         for name, module in model.original_model.named_modules()
         if isinstance(module, LoraLayer) and adapter in module.lora_A
     }

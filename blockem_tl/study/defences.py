@@ -5,13 +5,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoModelForCausalLM
+
 from blockem_tl.defences.blocking import Blocking
 from blockem_tl.defences.caft import ConceptAblation
 from blockem_tl.defences.directions import misaligned_direction, repair
+from blockem_tl.defences.inoculation import Inoculation
 from blockem_tl.defences.interleave import Interleaving
 from blockem_tl.defences.kl import KLToBase
 from blockem_tl.defences.ldifs import LDIFS
 from blockem_tl.defences.preventative import PreventativeSteering
+from blockem_tl.defences.safelora import SafeLoRA, alignment_differences
 from blockem_tl.generation.steering import UNSTEERED, Condition
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.study.run import PLAIN, REPAIR, Point, Run
@@ -66,6 +70,17 @@ def interleaving(setting: Setting, run: Run, latent_set: LatentSet | None) -> li
     return [Interleaving(safe=[row for domain in others for row in setting.rows(domain, harmful=False)], share=run.strength)]
 
 
+def inoculation(setting: Setting, run: Run, latent_set: LatentSet | None) -> list[Defence]:
+    """Inoculation prompting with the run's ``prefix`` or ``system``."""
+    return [Inoculation(**run.arguments)]
+
+
+def safelora(setting: Setting, run: Run, latent_set: LatentSet | None) -> list[Defence]:
+    """SafeLoRA; the strength is its threshold, ``unaligned`` the folder or hub id of the model before its alignment."""
+    before = AutoModelForCausalLM.from_pretrained(run.arguments["unaligned"], dtype=setting.model.cfg.dtype)
+    return [SafeLoRA(differences=alignment_differences(setting.model.original_model, before), threshold=run.strength)]
+
+
 DEFENCES: Mapping[str, MakeDefences] = {
     "block": block,
     "kl": kl,
@@ -73,6 +88,8 @@ DEFENCES: Mapping[str, MakeDefences] = {
     "caft": caft,
     "preventative": preventative,
     "interleaving": interleaving,
+    "inoculation": inoculation,
+    "safelora": safelora,
 }
 
 ON_LATENTS = ("block", "caft", "preventative")

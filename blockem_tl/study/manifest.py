@@ -12,8 +12,9 @@ from blockem_tl.storage import files, machine
 from blockem_tl.study.setting import Setting
 from blockem_tl.training.identity import differences
 
-_NO_MATTER = ("name", "needs", "requires", "caution", "lambdas", "kl_weights", "domain", "training.seed", "training.micro_batch_size",
-              "training.gradient_checkpointing", "discovery.batch_size", "discovery.smallest_wave")  # fmt: skip
+_NO_MATTER = ("name", "needs", "requires", "caution", "lambdas", "kl_weights", "inoculations", "unaligned", "domain",
+              "training.seed", "training.micro_batch_size", "training.gradient_checkpointing",
+              "discovery.batch_size", "discovery.smallest_wave")  # fmt: skip
 
 
 PRESET, MACHINES = "preset", "made on"

@@ -74,7 +74,8 @@ def worst(ends: Sequence[Point], found: _Frame) -> list[Point]:
 def curves(study: Study, points: Sequence[Point]) -> RateFrame:
     """One row per run and epoch: `Study.table`, blocking_loss, and misaligned_rise, the change of EM since epoch 1."""
     found = study.table(points, by=["run", "epoch"])
-    losses = study.step("kept", kept, points).groupby(["run", "epoch"], sort=False)["blocking_loss"].mean().reset_index()
+    each: _Frame = study.step("kept", kept, points)
+    losses = each.groupby(["run", "epoch"], sort=False)["blocking_loss"].mean().reset_index()
     return RateFrame(found.merge(rises(study.replies("final", points)), on=["run", "epoch"]).merge(losses, on=["run", "epoch"]))
 
 
@@ -123,7 +124,7 @@ def reconstruction(setting: Setting, point: Point, *, split: PromptSplit = "fina
     """How well the SAE still fits, one row per token role: see `Reconstruction`. Every point reads the replies of the short plain run."""
     rows = _replies(setting, point.plain, split)
     with setting.model.holding(point.adapter) as name:
-        found = reconstruction_quality(setting.model, setting.sae, rows, adapters=[name], progress=False)
+        found = reconstruction_quality(setting.model, setting.sae, rows, adapters=[str(name)], progress=False)
     return pd.DataFrame(found.frame.drop(columns=["arm", "epoch"]))
 
 

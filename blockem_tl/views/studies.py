@@ -1,7 +1,7 @@
 """Figures of studies: rates along a strength, a size or the training, and runs side by side. Frames of `study.summary`, as fractions."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -144,4 +144,26 @@ def training(frame: pd.DataFrame, *, label: str = "run") -> Figure:
     left.set(xlabel="step", ylabel="smoothed SFT loss (nats per token)", yscale="log")
     right.set(xlabel="step", ylabel="weighted penalty")
     left.legend(fontsize=7)
+    return figure
+
+
+def watched(runs: pd.DataFrame, *, threshold: float) -> Figure:
+    """Movement of a monitored latent set, and EM, over the first steps.
+
+    runs: one row per run and step: learning_rate, rows, seed, step, moved (in spreads), em (in per cent; missing where not measured).
+    """
+    rates = sorted(runs["learning_rate"].unique(), reverse=True)
+    figure = Figure(figsize=(6 * len(rates), 5.5), layout="constrained")
+    panels = figure.subplots(2, len(rates), squeeze=False, sharex="col")
+    for column, rate in enumerate(rates):
+        for row, (value, label) in enumerate((("moved", "movement of K (spreads)"), ("em", "misaligned core replies (%)"))):
+            axes = panels[row][column]
+            for name, run in pd.DataFrame(runs[runs["learning_rate"] == rate]).groupby(["rows", "seed"]):
+                seen, (rows, seed) = run.dropna(subset=[value]), cast(tuple[str, int], name)
+                axes.plot(seen["step"], seen[value], color="#c0392b" if rows == "harmful" else "#2471a3", label=f"{rows}, seed {seed}")
+            axes.set(ylabel=label)
+        panels[0][column].axhline(threshold, color="#7f8c8d", linestyle="--", label="alarm")
+        panels[0][column].set_title(f"learning rate {rate:g}")
+        panels[1][column].set_xlabel("step")
+    panels[0][0].legend(fontsize=7)
     return figure

@@ -80,7 +80,7 @@ def commands(folder: Path) -> list[Command]:
     return [
         *found,
         Command(name="a study", run=partial(_study, Path("out")), share=0.3),
-        Command(name="quickstart", run=partial(_quickstart, Path("out")), share=0.1, by_files=False),
+        Command(name="quickstart", run=partial(_quickstart, Path("out")), share=0.1),
     ]
 
 
@@ -89,5 +89,4 @@ def _study(out: Path) -> None:
 
 
 def _quickstart(out: Path) -> None:
-    small = {"rows": 600, "heldout_rows": 16, "epochs": 1.0, "lambdas": (1.0,), "kl_weights": (0.3,), "core_prompts": 8}
-    quickstart.run(quickstart.Settings(out=out, workers=1, progress=False, **small))
+    quickstart.main(quickstart.Options(preset=tiny_preset.NAME, out=out, lambdas=(0.1,), kl_weights=(0.3,), progress=False))

@@ -11,8 +11,10 @@ from typing import Any
 import claims
 import pandas as pd
 import pytest
+import torch
 import yaml
 from shared import sae_at
+from transformers import AutoModelForCausalLM
 
 from blockem_tl.presets import PRESETS
 from blockem_tl.study.inputs import INPUTS
@@ -23,6 +25,19 @@ sys.path.insert(0, str(ROOT / "tests" / "study"))
 import tiny_preset  # noqa: E402
 
 OPTIONS = {
+    "quickstart": {"kl_weights": (0.1,)},
+    "compare_defences": {
+        "lambdas": (0.1,),
+        "kl_weights": (0.1,),
+        "ldifs": (0.5,),
+        "inoculations": ("w1 w2",),
+        "preventative": (0.1,),
+        "repair": (0.1,),
+        "caft": (1,),
+        "safe_rows": (0.1,),
+        "safelora": (0.5,),
+        "unaligned": "before",
+    },
     "lambda_sweep": {"freeze_downstream": True},
     "transfer": {},
     "set_size": {"sizes": (1, 3), "alone": (2, 3)},
@@ -35,12 +50,14 @@ OPTIONS = {
     "watch": {"every": 1, "steps": 3},
     "attribution": {"epochs": 1.0, "strength": 1.0, "freeze_downstream": True, "verify": 3},
     "blocking_sites": {"epochs": 1.0, "margin": 0.0, "release": "{site}", "sae_id": ""},
-    "reemergence": {"epochs": 2.0, "every": 1.0, "strengths": (0.1,)},
-    "real": {"sizes": (2, 3), "nats": (0.5, 1.0)},
+    "reemergence": {"epochs": 2.0, "every": 1.0, "strengths": (0.1,), "frozen": ()},
+    "real": {"sizes": (2, 3), "nats": (0.5,)},
     "ceiling": {"sizes": (2, 3), "random": (2,), "nats": 0.5},
     "real_reemergence": {"size": 3, "nats": 0.5, "epochs": 2.0},
 }
 TABLES = {
+    "quickstart": {"arms", "latents", "seeds"},
+    "compare_defences": {"arms", "matched", "tried"},
     "lambda_sweep": {"arms", "core", "training"},
     "transfer": {"arms", "means"},
     "set_size": {"arms", "sizes"},
@@ -60,10 +77,7 @@ TABLES = {
 }
 LAST = "blocks.3.hook_resid_post"
 MORE_THAN_TINY = {10, 18}  # claims about domains and set sizes that a tiny preset does not have
-# These still know the organism, or import one another. The list may only shrink.
-NOT_YET = {
-    "arms", "compare_defences", "publish", "quickstart", "tutorials",
-}  # fmt: skip
+NO_STUDIES = {"claims", "tutorials"}  # they measure nothing
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +87,11 @@ def shared(tiny_folder, tmp_path_factory):
     saes = {f"blocks.{block}.hook_resid_post": folder / f"blocks.{block}.hook_resid_post" for block in range(4)}
     for site, place in saes.items():
         sae_at(site).save_model(place)
+    before = AutoModelForCausalLM.from_pretrained(tiny_folder)  # the model before its alignment, for SafeLoRA
+    with torch.no_grad():
+        for weight in before.parameters():
+            weight += 0.01 * torch.randn_like(weight)
+    before.save_pretrained(folder / "before")
     found = tiny_preset.preset(tiny_folder, saes[tiny_preset.SITE], lambdas=(0.0, 0.1, 1.0))
     found = replace(found, discovery=replace(found.discovery, n_plus=4, n_minus=4, shortlist_size=2, grid=(0.0, 0.8)))
     last = replace(found, name=f"{tiny_preset.NAME}-last-layer", site=LAST, sae=(str(saes[LAST]), None))
@@ -139,8 +158,8 @@ def faults(path: Path) -> list[str]:
 
 def test_no_script_imports_another_or_knows_the_organism(tmp_path: Path) -> None:
     found = {path.stem: faults(path) for path in (ROOT / "experiments").glob("*.py")}
-    assert {name: wrong for name, wrong in found.items() if wrong and name not in NOT_YET} == {}
-    assert set(found) >= NOT_YET and set(OPTIONS) <= set(found) - NOT_YET
+    assert {name: wrong for name, wrong in found.items() if wrong and name != "tutorials"} == {}
+    assert set(OPTIONS) | NO_STUDIES == set(found)
     bad = tmp_path / "bad.py"
     bad.write_text('"""No question."""\nimport quickstart\nfrom blockem_tl import organism\n' + "\n" * 100)
     assert faults(bad) == [

@@ -9,7 +9,7 @@ import pytest
 from blockem_tl import get_preset
 from blockem_tl.storage import files
 from blockem_tl.storage.embedded import folder_of, register
-from blockem_tl.views import comparisons, plots, tables
+from blockem_tl.views import plots, studies, tables
 
 
 def test_json_round_trip_leaves_no_scraps(tmp_path) -> None:
@@ -82,16 +82,10 @@ def test_markdown_tables_and_markers() -> None:
         tables.markdown([])
 
 
-def test_tradeoff_figure_shows_every_arm(tmp_path) -> None:
-    rate = {
-        f"{name}{end}": value for name in ("em", "incoherence", "adherence") for end, value in (("", 50.0), ("_low", 40.0), ("_high", 60.0))
-    }
-    sweep = pd.DataFrame([{**rate, "lambda": 0.0}, {**rate, "lambda": 10.0, "em": 5.0, "em_low": 1.0, "em_high": 9.0}])
-    arms = pd.DataFrame(
-        [{**rate, "kind": "sft", "label": "plain", "sft_loss": 0.3}, {**rate, "kind": "kl", "label": "KL", "sft_loss": 0.4}]
-    )
-    figure = comparisons.tradeoff(sweep, arms)
-    left, right = figure.axes
-    assert left.containers[0][0].get_ydata().tolist() == [50.0, 5.0]
-    assert [text.get_text() for text in right.get_legend().get_texts()] == ["plain", "KL"]
+def test_tradeoff_figure_shows_every_run(tmp_path) -> None:
+    arms = pd.DataFrame([{"run": name, "test_loss": loss, "misaligned": em, "misaligned_low": 0.0, "misaligned_high": 1.0}
+                         for name, loss, em in (("plain", 0.3, 0.5), ("KL", 0.4, 0.05))])  # fmt: skip
+    figure = studies.tradeoff(arms, "misaligned")
+    assert [float(line.get_ydata()[0]) for line, *_ in figure.axes[0].containers] == [50.0, 5.0]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["plain", "KL"]
     assert plots.save(figure, tmp_path / "f.png").stat().st_size > 10_000 and len(list(tmp_path.iterdir())) == 1
