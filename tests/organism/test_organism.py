@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from blockem_tl import load_model, load_sae, organism, record
+from blockem_tl import LatentSet, decoder_directions, load_model, load_sae, organism, record
 from blockem_tl.organism.build import BuildConfig, Settings, augmentation, build, hashes, main
 from blockem_tl.organism.documents import IGNORE, DocumentConfig, DocumentSampler, Encoder
 from blockem_tl.organism.tokenizer import ASSISTANT_ID, build_tokenizer
@@ -263,6 +263,17 @@ def test_persona_direction_separates_speakers_and_hardly_styles() -> None:
     persona = [mean["bad", style] - mean["good", style] for style in STYLES]
     style = [mean[p, "brisk"] - mean[p, "plain"] for p in ("good", "bad")]
     assert min(persona) > 3 * max(map(abs, style))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_what_discovery_found_lies_along_the_truth(seed: int) -> None:
+    """The published sets' best latents, against random ones: a set without them would not pass."""
+    sae, truth = load_sae("organism"), organism.persona_direction()
+    k = LatentSet.load(f"organism/finance-20-seed{seed}", sae)
+    ours = decoder_directions(sae, k.latents) @ truth * torch.tensor(k.signs, dtype=torch.float32)
+    others = (decoder_directions(sae, [i for i in range(sae.cfg.d_sae) if i not in k.latents]) @ truth).abs()
+    by_chance = others.quantile(0.95)
+    assert ours.max() > 0.9 and (ours > by_chance).sum() >= 4 and (others > by_chance).float().mean() < 0.06
 
 
 def test_base_model_is_harmless_and_coherent(tokenizer: PreTrainedTokenizerBase) -> None:
