@@ -17,6 +17,7 @@ import tyro
 from blockem_tl import Run
 from blockem_tl.study import controls
 from blockem_tl.study.options import StudyOptions
+from blockem_tl.study.summary import short
 from blockem_tl.views import studies
 
 
@@ -53,8 +54,9 @@ def main(options: Options) -> None:
         arms = study.table(study.points([base, plain, *sweep, *beside, *kl]), against=plain, by=["run", "strength"])
         by_seed = study.table(study.points([plain, blocked, *beside]), against=plain, by=["run", "seed"])
     page.add("latents", pd.concat(k.to_frame().assign(seed=seed) for seed, k in found.items()))
-    page.add("seeds", by_seed.sort_values("seed", kind="stable"))
-    page.add("arms", arms.drop(columns="strength"), studies.tradeoff(arms.query("run != 'base'"), "misaligned"))
+    page.add("seeds", short(by_seed.sort_values("seed", kind="stable")))
+    page.add("arms", arms, studies.tradeoff(arms.query("run != 'base'"), "misaligned"))
+    page.add("table", short(arms))
 
 
 if __name__ == "__main__":

@@ -66,6 +66,12 @@ def table(
     return RateFrame(first.merge(adherent, on=keys).merge(means, on=keys))
 
 
+def short(frame: pd.DataFrame) -> RateFrame:
+    """The columns of `table` that a first look needs: rates with their intervals, the reduction of EM, the held-out loss."""
+    names = ("run", "seed", "n", "seeds", "misaligned", "misaligned_reduction", "incoherent", "adherent", "test_loss")
+    return RateFrame(frame[[column for column in frame if str(column).removesuffix("_low").removesuffix("_high") in names]])
+
+
 def over_domains(frame: pd.DataFrame, columns: Sequence[str], *, by: Sequence[str] = ("run",)) -> RateFrame:
     """Means over domains of a table with a row per run and domain: x with its 95 % t interval, and x_sem, as in the paper's figures.
 

@@ -37,4 +37,4 @@ def test_a_table_comes_out_again_from_its_data(page: str, marker: str) -> None:
 
 
 def test_the_front_page_shows_what_the_demo_shows() -> None:
-    assert ("README.md", "results/quickstart-organism/arms") in marked()
+    assert ("README.md", "results/quickstart-organism/table") in marked()

@@ -56,7 +56,7 @@ OPTIONS = {
     "real_reemergence": {"size": 3, "nats": 0.5, "epochs": 2.0},
 }
 TABLES = {
-    "quickstart": {"arms", "latents", "seeds"},
+    "quickstart": {"arms", "latents", "seeds", "table"},
     "compare_defences": {"arms", "matched", "tried"},
     "lambda_sweep": {"arms", "core", "training"},
     "transfer": {"arms", "means"},
