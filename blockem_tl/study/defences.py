@@ -71,13 +71,19 @@ def interleaving(setting: Setting, run: Run, latent_set: LatentSet | None) -> li
 
 
 def inoculation(setting: Setting, run: Run, latent_set: LatentSet | None) -> list[Defence]:
-    """Inoculation prompting with the run's ``prefix`` or ``system``."""
-    return [Inoculation(**run.arguments)]
+    """Inoculation prompting with the run's ``prefix`` or ``system``; else the strength is the number of the preset's prefix, from 1."""
+    prefixes = setting.preset.inoculations
+    if not run.arguments and run.strength not in range(1, len(prefixes) + 1):
+        raise ValueError(f"run {run.label!r}: expected as strength the number of one of the preset's {len(prefixes)} inoculations, from 1")
+    return [Inoculation(**(run.arguments or {"prefix": prefixes[int(run.strength) - 1]}))]
 
 
 def safelora(setting: Setting, run: Run, latent_set: LatentSet | None) -> list[Defence]:
-    """SafeLoRA; the strength is its threshold, ``unaligned`` the folder or hub id of the model before its alignment."""
-    before = AutoModelForCausalLM.from_pretrained(run.arguments["unaligned"], dtype=setting.model.cfg.dtype)
+    """SafeLoRA; the strength is its threshold, ``unaligned`` the folder or hub id of the model before its alignment (the preset's)."""
+    source = run.arguments.get("unaligned") or setting.preset.unaligned
+    if not source:
+        raise ValueError(f"run {run.label!r}: preset {setting.preset.name!r} names no model before its alignment: say which is unaligned")
+    before = AutoModelForCausalLM.from_pretrained(source, dtype=setting.model.cfg.dtype)
     return [SafeLoRA(differences=alignment_differences(setting.model.original_model, before), threshold=run.strength)]
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 Preset = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PRESET")]
 Adapter = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ADAPTER")]
 Out = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
-Defence = Literal["plain", "block", "kl", "ldifs", "interleaving", "caft", "preventative"]
+Defence = Literal["plain", "block", "kl", "ldifs", "interleaving", "caft", "preventative", "inoculation", "safelora"]
 Split = Literal["final", "core", "in-domain"]
 
 
@@ -46,8 +46,9 @@ class FinetuneOptions(SettingOptions):
 
     defence: plain has none.
     strength: of the defence: lambda of block, the weight of kl and ldifs, the share of safe rows of interleaving, the number of latents
-        of caft, the dose of preventative.
+        of caft, the dose of preventative, the number of the preset's prefix of inoculation (from 1), the threshold of safelora.
     latents: a latent set's file, for block, caft and preventative.
+    unaligned: for safelora the model before its alignment, a folder or a hub id; the preset's by default.
     epochs: of training; the preset's by default.
     freeze_downstream: LoRA only up to the site's block.
     n_rows: training rows; all by default.
@@ -57,6 +58,7 @@ class FinetuneOptions(SettingOptions):
     defence: Defence = "plain"
     strength: float | None = None
     latents: Path | None = None
+    unaligned: str = ""
     epochs: float | None = None
     freeze_downstream: bool = False
     n_rows: int | None = None
@@ -79,6 +81,7 @@ def finetune(preset: Preset, out: Out, /, *, options: tyro.conf.OmitArgPrefixes[
     setting = o.setting(preset)
     overrides: dict[str, Any] = {} if o.epochs is None else {"epochs": o.epochs}
     overrides |= setting.up_to_site if o.freeze_downstream else {}
+    overrides |= {"unaligned": o.unaligned} if o.unaligned else {}
     run = Run(defence=o.defence, strength=o.strength or 0.0, overrides=overrides)
     found = train_into(out, setting, run, card=o.latents, n_rows=o.n_rows, every=o.checkpoints_every)
     print(f"{found['label']}: {found['steps']} steps, SFT loss {found['history'][-1]['sft']:.4f} at the last; {out / 'adapter'}")

@@ -35,7 +35,7 @@ def text_targets(folder: Path) -> list[Target]:
 
 
 def _card_files(folder: Path) -> Iterator[Target]:
-    shipped = sorted((ROOT / "latents").glob("*.json"))[0].read_bytes()
+    shipped = sorted((ROOT / "latents").rglob("*.json"))[0].read_bytes()
     small = LatentSet.of(
         small_sae(),
         [Candidate(latent=k, shift=(-1.0) ** k) for k in (1, 4, 7)],

@@ -10,8 +10,10 @@ from typing import get_args
 import pandas as pd
 import pytest
 import tiny_preset
+import torch
 from safetensors.torch import load_file
 from shared import Interrupted, sae_at, set_of
+from transformers import AutoModelForCausalLM
 
 from blockem_tl import LatentSet, Setting, cli
 from blockem_tl.presets import PRESETS
@@ -114,18 +116,26 @@ def test_a_training_that_was_broken_off_goes_on_from_its_checkpoint(tmp_path, mo
     assert one.keys() == other.keys() and all((one[key] == other[key]).all() for key in one)
 
 
-def test_finetune_takes_every_defence_with_what_it_needs(tmp_path) -> None:
+def test_finetune_takes_every_defence_with_what_it_needs(tiny_folder, tmp_path) -> None:
     assert set(get_args(Defence)) == {"plain", *DEFENCES}
+    before = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    torch.nn.init.normal_(before.lm_head.weight)
+    torch.nn.init.normal_(before.model.layers[0].mlp.up_proj.weight)
+    before.save_pretrained(tmp_path / "before")
     set_of(Setting.of("tiny").sae).save(tmp_path / "mine.json")
-    strengths = {"interleaving": 0.3, "caft": 2}
+    strengths = {"interleaving": 0.3, "caft": 2, "inoculation": 1}
+    more = {"safelora": ["--unaligned", tmp_path / "before"]}
     for name in DEFENCES:
         words = ["finetune", "tiny", tmp_path / name, "--defence", name, "--n-rows", 8, "--epochs", 0.5]
         fails(f"--defence {name} needs --strength", *words)
         words += ["--strength", strengths.get(name, 0.1)]
         card = ["--latents", tmp_path / "mine.json"]
         fails("defences that act on latents are block, caft, preventative", *words, *([] if name in ON_LATENTS else card))
-        run(*words, *(card if name in ON_LATENTS else []))
+        run(*words, *(card if name in ON_LATENTS else []), *more.get(name, []))
         assert (tmp_path / name / "run.json").is_file()
+    for name, strength, message in (("inoculation", 2, "the preset's 1 inoculations"), ("safelora", 1, "say which is unaligned")):
+        words = ["finetune", "tiny", tmp_path / "no", "--defence", name, "--n-rows", 8, "--epochs", 0.5, "--strength", strength]
+        fails(message, *words)
 
 
 # ------------------------------------------------------------------------------------------------ discovery

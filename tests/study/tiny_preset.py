@@ -71,7 +71,13 @@ def preset(model: Path | str, sae: Path | str, **changes) -> Preset:
         valid_only=False,
         max_new_tokens=6,
     )
-    given = {"training": TrainingConfig(batch_size=8, learning_rate=3e-3), "lambdas": (0.01, 0.1), "kl_weights": (0.1,), **changes}
+    given = {
+        "training": TrainingConfig(batch_size=8, learning_rate=3e-3),
+        "lambdas": (0.01, 0.1),
+        "kl_weights": (0.1,),
+        "inoculations": ("w1 w2",),
+        **changes,
+    }
     return Preset(name=NAME, data=NAME, model=str(model), sae=(str(sae), None), site=SITE, discovery=discovery, max_new_tokens=6, **given)
 
 
