@@ -49,7 +49,7 @@ def main(options: Options) -> None:
             "validreduc": study.latents("validreduc", valid_only=True, final_score="repair", n_latents=n),
             "indpp": study.latents("indpp", screen_score="induction", n_latents=n),
             "top-delta": study.latents("top-delta", top_delta, size=n),
-            "random": study.latents("random", at_random, size=n),
+            "at-random": study.latents("at-random", at_random, size=n),
         }
         weights = options.strengths or tuple(weight for weight in study.setting.preset.lambdas if weight)
         runs = [Run(defence="block", strength=weight, latents=name) for name in found for weight in weights]
