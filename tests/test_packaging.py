@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 TORCH = re.search(r"^TORCH := (\S+)", (ROOT / "Makefile").read_text(), re.MULTILINE)[1]
 MOST_MB = 25
+pytestmark = pytest.mark.xdist_group("packaging")  # built once
 USE = """
 import blockem_tl
 from blockem_tl import LatentSet, Setting, generate, organism

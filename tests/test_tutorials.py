@@ -55,8 +55,11 @@ def test_a_tutorial_runs_on_the_organism(path: Path) -> None:
 @each
 def test_a_tutorial_runs_on_a_real_model(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BLOCKEM_DATA")  # the model lies in the user's cache
-    if "setting.sae" in path.read_text() and not os.environ.get("BLOCKEM_REAL_TUTORIALS"):
-        pytest.skip("those that train and discover on the real model take half an hour: BLOCKEM_REAL_TUTORIALS=1 runs them")
+    long = path.stem == "3_patching_sweep" or "setting.sae" in path.read_text()
+    if long and not os.environ.get("BLOCKEM_REAL_TUTORIALS"):
+        pytest.skip(
+            "the sweep and those that discover on the real model take ten minutes to half an hour: BLOCKEM_REAL_TUTORIALS=1 runs them"
+        )
     notebook, seconds = run(path, preset="smollm2-135m", timeout=1800)
     print(f"{path.stem}: {seconds:.0f} s on smollm2-135m")
     assert sum(bool(cell.outputs) for cell in code_cells(notebook)) >= 5

@@ -24,6 +24,8 @@ sys.path.insert(0, str(ROOT / "tests" / "study"))
 
 import tiny_preset  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("studies")  # one worker, and so one study
+
 OPTIONS = {
     "quickstart": {"kl_weights": (0.1,)},
     "compare_defences": {
