@@ -32,7 +32,7 @@ test-slow: install  ## the tests that take minutes
 	SHAPECHECK=0 $(BIN)/python -m pytest -m slow -n 2 --dist loadgroup --maxschedchunk 1
 
 test-vllm: install-vllm  ## the tests on real vLLM (its CPU build), in an environment of its own
-	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest -m slow tests/generation/test_vllm_engine.py tests/generation/test_vllm_real.py tests/judging/test_vllm_judge.py tests/study/test_sharding_vllm.py "tests/test_docs.py::test_a_page_runs[generation-vllm]" "tests/test_docs.py::test_a_page_runs[howto/vllm-vllm]"
+	OMP_NUM_THREADS=1 SHAPECHECK=0 .venv-vllm/bin/python -m pytest -m slow tests/generation/test_vllm_engine.py tests/generation/test_vllm_real.py tests/judging/test_vllm_judge.py tests/study/test_sharding_vllm.py "tests/test_docs.py::test_a_page_runs[generation-vllm]" "tests/test_docs.py::test_a_page_runs[howto/vllm-vllm]"
 
 install-vllm: .venv-vllm/.installed
 
