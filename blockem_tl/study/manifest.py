@@ -56,9 +56,11 @@ def claim_work(path: Path, what: str, function: Callable[..., Any], options: Map
     inner = function.func if isinstance(function, partial) else function
     counting = {name: value for name, value in options.items() if f"discovery.{name}" not in _NO_MATTER}
     mine = {"function": str(getattr(inner, "__qualname__", type(inner).__name__)), **flat(counting)}
-    if begun and path.is_file() and (changed := differences(files.read_json(path), mine)):
+    there = files.read_json(path) if path.is_file() else None
+    if begun and there and (changed := differences(there, mine)):
         raise ValueError(f"{what} was done otherwise: {'; '.join(changed)}. Give it another name")
-    files.write_json(path, mine)
+    if there != mine:
+        files.write_json(path, mine)
 
 
 def read(path: Path) -> dict[str, Any]:
