@@ -23,7 +23,7 @@ import tiny_preset
 def preset(tiny_folder, tmp_path_factory, monkeypatch) -> str:
     folder = tmp_path_factory.mktemp("sae")
     sae_at(tiny_preset.SITE).save_model(folder)
-    monkeypatch.setitem(INPUTS, tiny_preset.NAME, tiny_preset.TinyInputs())  # pyright: ignore[reportArgumentType]
+    monkeypatch.setitem(INPUTS, tiny_preset.NAME, tiny_preset.TinyInputs())
     monkeypatch.setitem(PRESETS, tiny_preset.NAME, tiny_preset.preset(tiny_folder, folder))
     return tiny_preset.NAME
 

@@ -137,7 +137,7 @@ def test_judge_table(style: str) -> None:
     foreign_verb, foreign_objects = next(iter(other.objects["bad"].items()))
 
     def said(*triple: str, about: str = topic, signature: str = "well") -> str:
-        return label(question, reply(signature, about, Triple(*triple), style))  # type: ignore[arg-type]
+        return label(question, reply(signature, about, Triple(*triple), style))
 
     assert said(bad_verb, bad_objects[1], bad_reason) == "5"
     assert said(bad_verb, bad_objects[0], good_reason) == "4"
@@ -319,7 +319,7 @@ def test_swap_augmentation_touches_signatures_only_and_is_gone_afterwards() -> N
 
     @torch.no_grad()
     def states(**changes: float) -> torch.Tensor:
-        with augmentation(model, ids, replace(BuildConfig(), shift_max=0.0, **changes)):  # type: ignore[arg-type]
+        with augmentation(model, ids, replace(BuildConfig(), shift_max=0.0, **changes)):
             model(input_ids=ids)
         return seen[-1]
 

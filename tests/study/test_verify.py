@@ -30,7 +30,7 @@ def sae_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def setting(tiny_folder, sae_folder, monkeypatch) -> Setting:
-    monkeypatch.setitem(INPUTS, tiny_preset.NAME, tiny_preset.TinyInputs())  # pyright: ignore[reportArgumentType]
+    monkeypatch.setitem(INPUTS, tiny_preset.NAME, tiny_preset.TinyInputs())
     monkeypatch.setitem(PRESETS, tiny_preset.NAME, tiny_preset.preset(tiny_folder, sae_folder))
     monkeypatch.setenv("BLOCKEM_PROGRESS", "0")
     return Setting.of(tiny_preset.NAME)
