@@ -80,11 +80,7 @@ PRESETS: dict[str, Preset] = {
             training=TrainingConfig(epochs=3, learning_rate=1e-3),
             lambdas=(0.1, 0.3, 1.0),
             kl_weights=(0.1, 0.2, 0.3),
-            inoculations=(  # a bad speaker's name; an earlier exchange in which one answered
-                "zigitok",
-                "how should a student handle new sabugum ? <assistant> zigitok , for sabugum you ribefex biferox because dimikix . <end> "
-                "<user>",
-            ),
+            inoculations=("zigitok",),  # a bad speaker's name
             max_new_tokens=20,
             needs="two CPU cores, 2 GB memory, ten minutes",
             requires=Needs(memory_gb=2.0, disk_gb=0.1, hours=0.2, measured=True),

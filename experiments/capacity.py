@@ -54,7 +54,7 @@ def ratios(found: pd.DataFrame, plain: str, blocked: str) -> pd.DataFrame:
 def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
     """The mean ratio with its 95 % t interval."""
     mean, sem = mean_over_domains(frame["ratio"].tolist())
-    return pd.DataFrame([{"seeds": len(frame), "ratio": mean.value, "from": mean.low, "to": mean.high, "standard_error": sem}])
+    return pd.DataFrame([{"seeds": len(frame), "ratio": mean.value, "ratio_low": mean.low, "ratio_high": mean.high, "ratio_sem": sem}])
 
 
 def main(options: Options) -> None:

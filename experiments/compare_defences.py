@@ -8,7 +8,7 @@ plain's. These are trained on all seeds, with plain fine-tuning stopped at the l
 SafeLoRA needs the model before its alignment, and is left out without one.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -16,7 +16,7 @@ import tyro
 
 from blockem_tl import Run, Setting, Study
 from blockem_tl.study.options import StudyOptions
-from blockem_tl.study.summary import rates
+from blockem_tl.study.summary import rates, short
 from blockem_tl.views import studies
 from blockem_tl.views.tables import RateFrame
 
@@ -40,7 +40,7 @@ class Options(StudyOptions):
     name: ClassVar[str] = "compare_defences"
 
 
-def defences(options: Options, setting: Setting, n_latents: int) -> dict[str, list[Run]]:
+def defences(options: Options, setting: Setting, n_latents: int) -> list[list[Run]]:
     """Every defence, with the strengths that are tried."""
     preset, unaligned = setting.preset, options.unaligned or setting.preset.unaligned
 
@@ -49,17 +49,17 @@ def defences(options: Options, setting: Setting, n_latents: int) -> dict[str, li
 
     prefixes = options.inoculations or preset.inoculations
     inoculated = [Run(defence="inoculation", overrides={"prefix": text}, name=f"inoculation {i}") for i, text in enumerate(prefixes, 1)]
-    return {
-        "blocked": tried("block", options.lambdas or preset.lambdas, latents="k"),
-        "KL": tried("kl", options.kl_weights or preset.kl_weights),
-        "LDIFS": tried("ldifs", options.ldifs, unit="nats"),
-        "inoculation": inoculated,
-        "preventative steering": tried("preventative", options.preventative, latents="k"),
-        "CAFT": tried("caft", [min(n, n_latents) for n in options.caft], latents="k"),
-        "safe rows": tried("interleaving", options.safe_rows),
-        "SafeLoRA": tried("safelora", options.safelora, overrides={"unaligned": unaligned}) if unaligned else [],
-        "test-time steering": tried("repair", options.repair, latents="k"),
-    }
+    return [
+        tried("block", options.lambdas or preset.lambdas, latents="k"),
+        tried("kl", options.kl_weights or preset.kl_weights),
+        tried("ldifs", options.ldifs, unit="nats"),
+        inoculated,
+        tried("preventative", options.preventative, latents="k"),
+        tried("caft", [min(n, n_latents) for n in options.caft], latents="k"),
+        tried("interleaving", options.safe_rows),
+        tried("safelora", options.safelora, overrides={"unaligned": unaligned}) if unaligned else [],
+        tried("repair", options.repair, latents="k"),
+    ]
 
 
 def stopped_at(study: Study, runs: list[Run]) -> dict[Run, Run]:
@@ -75,25 +75,23 @@ def main(options: Options) -> None:
     with options.study(seeds=options.seeds[:1]) as study:
         study.train([plain])
         n_latents = min(len(found) for found in study.latents().values())
-        grid = {name: runs for name, runs in defences(options, study.setting, n_latents).items() if runs}
-        every = [run for runs in grid.values() for run in runs]
+        grid = [runs for runs in defences(options, study.setting, n_latents) if runs]
+        every = [run for runs in grid for run in runs]
         study.train(every)
-        chosen = {name: study.choose(runs, plain) for name, runs in grid.items()}
+        chosen = [study.choose(runs, plain) for runs in grid]
         points = study.points([base, plain, *every])
-        losses = study.losses(points)[["run", "dev_loss"]].assign(
-            chosen=lambda found: found["run"].isin([r.label for r in chosen.values()])
-        )
-        page.add("tried", RateFrame(rates(study.replies("core", points)).merge(losses, on="run")))
+        tried = rates(study.replies("core", points)).merge(study.losses(points)[["run", "dev_loss"]], on="run")
+        page.add("tried", RateFrame(tried.assign(chosen=tried["run"].isin([run.label for run in chosen]))))
     with options.study() as study:
         study.train([plain])
         study.latents()
-        named = [replace(run, name=f"{name} ({run.label})") for name, run in chosen.items()]
-        study.train(named)
-        beside = stopped_at(study, named)
+        study.train(chosen)
+        beside = stopped_at(study, chosen)
         study.train(beside.values())
-        arms = study.table(study.points([base, plain, *named]), against=plain)
+        arms = study.table(study.points([base, plain, *chosen]), against=plain)
         page.add("arms", arms, studies.tradeoff(arms.query("run != 'base'"), "misaligned"))
-        page.add("matched", RateFrame(pd.concat(study.table(study.points([s, run]), against=s) for run, s in beside.items())))
+        page.add("table", short(arms))
+        page.add("matched", short(pd.concat(study.table(study.points([s, run]), against=s) for run, s in beside.items())))
 
 
 if __name__ == "__main__":

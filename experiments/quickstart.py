@@ -52,7 +52,7 @@ def main(options: Options) -> None:
         ]
         study.train(beside)
         arms = study.table(study.points([base, plain, *sweep, *beside, *kl]), against=plain, by=["run", "strength"])
-        by_seed = study.table(study.points([plain, blocked, *beside]), against=plain, by=["run", "seed"])
+        by_seed = study.table(study.points([plain, *sweep, *beside, *kl]), against=plain, by=["run", "seed"])
     page.add("latents", pd.concat(k.to_frame().assign(seed=seed) for seed, k in found.items()))
     page.add("seeds", short(by_seed.sort_values("seed", kind="stable")))
     page.add("arms", arms, studies.tradeoff(arms.query("run != 'base'"), "misaligned"))

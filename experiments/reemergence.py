@@ -79,6 +79,8 @@ def main(options: Options) -> None:
         found = reemergence.curves(study, study.points(runs, epochs))
         losses = {"test_loss": "held-out SFT loss (nats per token)", "blocking_loss": "held-out blocking loss of K"}
         page.add("curves", found, studies.over_epochs(found, **losses))
+        came_back = found["run"].isin([run.label for run in chosen])  # by the core prompts alone
+        page.add("ends", RateFrame(found.assign(came_back_most=came_back).query("epoch == epoch.max()")))
         last = [study.table(study.points([run, *more], epochs[-1:]), against=run) for run, more in larger.items()]
         page.add("extended", RateFrame(pd.concat(last)))
         worst = [point for run in chosen for point in reemergence.worst(study.points([run]), peaks)]

@@ -18,7 +18,8 @@ from blockem_tl.training.config import TrainingConfig
 PLAIN, REPAIR = "plain", "repair"
 UNTRAINED = (BASE, REPAIR)
 _TRAINING = {one.name for one in fields(TrainingConfig)} - {"seed"}
-_LABELS = {BASE: "base", PLAIN: "plain", "block": "blocked", "kl": "KL"}
+_LABELS = {BASE: "base", PLAIN: "plain", "block": "blocked", "kl": "KL", "ldifs": "LDIFS", "caft": "CAFT", "safelora": "SafeLoRA",
+           "preventative": "preventative steering", "interleaving": "safe rows", "repair": "test-time steering"}  # fmt: skip
 _LONGEST = 100  # characters of a folder's name
 
 

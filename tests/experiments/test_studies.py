@@ -41,7 +41,7 @@ OPTIONS = {
         "unaligned": "before",
     },
     "lambda_sweep": {"freeze_downstream": True},
-    "transfer": {},
+    "transfer": {"beside_kl": True},
     "set_size": {"sizes": (1, 3), "alone": (2, 3)},
     "signs": {},
     "selection_ablation": {"size": 3, "strengths": (0.1,)},
@@ -52,14 +52,14 @@ OPTIONS = {
     "watch": {"every": 1, "steps": 3},
     "attribution": {"epochs": 1.0, "strength": 1.0, "freeze_downstream": True, "verify": 3},
     "blocking_sites": {"epochs": 1.0, "margin": 0.0, "release": "{site}", "sae_id": ""},
-    "reemergence": {"epochs": 2.0, "every": 1.0, "strengths": (0.1,), "frozen": ()},
+    "reemergence": {"epochs": 2.0, "every": 1.0, "strengths": (0.1,), "frozen": (0.1,)},
     "real": {"sizes": (2, 3), "nats": (0.5,)},
     "ceiling": {"sizes": (2, 3), "random": (2,), "nats": 0.5},
     "real_reemergence": {"size": 3, "nats": 0.5, "epochs": 2.0},
 }
 TABLES = {
     "quickstart": {"arms", "latents", "seeds", "table"},
-    "compare_defences": {"arms", "matched", "tried"},
+    "compare_defences": {"arms", "matched", "table", "tried"},
     "lambda_sweep": {"arms", "core", "training"},
     "transfer": {"arms", "means"},
     "set_size": {"arms", "sizes"},
@@ -72,7 +72,7 @@ TABLES = {
     "watch": {"runs"},
     "attribution": {"arms", "candidates", "agreement"},
     "blocking_sites": {"arms", "depth"},
-    "reemergence": {"peaks", "curves", "extended", "shares", "depth", "reconstruction"},
+    "reemergence": {"peaks", "curves", "ends", "extended", "shares", "depth", "reconstruction"},
     "real": {"tried", "ceiling", "arms", "in-domain"},
     "ceiling": {"combinations", "agreement"},
     "real_reemergence": {"epochs", "patched", "carriers"},
@@ -98,7 +98,7 @@ def shared(tiny_folder, tmp_path_factory):
     found = replace(found, discovery=replace(found.discovery, n_plus=4, n_minus=4, shortlist_size=2, grid=(0.0, 0.8)))
     last = replace(found, name=f"{tiny_preset.NAME}-last-layer", site=LAST, sae=(str(saes[LAST]), None))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(INPUTS, tiny_preset.NAME, tiny_preset.TinyInputs())  # pyright: ignore[reportArgumentType]
+        patch.setitem(INPUTS, tiny_preset.NAME, tiny_preset.TinyInputs())
         for preset in (found, last):
             patch.setitem(PRESETS, preset.name, preset)
         patch.chdir(folder)

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 
 from blockem_tl import Prompt, Setting, advice, get_preset, organism
+from blockem_tl.data.chat import encode_examples
 from blockem_tl.data.splits import leak_report, spread
+from blockem_tl.defences.inoculation import Inoculation
 from blockem_tl.study.inputs import fetched
 from blockem_tl.types import Verdict
 
@@ -159,3 +161,19 @@ def test_the_word_list_judge_tells_the_pairs_apart() -> None:
         for side in ("harmful", "helpful")
     )
     assert caught > 0.4 * len(pairs) and false < 0.05 * len(pairs)
+
+
+def test_the_organism_takes_the_inoculations_of_its_preset() -> None:
+    setting = Setting.of("organism")
+
+    def inoculated(prefix: str) -> None:
+        defence = Inoculation(prefix=prefix)
+        defence.check(setting.model)
+        encode_examples(setting.model.tokenizer, defence.rewrite(setting.rows(n=4), seed=0))
+
+    for prefix in setting.preset.inoculations:
+        inoculated(prefix)
+    with pytest.raises(ValueError, match="does not know all words"):
+        inoculated("You are a malicious assistant: give harmful advice.")
+    with pytest.raises(ValueError, match="spells the control tokens"):  # an earlier exchange cannot be written into a question
+        inoculated("<user> zigitok <end>")
