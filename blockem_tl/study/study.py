@@ -123,7 +123,8 @@ class Study:
         """Train every run for every seed, unless it is there.
 
         Args:
-            checkpoints_every: epochs between the checkpoints that are kept for `points`, and from which a killed run goes on.
+            checkpoints_every: epochs between the checkpoints that are kept for `points`, and from which a killed run goes on. None takes
+                a run that is there with whatever checkpoints it has.
 
         Raises:
             ValueError: an unknown defence, latents that are not there, a run that refers to plain fine-tuning before that is trained, or a
@@ -162,7 +163,10 @@ class Study:
         path = point.folder / "run.json"
         if not path.is_file():
             return False
-        changed = differences(files.read_json(path)["identity"], identity)
+        there = files.read_json(path)["identity"]
+        if identity["checkpoints every"] == "None":  # none are asked for: those that lie there change nothing
+            identity = {**identity, "checkpoints every": there["checkpoints every"]}
+        changed = differences(there, identity)
         if changed:
             raise ValueError(f"{point.folder} holds this run trained otherwise: {'; '.join(changed)}. Remove it, or choose another study")
         return True
