@@ -82,7 +82,7 @@ def row(claim: dict[str, Any], options: Options) -> dict[str, Any]:
     if options.preset in claim.get("cannot", {}):
         return {**about, "here": claim["cannot"][options.preset], "verdict": "cannot be tested here"}
     place = options.results / f"{claim.get('from', '').format(preset=options.preset)}.csv"
-    if not place.is_file() or claim.get("only", options.preset) != options.preset:
+    if not place.is_file():
         return {**about, "here": claim["by"], "verdict": "not run yet"}
     texts, reached = zip(*(checked(pd.read_csv(place), check) for check in claim["checks"]), strict=True)
     verdict = "holds" if min(reached) == 1 else "does not hold" if max(reached) == 0 else "in part"

@@ -68,7 +68,9 @@ def test_where_there_is_nothing_to_compare_nothing_is_said(tmp_path: Path) -> No
 
 def test_what_was_not_run_here_is_not_taken_from_elsewhere(tmp_path: Path) -> None:
     frame = table(reduction=0.7, reduction_low=0.6, reduction_high=0.8)
-    other = claim_rows(tmp_path, "tiny", [CHECK], frame, only="organism")
+    assert claim_rows(tmp_path, "organism", [CHECK], frame)["verdict"] == "holds"
+    claim = {"claim": 2, "says": "s", "from": "sweep-{preset}/arms", "by": "sweep.py", "checks": [CHECK]}
+    other = claims.row(claim, claims.Options(preset="tiny", results=tmp_path))
     assert other["verdict"] == "not run yet" and other["here"] == "sweep.py"
     cannot = {"claim": 6, "says": "s", "by": "x.py", "cannot": {"organism": "it has no words"}}
     on = {preset: claims.row(cannot, claims.Options(preset=preset, results=tmp_path)) for preset in ("organism", "tiny")}
