@@ -117,6 +117,7 @@ def test_a_result_says_share_and_margin_with_intervals(tiny) -> None:
         found.of("lat")
 
 
+@pytest.mark.slow
 def test_a_narrow_fine_tune_on_harmful_rows_moves_the_organism_elsewhere() -> None:
     """And one on good rows does not: the pairs see emergent misalignment without a reply or a judge."""
     model, pairs = load_model("organism", device="cpu"), organism.pairs("core")

@@ -22,6 +22,7 @@ def test_scale_prints_the_unit_of_doses(capsys) -> None:
     assert capsys.readouterr().out.startswith("74.6358  organism at blocks.2.hook_resid_post, 256 reference rows")
 
 
+@pytest.mark.slow
 def test_train_sae_reads_rows_replies_and_texts(tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.setenv("BLOCKEM_PROGRESS", "0")
     text = tmp_path / "prose.txt"

@@ -130,6 +130,7 @@ def frames(found) -> list[str]:
     return [frame.to_csv() for frame in (found.to_frame(), found.screen_frame(), found.dose_frame())]
 
 
+@pytest.mark.slow
 def test_a_shared_discovery_is_that_of_one_process_row_for_row(setting, plain, tmp_path, monkeypatch) -> None:
     def found(out: str, **options):
         return jobs.discovery(setting, replace(tuned_at(plain), out=tmp_path / out), **options)
@@ -146,6 +147,7 @@ def test_a_shared_discovery_is_that_of_one_process_row_for_row(setting, plain, t
     assert frames(found("deaf", executor=Three(setting))) != frames(alone)
 
 
+@pytest.mark.slow
 def test_a_study_with_more_workers_than_seeds_shares_each_discovery(setting, tmp_path, monkeypatch) -> None:
     def found(out: str) -> list[bytes]:
         with Study(tmp_path / out, setting, seeds=(0, 1), progress=False) as study:

@@ -38,6 +38,7 @@ def torchrun(processes: int, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_batch(tiny_folder, tmp_path) -> None:
     """8 examples per step: 8 at once, or 2 at once in each of two processes."""
     two, one = tmp_path / "two", tmp_path / "one"
@@ -54,6 +55,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tiny_folder, tmp_path) -> 
     assert sorted(p.name for p in (two / "checkpoints").iterdir()) == sorted(p.name for p in (one / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_two_processes_with_half_of_the_weights_each_equal_one(tiny_folder, tmp_path) -> None:
     """FSDP with gradient checkpointing: base is in halves, the adapter whole; the checkpoint is the one of a run in one process."""
     two, one = tmp_path / "two", tmp_path / "one"
