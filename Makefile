@@ -17,7 +17,7 @@ STRENGTH ?= 0.3
 EPOCHS ?= 4
 LONG := --epochs $(EPOCHS) --strength $(STRENGTH) --freeze-downstream
 STUDIES := quickstart.py compare_defences.py "lambda_sweep.py --freeze-downstream" "transfer.py --beside-kl" "transfer.py --freeze-downstream" signs.py set_size.py "cross_source.py --sources health" \
-	selection_ablation.py last_layer.py "reemergence.py --epochs $(EPOCHS) --strengths $(STRENGTH)" "capacity.py $(LONG)" \
+	selection_ablation.py latent_sets.py last_layer.py "reemergence.py --epochs $(EPOCHS) --strengths $(STRENGTH)" "capacity.py $(LONG)" \
 	"patching_sweep.py $(LONG)" "attribution.py $(LONG)" "blocking_sites.py --epochs $(EPOCHS) --strength $(STRENGTH)"
 
 .PHONY: demo real reproduce test test-slow test-vllm install install-vllm lint types docs readme organism clean

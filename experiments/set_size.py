@@ -11,6 +11,7 @@ from typing import ClassVar
 import tyro
 
 from blockem_tl import LatentSet, Point, Run, Setting
+from blockem_tl.study import controls
 from blockem_tl.study.options import StudyOptions
 from blockem_tl.views import studies
 
@@ -23,11 +24,6 @@ class Options(StudyOptions):
     sizes: tuple[int, ...] = (1, 3, 5, 7, 10, 13, 15, 18, 20)
     alone: tuple[int, ...] = (11, 12, 13)
     name: ClassVar[str] = "set_size"
-
-
-def first(setting: Setting, point: Point, *, n: int) -> LatentSet:
-    """The best n latents of K."""
-    return point.latents(setting.sae, "k").first(n)
 
 
 def places(setting: Setting, point: Point, *, alone: tuple[int, ...]) -> LatentSet:
@@ -46,7 +42,7 @@ def main(options: Options) -> None:
         weight = max(study.setting.preset.lambdas) if options.strength is None else options.strength
         sizes, runs = [n for n in options.sizes if n <= least], []
         for n in sizes:
-            study.latents(f"first-{n}", first, n=n)
+            study.latents(f"first-{n}", controls.first, n=n)
             runs.append(Run(defence="block", strength=weight, latents=f"first-{n}", name=f"first {n}"))
         if max(options.alone) <= least:
             study.latents("alone", places, alone=options.alone)

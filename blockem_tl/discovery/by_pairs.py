@@ -18,7 +18,8 @@ from blockem_tl.discovery.calibration import NO_FEASIBLE_DOSE, Calibrated, Feasi
 from blockem_tl.discovery.config import DiscoveryConfig
 from blockem_tl.discovery.diffing import candidate_pool
 from blockem_tl.discovery.racing import DoseCounts
-from blockem_tl.discovery.screening import Screened, shortlist
+from blockem_tl.discovery.screening import Screened
+from blockem_tl.discovery.stages import shortlisted
 from blockem_tl.evaluation.preference import preference
 from blockem_tl.generation.steering import UNSTEERED, Condition, Steering
 from blockem_tl.models.load import Model
@@ -118,13 +119,15 @@ def stages(
     known: Sequence[int],
     scale: float,
     progress: bool,
+    given: Sequence[Candidate] | None = None,
 ) -> tuple[list[Screened], list[Calibrated]]:
-    """Stages 1 to 3 as `discover` runs them, on pairs."""
+    """Stages 1 to 3 as `discover` runs them, on pairs; of candidates that are given only stage 3."""
     tests = PairTests(model, sae, pairs, adapter, scale, config.max_incoherence.nats)
+    if given is not None:
+        return [], calibrate_pairs(tests, given, config, progress=progress)
     chosen = pool(pair_diff(model, sae, pairs, adapter=adapter, progress=progress), config, known)
     screened = screen_pairs(tests, chosen, config, progress=progress)
-    kept = shortlist(screened, size=config.shortlist_size, screen_score=config.screen_score)
-    return screened, calibrate_pairs(tests, kept, config, progress=progress)
+    return screened, calibrate_pairs(tests, shortlisted(screened, config), config, progress=progress)
 
 
 def screen_pairs(tests: PairTests, candidates: Sequence[Candidate], config: DiscoveryConfig, *, progress: bool = True) -> list[Screened]:

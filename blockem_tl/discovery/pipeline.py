@@ -13,11 +13,13 @@ from blockem_tl.data.checks import check_prompts
 from blockem_tl.discovery import by_pairs
 from blockem_tl.discovery._sources import sources
 from blockem_tl.discovery.by_pairs import pairs_of
-from blockem_tl.discovery.calibration import Calibrated, Selection, calibrate, select
+from blockem_tl.discovery.calibration import Calibrated
 from blockem_tl.discovery.config import PAPER, DiscoveryConfig, checked_scale, warn_if_nothing_induced
 from blockem_tl.discovery.diffing import candidate_pool, shifts
-from blockem_tl.discovery.racing import SteeringTests, steering_tests
-from blockem_tl.discovery.screening import Screened, Shortlisting, screen, shortlist
+from blockem_tl.discovery.racing import steering_tests
+from blockem_tl.discovery.screening import Screened
+from blockem_tl.discovery.shortlists import checked
+from blockem_tl.discovery.stages import chosen_by, shortlisted, stage_three, stage_two
 from blockem_tl.generation.engine import Engine
 from blockem_tl.generation.reply_fn import ReplyFn
 from blockem_tl.generation.steering import UNSTEERED
@@ -37,7 +39,7 @@ class Discovery(Result):
     """A latent set with the measurements that chose it, for tables and figures.
 
     latent_set: K; under ``discover(extending=...)`` the extended set.  added: what this run found, K or K_reem.
-    screened, calibrated: the candidates of stages 2 and 3.
+    screened, calibrated: the candidates of stages 2 and 3; none of stage 2 under ``discover(candidates=...)``.
     """
 
     latent_set: LatentSet
@@ -58,7 +60,7 @@ class Discovery(Result):
                 "latent": c.candidate.latent,
                 "shift": c.candidate.shift,
                 "sign": c.candidate.sign,
-                "screen_score": screen_score[c.candidate.latent],
+                "screen_score": screen_score.get(c.candidate.latent),
                 "induce_dose": c.induce.dose,
                 "induction": c.induction_effect,
                 "repair_dose": c.repair.dose,
@@ -105,7 +107,7 @@ class Discovery(Result):
 
     def headline(self) -> str:
         """Sizes of K and of what it was chosen from."""
-        return f"{self.latent_set.headline()}; from {len(self.screened)} candidates, {len(self.calibrated)} calibrated"
+        return f"{self.latent_set.headline()}; from {len(self.screened or self.calibrated)} candidates, {len(self.calibrated)} calibrated"
 
     def plot(self) -> Any:
         """Induction against repair of the calibrated latents, K marked."""
@@ -125,6 +127,7 @@ def discover(
     config: DiscoveryConfig = PAPER,
     extending: LatentSet | None = None,
     exclude: Sequence[int] = (),
+    candidates: Sequence[Candidate] = (),
     provenance: Mapping[str, Any] | None = None,
     engine: Engine | None = None,
     store: Path | str | None = None,
@@ -134,11 +137,10 @@ def discover(
 
     Args:
         judge: grades the replies of stages 2 and 3; or contrastive pairs in its place: margins instead of rates, in minutes.
-        prompts: the core prompts; they select, and must never report. With pairs, their own questions.
-        adapter: the tuned model: an adapter by name or in a folder; None: the one that acts.
+        prompts: the core prompts, which never report. With pairs, their own questions.  adapter: the tuned model; None: the one that acts.
         scale: the site's median norm on base (`median_norm` over a reference corpus, as in the paper); None measures it on ``prompts``.
-        extending: K of an earlier run (F.2): its latents are no candidates, and the result's set is K and what is found.
-        exclude: further latents to leave out.  provenance: further entries of the latent set's provenance, for people.
+        extending: K of an earlier run (F.2), whose latents are no candidates; what is found is added to it.  exclude: more of these.
+        candidates: a shortlist in place of stages 1 and 2 (D.5's unions, see `united`).  provenance: further entries of the set's own.
         engine: makes the replies of stages 2 and 3; it holds the same weights under the adapter's name. None: ``model`` itself.
         store: a folder that keeps every reply and verdict as soon as it is there; a run that was killed goes on from them.
 
@@ -146,28 +148,30 @@ def discover(
     """
     pairs = pairs_of(judge)
     prompts = _prompts(pairs, prompts, engine, store, config)
-    known = _known(sae, extending, exclude)
+    known, given = _known(sae, extending, exclude, candidates)
     warn_if_poor_fit(model, sae, prompts, stacklevel=2)
     with _tuned(model, adapter) as name:
         scale = checked_scale(median_norm(model, check_fits(sae, model), prompts) if scale is None else scale)
         about = _about(model, name, judge, scale, config)
         if pairs is not None:
-            screened, calibrated = by_pairs.stages(model, sae, pairs, name, config, known, scale, progress)
+            screened, calibrated = by_pairs.stages(model, sae, pairs, name, config, known, scale, progress, given)
         else:
-            asked = {**about, "exclude": known, "prompts": [p.text for p in prompts]}
+            asked = {**about, "exclude": known, "candidates": [c.latent for c in given or ()], "prompts": [p.text for p in prompts]}
             by_judge = sources(model, engine, cast(Judge, judge), name, config, store, asked)
-            screened, calibrated = _stages(model, sae, prompts, by_judge, config, known, scale, progress)
+            screened, calibrated = _stages(model, sae, prompts, by_judge, config, known, scale, progress, given)
     added = _latent_set(sae, calibrated, config, prompts, {**(provenance or {}), **about})
     return Discovery(latent_set=extending.extended_by(added) if extending else added, added=added, screened=screened, calibrated=calibrated)
 
 
-def _known(sae: SAE[Any], extending: LatentSet | None, exclude: Sequence[int]) -> list[int]:
-    """Latents that are no candidates. Raises ValueError for another SAE's."""
+def _known(
+    sae: SAE[Any], extending: LatentSet | None, exclude: Sequence[int], candidates: Sequence[Candidate]
+) -> tuple[list[int], list[Candidate] | None]:
+    """Latents that are no candidates, and the candidates that are given, without those; None: none. Raises ValueError for another SAE's."""
     if extending is not None:
         extending.check_sae(sae)
     known = [*(extending.latents if extending else ()), *exclude]
     check_latents(sae, known)
-    return known
+    return known, [c for c in checked(sae, candidates) if c.latent not in known] if candidates else None
 
 
 def _prompts(
@@ -221,55 +225,17 @@ def _stages(
     known: Sequence[int],
     scale: float,
     progress: bool,
+    given: Sequence[Candidate] | None,
 ) -> tuple[list[Screened], list[Calibrated]]:
     base, tuned, judge = sources
+    tests = steering_tests(base, tuned, judge, prompts, smallest_wave=config.smallest_wave)
+    if given is not None:
+        return [], stage_three(tests, sae, given, config, scale=scale, progress=progress)
     shift = shifts(model, sae, _rows(tuned, prompts, config))
     shift[list(known)] = 0.0
-    tests = steering_tests(base, tuned, judge, prompts, smallest_wave=config.smallest_wave)
     pool = candidate_pool(shift, n_plus=config.n_plus, n_minus=config.n_minus)
     screened = stage_two(tests, sae, pool, config, scale=scale, progress=progress)
-    return screened, stage_three(tests, sae, screened, config, scale=scale, progress=progress)
-
-
-def stage_two(
-    tests: SteeringTests, sae: SAE[Any], pool: Sequence[Candidate], config: DiscoveryConfig, *, scale: float, progress: bool = True
-) -> list[Screened]:
-    """`screen` of the candidates as ``config`` says."""
-    return screen(
-        tests,
-        sae,
-        pool,
-        scale=scale,
-        induce_dose=config.induce_dose,
-        repair_dose=config.repair_dose,
-        shortlisting=Shortlisting(size=config.shortlist_size, screen_score=config.screen_score),
-        full_grid=config.full_grid,
-        progress=progress,
-    )
-
-
-def stage_three(
-    tests: SteeringTests, sae: SAE[Any], screened: Sequence[Screened], config: DiscoveryConfig, *, scale: float, progress: bool = True
-) -> list[Calibrated]:
-    """`calibrate` of the shortlist as ``config`` says."""
-    return calibrate(
-        tests,
-        sae,
-        shortlist(screened, size=config.shortlist_size, screen_score=config.screen_score),
-        scale=scale,
-        grid=config.grid,
-        extended_grid=config.extended_grid,
-        extended_grid_min_shift=config.extended_grid_min_shift,
-        max_incoherence=config.max_incoherence,
-        selection=Selection(n=config.n_latents, final_score=config.final_score, valid_only=config.valid_only),
-        full_grid=config.full_grid,
-        progress=progress,
-    )
-
-
-def chosen_by(config: DiscoveryConfig, calibrated: Sequence[Calibrated]) -> list[Calibrated]:
-    """K: `select` as ``config`` says."""
-    return select(calibrated, n=config.n_latents, final_score=config.final_score, valid_only=config.valid_only)
+    return screened, stage_three(tests, sae, shortlisted(screened, config), config, scale=scale, progress=progress)
 
 
 def _latent_set(

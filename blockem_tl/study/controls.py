@@ -1,4 +1,4 @@
-"""Latent sets to set beside K, for `Study.latents`: random ones, of all latents or of those that fire."""
+"""Latent sets to set beside K, for `Study.latents`: its best latents alone, and random ones, of all latents or of those that fire."""
 
 import torch
 
@@ -8,6 +8,11 @@ from blockem_tl.models.lora import BASE
 from blockem_tl.saes.latent_set import LatentSet, random_latents
 from blockem_tl.study.run import Point
 from blockem_tl.study.setting import Setting
+
+
+def first(setting: Setting, point: Point, *, n: int, beside: str = "k") -> LatentSet:
+    """The best ``n`` latents of the study's set ``beside``."""
+    return point.latents(setting.sae, beside).first(n)
 
 
 def random_beside(setting: Setting, point: Point, *, beside: str, firing: bool = False) -> LatentSet:

@@ -25,8 +25,8 @@ from blockem_tl import Example, LatentSet, Model, Prompt, Verdict, finetune, get
 from blockem_tl.data.chat import encode_examples
 from blockem_tl.discovery.config import DiscoveryConfig
 from blockem_tl.discovery.diffing import candidate_pool, shifts
-from blockem_tl.discovery.pipeline import chosen_by, stage_three, stage_two
 from blockem_tl.discovery.racing import steering_tests
+from blockem_tl.discovery.stages import chosen_by, shortlisted, stage_three, stage_two
 from blockem_tl.generation.engine import TransformerLensEngine
 from blockem_tl.generation.reply_fn import EngineReplies, replies_from
 from blockem_tl.generation.steering import UNSTEERED, Condition
@@ -104,7 +104,7 @@ def stages(
         screened = stage_two(tests, sae, pool, config, scale=scale, progress=progress)
     conditions = list(meter.by_condition)
     with meter.during(3):
-        calibrated = stage_three(tests, sae, screened, config, scale=scale, progress=progress)
+        calibrated = stage_three(tests, sae, shortlisted(screened, config), config, scale=scale, progress=progress)
     conditions += [("base", UNSTEERED.name), ("default", UNSTEERED.name)]
     for c in calibrated:
         conditions += [("base" if s.test == "induce" else "default", f"latent {c.candidate.latent} at {s.dose:+g}") for s in c.doses]

@@ -22,8 +22,8 @@ from sae_lens import StandardSAE, StandardSAEConfig
 
 from blockem_tl import Prompt, Verdict
 from blockem_tl.discovery.config import DiscoveryConfig
-from blockem_tl.discovery.pipeline import stage_three, stage_two
 from blockem_tl.discovery.racing import steering_tests
+from blockem_tl.discovery.stages import shortlisted, stage_three, stage_two
 from blockem_tl.generation.steering import Condition
 from blockem_tl.types import Candidate, Generation
 
@@ -101,7 +101,7 @@ def waves(settings: Settings, **way: Any) -> tuple[list[int], list[int]]:
     prompts = [Prompt(id=str(i), text=f"question {i}") for i in range(settings.n_prompts)]
     tests = steering_tests(Arm(world, 0), Arm(world, 1), world, prompts, smallest_wave=config.smallest_wave)
     screened, two = stage_two(tests, sae, pool, config, scale=1.0, progress=False), len(world.waves)
-    stage_three(tests, sae, screened, config, scale=1.0, progress=False)
+    stage_three(tests, sae, shortlisted(screened, config), config, scale=1.0, progress=False)
     return world.waves[:two], world.waves[two:]
 
 
