@@ -3,9 +3,9 @@
     python experiments/latent_sets.py --preset organism --seeds 0 1 2
     python experiments/latent_sets.py --preset llama-3.1-8b --reem-strength 3000 --judge-models qwen llama
 
-Shortlists of five sources: plain fine-tuning (finance), the same ranked by induction alone (indpp), that of another task (health) or with
-LoRA only up to the site (restricted), long blocked fine-tuning (reem). Stage 3 ranks the union of all, and of finance and reem, anew on
-plain fine-tuning, by the default rule and by ValidReduc; sets of each size are blocked at each lambda.
+Shortlists of five sources: plain fine-tuning (own; the paper's Fin), the same ranked by induction alone (indpp), that of another task
+(other; Health), with LoRA only up to the site (restricted; MaxLoRA20), long and blocked (reem). Stage 3 ranks the union of all, and of own
+and reem, anew on plain fine-tuning, by the default rule and by ValidReduc; sets of each size are blocked at each lambda.
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ VALIDREDUC = {"valid_only": True, "final_score": "repair"}
 SETS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "all": (DEFAULT, (20, 30, 40, 60, 100)),
     "all-validreduc": (VALIDREDUC, (20, 30, 42)),
-    "fin+reem": (DEFAULT, (20, 30, 40, 60, 100)),
-    "fin+reem-validreduc": (VALIDREDUC, (20, 29)),
+    "own+reem": (DEFAULT, (20, 30, 40, 60, 100)),
+    "own+reem-validreduc": (VALIDREDUC, (20, 29)),
 }  # the paper's sizes
 
 
@@ -43,19 +43,21 @@ class Options(StudyOptions):
 
 
 def shortlists(options: Options, study: Study) -> tuple[str, ...]:
-    """The five sources' shortlists, as latent sets of the study; their names, finance and reem first."""
+    """The five sources' shortlists, as latent sets of the study; their names, own and reem first."""
     setting = study.setting
     weights = [weight for weight in setting.preset.lambdas if weight]
-    other = options.other or next(domain for domain in setting.inputs.domains if domain != setting.domain)
+    others = [options.other] if options.other else [domain for domain in setting.inputs.domains if domain != setting.domain]
+    if not others:
+        raise ValueError(f"latent sets: preset {setting.preset.name!r} has rows of one task, expected another one for its latents")
     study.train([Run()])
     study.latents()
     weight = min(weights) if options.reem_strength is None else options.reem_strength
     long = reemergence.prolonged(setting, options.reem_epochs)
     sources = {
-        "finance": (Run(), {}),
+        "own": (Run(), {}),
         "reem": (Run(defence="block", strength=weight, latents="k", overrides=long), {}),
         "indpp": (Run(), {"screen_score": "induction"}),
-        "health": (Run(domain=other), {}),
+        "other": (Run(domain=others[0]), {}),
         "restricted": (Run(overrides=setting.up_to_site), {}),
     }
     study.train([run for run, _ in sources.values()])

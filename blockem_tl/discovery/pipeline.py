@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from blockem_tl.discovery.config import PAPER, DiscoveryConfig, checked_scale, w
 from blockem_tl.discovery.diffing import candidate_pool, shifts
 from blockem_tl.discovery.racing import steering_tests
 from blockem_tl.discovery.screening import Screened
-from blockem_tl.discovery.shortlists import checked
+from blockem_tl.discovery.shortlists import united
 from blockem_tl.discovery.stages import chosen_by, shortlisted, stage_three, stage_two
 from blockem_tl.generation.engine import Engine
 from blockem_tl.generation.reply_fn import ReplyFn
@@ -27,7 +27,7 @@ from blockem_tl.models.activations import median_norm
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
 from blockem_tl.saes.fit import warn_if_poor_fit
-from blockem_tl.saes.latent_set import LatentSet
+from blockem_tl.saes.latent_set import LatentSet, NoLatents
 from blockem_tl.saes.latents import check_latents
 from blockem_tl.saes.load import check_fits
 from blockem_tl.types import Candidate, Example, Judge, Pair, Prompt
@@ -39,7 +39,7 @@ class Discovery(Result):
     """A latent set with the measurements that chose it, for tables and figures.
 
     latent_set: K; under ``discover(extending=...)`` the extended set.  added: what this run found, K or K_reem.
-    screened, calibrated: the candidates of stages 2 and 3; none of stage 2 under ``discover(candidates=...)``.
+    screened, calibrated: the candidates of stages 2 and 3; none of stage 2 under ``discover(among=...)``.
     """
 
     latent_set: LatentSet
@@ -127,7 +127,7 @@ def discover(
     config: DiscoveryConfig = PAPER,
     extending: LatentSet | None = None,
     exclude: Sequence[int] = (),
-    candidates: Sequence[Candidate] = (),
+    among: Sequence[LatentSet] | None = None,
     provenance: Mapping[str, Any] | None = None,
     engine: Engine | None = None,
     store: Path | str | None = None,
@@ -137,10 +137,11 @@ def discover(
 
     Args:
         judge: grades the replies of stages 2 and 3; or contrastive pairs in its place: margins instead of rates, in minutes.
-        prompts: the core prompts, which never report. With pairs, their own questions.  adapter: the tuned model; None: the one that acts.
+        prompts: the core prompts; they select, and must never report. With pairs, their own questions.
+        adapter: the tuned model: an adapter by name or in a folder; None: the one that acts.
         scale: the site's median norm on base (`median_norm` over a reference corpus, as in the paper); None measures it on ``prompts``.
         extending: K of an earlier run (F.2), whose latents are no candidates; what is found is added to it.  exclude: more of these.
-        candidates: a shortlist in place of stages 1 and 2 (D.5's unions, see `united`).  provenance: further entries of the set's own.
+        among: shortlists whose union stage 3 ranks, in place of stages 1 and 2 (D.5).  provenance: further entries of the set's own.
         engine: makes the replies of stages 2 and 3; it holds the same weights under the adapter's name. None: ``model`` itself.
         store: a folder that keeps every reply and verdict as soon as it is there; a run that was killed goes on from them.
 
@@ -148,7 +149,7 @@ def discover(
     """
     pairs = pairs_of(judge)
     prompts = _prompts(pairs, prompts, engine, store, config)
-    known, given = _known(sae, extending, exclude, candidates)
+    known, given = _known(sae, extending, exclude, among)
     warn_if_poor_fit(model, sae, prompts, stacklevel=2)
     with _tuned(model, adapter) as name:
         scale = checked_scale(median_norm(model, check_fits(sae, model), prompts) if scale is None else scale)
@@ -156,22 +157,32 @@ def discover(
         if pairs is not None:
             screened, calibrated = by_pairs.stages(model, sae, pairs, name, config, known, scale, progress, given)
         else:
-            asked = {**about, "exclude": known, "candidates": [c.latent for c in given or ()], "prompts": [p.text for p in prompts]}
-            by_judge = sources(model, engine, cast(Judge, judge), name, config, store, asked)
+            by_judge = sources(model, engine, cast(Judge, judge), name, config, store, _asked(about, prompts, known, given))
             screened, calibrated = _stages(model, sae, prompts, by_judge, config, known, scale, progress, given)
-    added = _latent_set(sae, calibrated, config, prompts, {**(provenance or {}), **about})
+    added = _latent_set(sae, calibrated, config, prompts, among or (), {**(provenance or {}), **about})
     return Discovery(latent_set=extending.extended_by(added) if extending else added, added=added, screened=screened, calibrated=calibrated)
 
 
 def _known(
-    sae: SAE[Any], extending: LatentSet | None, exclude: Sequence[int], candidates: Sequence[Candidate]
+    sae: SAE[Any], extending: LatentSet | None, exclude: Sequence[int], among: Sequence[LatentSet] | None
 ) -> tuple[list[int], list[Candidate] | None]:
-    """Latents that are no candidates, and the candidates that are given, without those; None: none. Raises ValueError for another SAE's."""
+    """Latents that are no candidates, and the candidates of ``among`` without those. Raises ValueError for another SAE's, or bad ones."""
     if extending is not None:
         extending.check_sae(sae)
     known = [*(extending.latents if extending else ()), *exclude]
     check_latents(sae, known)
-    return known, [c for c in checked(sae, candidates) if c.latent not in known] if candidates else None
+    if among is None:
+        return known, None
+    given = [c for c in united(sae, among) if c.latent not in known]
+    if not given:
+        raise NoLatents("discover: expected latents to choose among, got none beside those that are left out")
+    return known, given
+
+
+def _asked(about: Mapping[str, Any], prompts: Sequence[Prompt], known: Sequence[int], given: Sequence[Candidate] | None) -> dict[str, Any]:
+    """What decides which replies are asked, for the store's manifest."""
+    latents = None if given is None else [c.latent for c in given]
+    return {**about, "exclude": list(known), "candidates": latents, "prompts": [p.text for p in prompts]}
 
 
 def _prompts(
@@ -239,14 +250,20 @@ def _stages(
 
 
 def _latent_set(
-    sae: SAE[Any], calibrated: Sequence[Calibrated], config: DiscoveryConfig, prompts: Sequence[Prompt], provenance: dict[str, Any]
+    sae: SAE[Any],
+    calibrated: Sequence[Calibrated],
+    config: DiscoveryConfig,
+    prompts: Sequence[Prompt],
+    among: Sequence[LatentSet],
+    provenance: dict[str, Any],
 ) -> LatentSet:
     measured = [c.induction_effect for c in calibrated if c.abandoned_for is None]
     warn_if_nothing_induced(measured, f"discover: none of the {len(measured)} latents measured to the end", stacklevel=3)
     chosen = chosen_by(config, calibrated)
-    return LatentSet.of(
+    found = LatentSet.of(
         sae, [c.candidate for c in chosen], [c.score(config.final_score) for c in chosen], prompts=prompts, provenance=provenance
     )
+    return replace(found, selection_prompts=tuple(sorted({*found.selection_prompts, *(one for k in among for one in k.selection_prompts)})))
 
 
 def _rows(tuned: ReplyFn, prompts: Sequence[Prompt], config: DiscoveryConfig) -> Sequence[Prompt] | list[Example]:

@@ -13,14 +13,14 @@ from blockem_tl.types import Candidate
 
 
 def shortlisted(screened: Sequence[Screened], config: DiscoveryConfig) -> list[Candidate]:
-    """`shortlist` as ``config`` says."""
+    """`shortlist` as ``config`` says, and raises as it does."""
     return shortlist(screened, size=config.shortlist_size, screen_score=config.screen_score)
 
 
 def stage_two(
     tests: SteeringTests, sae: SAE[Any], pool: Sequence[Candidate], config: DiscoveryConfig, *, scale: float, progress: bool = True
 ) -> list[Screened]:
-    """`screen` of the candidates as ``config`` says."""
+    """`screen` (eq. 7) of the candidates as ``config`` says; ``scale``: s. Raises NoLatents without a candidate."""
     return screen(
         tests,
         sae,
@@ -37,7 +37,7 @@ def stage_two(
 def stage_three(
     tests: SteeringTests, sae: SAE[Any], candidates: Sequence[Candidate], config: DiscoveryConfig, *, scale: float, progress: bool = True
 ) -> list[Calibrated]:
-    """`calibrate` of a shortlist as ``config`` says."""
+    """`calibrate` (eq. 8) of a shortlist as ``config`` says; ``scale``: s. Raises NoLatents without a candidate."""
     return calibrate(
         tests,
         sae,
@@ -54,5 +54,5 @@ def stage_three(
 
 
 def chosen_by(config: DiscoveryConfig, calibrated: Sequence[Calibrated]) -> list[Calibrated]:
-    """K: `select` as ``config`` says."""
+    """K: `select` (eq. 9, 10, 13) as ``config`` says. Raises NoLatents if none qualifies."""
     return select(calibrated, n=config.n_latents, final_score=config.final_score, valid_only=config.valid_only)

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import pandas as pd
 
 from blockem_tl.discovery.pipeline import Discovery, discover
-from blockem_tl.discovery.shortlists import united
 from blockem_tl.evaluation.panel import evaluate_with
 from blockem_tl.generation.replies import MISALIGNMENT
 from blockem_tl.generation.reply_fn import ReplyFn, cached, replies_from
@@ -140,7 +139,7 @@ def discovery(
     executor: Executor | None = None,
     engine: WorkerEngine | None = None,
     extending: str = "",
-    among: Sequence[str] = (),
+    among: Sequence[str] | None = None,
     progress: bool = False,
     **changes: Any,
 ) -> Discovery:
@@ -151,14 +150,14 @@ def discovery(
     Args:
         executor: its workers make the replies, see `ShardedEngine`; None: this process.  engine: what each of them makes.
         extending: a latent set of the study that what is found is added to; its latents are no candidates.
-        among: latent sets of the study whose latents are the only candidates, in place of stages 1 and 2, see `united`.
+        among: latent sets of the study whose latents are the only candidates, in place of stages 1 and 2 (D.5).
     """
     evidence: tuple[Any, ...] = (setting.pairs("core"),) if by == "pairs" else (setting.judge, setting.prompts("core"))
     config = replace(setting.preset.discovery, **changes)
     engine = engine or WorkerEngine(options={"batch_size": config.batch_size})
     about = {"preset": setting.preset.name, "domain": setting.domain, "seed": point.seed, "run": point.run.label}
     about |= {} if point.epoch is None else {"epoch": point.epoch}
-    about |= {"among": list(among)} if among else {}
+    about |= {} if among is None else {"among": list(among)}
     with setting.model.holding(point.adapter) as name:
         held = replace(engine, adapters={str(name): str(point.adapter)})
         return discover(
@@ -169,7 +168,7 @@ def discovery(
             scale=setting.scale(),
             config=config,
             extending=point.latents(setting.sae, extending) if extending else None,
-            candidates=united([point.latents(setting.sae, one) for one in among]) if among else (),
+            among=None if among is None else [point.latents(setting.sae, one) for one in among],
             provenance=about,
             engine=None if executor is None else ShardedEngine(executor, held),
             store=None if by == "pairs" else asked_at(point),

@@ -149,6 +149,11 @@ def test_discovery_by_pairs(setting, pairs, config) -> None:
         extending=found.latent_set, **QUIET,
     )  # fmt: skip
     assert not set(longer.added.latents) & set(found.latent_set.latents)
+    ranked = discover(
+        setting.model, setting.sae, pairs, adapter="tuned", config=config, scale=setting.scale(), among=[longer.added], **QUIET
+    )
+    scores = dict(zip(ranked.latent_set.latents, ranked.latent_set.scores, strict=True))
+    assert scores == pytest.approx(dict(zip(longer.added.latents, longer.added.scores, strict=True))) and not ranked.screened
 
 
 def test_what_does_not_go_together_is_refused(setting, pairs, tmp_path) -> None:
