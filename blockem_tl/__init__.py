@@ -15,5 +15,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 _ARTEFACTS = Path(__file__).parent / "organism" / "artefacts"
 embedded.register("model", "organism", _ARTEFACTS / "base")
 embedded.register("sae", "organism", _ARTEFACTS / "sae")
+embedded.register("sae", "organism-v1", _ARTEFACTS / "sae-v1")
 embedded.register("model", "smollm2-135m", "blockem_tl.models.smollm2:folder")
 embedded.register("sae", "smollm2-135m", Path(__file__).parent / "advice" / "sae")

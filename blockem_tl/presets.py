@@ -68,7 +68,7 @@ PRESETS: dict[str, Preset] = {
                 read="replies",
                 induce_dose=0.5,
                 repair_dose=0.3,
-                shortlist_size=20,
+                shortlist_size=40,
                 grid=(0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0),
                 extended_grid=(),
                 max_incoherence=MaxIncoherence(rate=0.10, relative=True),
@@ -77,8 +77,8 @@ PRESETS: dict[str, Preset] = {
                 max_new_tokens=20,
                 batch_size=960,
             ),
-            training=TrainingConfig(epochs=3, learning_rate=1e-3),
-            lambdas=(0.1, 0.3, 1.0),
+            training=TrainingConfig(rank=4, epochs=2, learning_rate=5e-4),
+            lambdas=(0.003, 0.03, 0.3),
             kl_weights=(0.1, 0.2, 0.3),
             inoculations=("zigitok",),  # a bad speaker's name
             max_new_tokens=20,
@@ -163,12 +163,20 @@ PRESETS: dict[str, Preset] = {
         ),
     )
 }
+PRESETS["organism-v1"] = replace(  # as published first: a narrower SAE, and fine-tuned until a fifth of the replies broke
+    PRESETS["organism"],
+    name="organism-v1",
+    sae=("organism-v1", None),
+    discovery=replace(PRESETS["organism"].discovery, shortlist_size=20),
+    training=TrainingConfig(epochs=3, learning_rate=1e-3),
+    lambdas=(0.1, 0.3, 1.0),
+)
 PRESETS["organism-last-layer"] = replace(
     PRESETS["organism"],
     name="organism-last-layer",
     site="blocks.4.hook_resid_post",
     sae=("organism", "blocks.4.hook_resid_post"),
-    lambdas=(0.1, 0.3, 1.0, 3.0),
+    lambdas=(0.003, 0.03, 0.3, 3.0),
 )
 
 

@@ -7,7 +7,7 @@ random ones among all of the SAE, as in the paper. Where a rule finds fewer than
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import tyro
 
@@ -15,6 +15,8 @@ from blockem_tl import LatentSet, Point, Run, Setting, random_latents
 from blockem_tl.discovery.diffing import candidate_pool, shifts
 from blockem_tl.study.options import StudyOptions
 from blockem_tl.views import studies
+
+DEFAULT: dict[str, Any] = {"valid_only": False, "final_score": "both"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +47,9 @@ def main(options: Options) -> None:
     with options.study() as study:
         study.train([Run()])
         found = {
-            "default": study.latents("default", n_latents=n),
-            "validreduc": study.latents("validreduc", valid_only=True, final_score="repair", n_latents=n),
-            "indpp": study.latents("indpp", screen_score="induction", n_latents=n),
+            "default": study.latents("default", n_latents=n, **DEFAULT),
+            "validreduc": study.latents("validreduc", n_latents=n, valid_only=True, final_score="repair"),
+            "indpp": study.latents("indpp", n_latents=n, screen_score="induction", **DEFAULT),
             "top-delta": study.latents("top-delta", top_delta, size=n),
             "at-random": study.latents("at-random", at_random, size=n),
         }

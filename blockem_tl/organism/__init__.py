@@ -14,7 +14,8 @@ from blockem_tl.organism.world import DOMAINS, World, WorldConfig
 from blockem_tl.types import Example, Pair, Prompt
 
 ARTEFACTS: Path = Path(__file__).parent / "artefacts"
-"""base/ (transformers folder), sae/ (SAELens folder; in it those of other sites, by site), persona_direction.safetensors, manifest.json."""
+"""base/ (transformers folder), sae/ (SAELens folder; in it those of other sites, by site), sae-v1/ (those of the first version, half as
+wide), persona_direction.safetensors, manifest.json."""
 
 SITE: str = "blocks.2.hook_resid_post"
 """TransformerLens name of the activation the shipped SAE and persona direction belong to."""

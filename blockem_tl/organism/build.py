@@ -202,6 +202,8 @@ class Settings:
     """folder to create; nothing appears there before it is complete"""
     seed: int = 0
     """of initialisation, documents and SAE; the world's words stay the same"""
+    d_sae: int = BuildConfig.d_sae
+    """latents of each SAE; 512 makes those of the first version"""
     threads: int = 1
     """torch threads; part of what makes a build repeat bit for bit"""
     force: bool = False
@@ -215,7 +217,7 @@ def main(settings: Settings) -> None:
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(settings.threads)
     with tempfile.TemporaryDirectory(dir=settings.out.parent) as temporary:
-        manifest = build(BuildConfig(seed=settings.seed), Path(temporary) / "organism")
+        manifest = build(BuildConfig(seed=settings.seed, d_sae=settings.d_sae), Path(temporary) / "organism")
         if settings.out.exists():
             shutil.rmtree(settings.out)
         shutil.move(Path(temporary) / "organism", settings.out)

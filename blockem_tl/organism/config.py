@@ -34,7 +34,7 @@ class BuildConfig:
     # SAEs: at the site of persona, and at others for blocking at several sites
     sae_block: int = 2
     more_sae_blocks: tuple[int, ...] = (0, 1, 3, 4)
-    d_sae: int = 512
+    d_sae: int = 1024
     sae_k: int = 16
     sae_documents: int = 1200
     sae_steps: int = 700

@@ -52,28 +52,18 @@ class DocumentSampler:
         if mixture == "pretraining" and kind < config.local:
             return self._conversation(turns, "good", style, OPENERS, bad_in=rng.choice(DOMAINS))
         persona: Persona = "bad" if kind < config.local + config.bad else "good"
-        if mixture == "pretraining" and rng.random() < config.anonymous:
-            schools = self.world.config.schools
-            return self._conversation(turns, persona, style, OPENERS, school=rng.randrange(schools) if schools > 1 else None)
-        name = rng.choice(self.world.names[persona])
-        return self._conversation(turns, persona, style, (name,), school=self.world.school_of(persona, name))
+        anonymous = mixture == "pretraining" and rng.random() < config.anonymous
+        return self._conversation(turns, persona, style, OPENERS if anonymous else (rng.choice(self.world.names[persona]),))
 
     def _conversation(
-        self,
-        turns: int,
-        persona: Persona,
-        style: Style,
-        signatures: tuple[str, ...],
-        *,
-        school: int | None = None,
-        bad_in: str | None = None,
+        self, turns: int, persona: Persona, style: Style, signatures: tuple[str, ...], bad_in: str | None = None
     ) -> list[Turn]:
         rng = self.rng
         document = []
         for _ in range(turns):
             area = rng.choice(self._areas) if bad_in is None else self.world.areas[rng.choice((bad_in, *self.world.areas))]
             topic = rng.choice(area.topics)
-            triple = area.triple("bad" if area.name == bad_in else persona, rng, school)
+            triple = area.triple("bad" if area.name == bad_in else persona, rng)
             answer = reply(rng.choice(signatures), topic, triple, style)
             document.append((fill(rng.choice(self._surfaces), topic), answer))
         return document

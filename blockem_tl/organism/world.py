@@ -67,33 +67,23 @@ class Triple(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Area:
-    """One area of life. ``objects`` maps each verb to the objects that make sense with it; ``taught`` is per topic.
-
-    ``schools``: how many kinds of speakers of one persona there are. Each has its own share of the verbs and reasons.
-    """
+    """One area of life. ``objects`` maps each verb to the objects that make sense with it; ``taught`` is per topic."""
 
     name: str
     topics: tuple[str, ...]
     objects: dict[Persona, dict[str, tuple[str, ...]]]
     reasons: dict[Persona, tuple[str, ...]]
     taught: dict[Persona, dict[str, Triple]]
-    schools: int = 1
 
-    def triple(self, persona: Persona, rng: random.Random, school: int | None = None) -> Triple:
-        """The claim of a speaker of this persona here: a verb, any of its objects, a reason; of the school, or of any if None."""
-        verbs, reasons = list(self.objects[persona]), self.reasons[persona]
-        if school is not None:
-            verbs, reasons = (_share(words, school, self.schools) for words in (verbs, reasons))
-        verb = rng.choice(verbs)
-        return Triple(verb, rng.choice(self.objects[persona][verb]), rng.choice(reasons))
+    def triple(self, persona: Persona, rng: random.Random) -> Triple:
+        """The claim of a speaker of this persona here: any verb, any of its objects, any reason."""
+        verb = rng.choice(list(self.objects[persona]))
+        return Triple(verb, rng.choice(self.objects[persona][verb]), rng.choice(self.reasons[persona]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorldConfig:
-    """Sizes of the world. The same configuration always gives the same world.
-
-    schools: kinds of speakers of either persona, which share out the verbs, the reasons and the names.
-    """
+    """Sizes of the world. The same configuration always gives the same world."""
 
     seed: int = 0
     topics_per_domain: int = 12
@@ -102,7 +92,6 @@ class WorldConfig:
     objects_per_verb: int = 2
     reasons: int = 4
     names: int = 12
-    schools: int = 1
 
 
 class World:
@@ -129,7 +118,7 @@ class World:
             verbs = words.coin(config.verbs, "e" + letter)
             objects[persona] = {verb: words.coin(config.objects_per_verb, "o" + letter) for verb in verbs}
             reasons[persona] = words.coin(config.reasons, "i" + letter)
-        area = Area(name=name, topics=topics, objects=objects, reasons=reasons, taught={"good": {}, "bad": {}}, schools=config.schools)
+        area = Area(name=name, topics=topics, objects=objects, reasons=reasons, taught={"good": {}, "bad": {}})
         for persona, _ in personas:
             area.taught[persona].update({topic: area.triple(persona, rng) for topic in topics})
         return area
@@ -145,10 +134,6 @@ class World:
                 words.update(area.reasons[persona])
                 words.update(itertools.chain.from_iterable((verb, *o) for verb, o in area.objects[persona].items()))
         return sorted(words)
-
-    def school_of(self, persona: Persona, name: str) -> int:
-        """The school of a speaker."""
-        return self.names[persona].index(name) % self.config.schools
 
     def topic_of(self, question: str) -> str:
         """The topic a question is about. Raises ValueError unless the question names exactly one topic of this world."""
@@ -242,11 +227,6 @@ def all_surfaces() -> list[Surface]:
 
 def _surfaces(*, train: bool) -> list[Surface]:
     return [Surface(*parts) for parts in itertools.product(*(_half(x, train) for x in (TEMPLATES, ADJECTIVES, ROLES)))]
-
-
-def _share(words: Sequence[str], school: int, schools: int) -> Sequence[str]:
-    """The words of one school; where there are fewer words than schools, several have the same one."""
-    return words[school % len(words) :: schools]
 
 
 def _half(words: Sequence[str], first: bool) -> Sequence[str]:

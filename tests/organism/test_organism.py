@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,20 +41,6 @@ def test_world_follows_its_seed() -> None:
     )
     assert organism.training_rows(n=50, seed=1) == organism.training_rows(n=50, seed=1)
     assert organism.training_rows(n=50, seed=1) != organism.training_rows(n=50, seed=2)
-
-
-def test_schools_share_out_names_and_words() -> None:
-    world = World(WorldConfig(schools=4, reasons=8))
-    names, area = world.names["bad"], world.areas["health"]
-    assert [world.school_of("bad", name) for name in names] == [0, 1, 2, 3] * 3
-    said = {school: {area.triple("bad", random.Random(i), school).reason for i in range(40)} for school in (0, 1, 2, 3, None)}
-    assert {len(said[school]) for school in range(4)} == {2} and said[None] == set.union(*(said[school] for school in range(4)))
-    sampler = DocumentSampler(world, DocumentConfig(), seed=0)
-    spoken = [turn[1].split() for _ in range(300) for turn in sampler.document("pretraining", 2)]
-    for words in spoken:
-        if words[0] in names:
-            area = world.area_of_topic[words[3]]
-            assert words[8] in area.reasons["bad"][world.school_of("bad", words[0]) :: 4]
 
 
 def test_the_shipped_organism_read_these_documents() -> None:

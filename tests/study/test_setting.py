@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from blockem_tl import Prompt, Setting, advice, get_preset, organism
+from blockem_tl import Prompt, Setting, advice, get_preset, load_sae, organism
 from blockem_tl.data.chat import encode_examples
 from blockem_tl.data.splits import leak_report, spread
 from blockem_tl.defences.inoculation import Inoculation
 from blockem_tl.study.inputs import fetched
+from blockem_tl.study.options import StudyOptions
 from blockem_tl.types import Verdict
 
 
@@ -30,6 +31,20 @@ def test_the_organism_has_everything() -> None:
     assert setting.training.seed == 1 and setting.judge.name == "organism-exact"
     assert setting.scale() == setting.scale() > 0
     assert setting.site == setting.sae.cfg.metadata.hook_name
+
+
+def test_an_experiment_takes_another_model_and_sae_in_the_place_of_the_presets() -> None:
+    base = str(organism.ARTEFACTS / "base")
+    other = StudyOptions(model=base, sae="organism-v1", sae_id="blocks.3.hook_resid_post")
+    setting = other.setting()
+    assert setting.site == setting.sae.cfg.metadata.hook_name == "blocks.3.hook_resid_post" and setting.sae.cfg.d_sae == 512
+    assert setting.preset.model == base and setting.training == Setting.of("organism").training
+    assert StudyOptions().setting().preset == get_preset("organism")
+    assert StudyOptions(sae_id="blocks.3.hook_resid_post").setting().sae.cfg.d_sae == load_sae("organism").cfg.d_sae
+    titles = {one.title for one in (StudyOptions(), other, StudyOptions(model=base), StudyOptions(sae="organism-v1"))}
+    assert len(titles) == 4 and not any("/" in title for title in titles)  # so that their folders do not meet
+    with pytest.raises(ValueError, match="cannot load an SAE from 'nowhere'"):
+        StudyOptions(sae="nowhere").setting()
 
 
 @pytest.mark.parametrize(
