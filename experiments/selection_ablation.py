@@ -2,7 +2,7 @@
 
     python experiments/selection_ablation.py --preset organism --seeds 0 1 2
 
-Sets of equal size at each lambda: the preset's own rule, ValidReduc and IndPP (METHOD), the latents whose means moved most (top-delta), and
+Sets of equal size at each lambda: the default rule (equation 9, unfiltered), ValidReduc and IndPP (METHOD), the latents whose means moved most (top-delta), and
 random ones among all of the SAE, as in the paper. Where a rule finds fewer than --size, its set is smaller, and the table says so.
 """
 

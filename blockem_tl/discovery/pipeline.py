@@ -260,9 +260,9 @@ def _latent_set(
     measured = [c.induction_effect for c in calibrated if c.abandoned_for is None]
     warn_if_nothing_induced(measured, f"discover: none of the {len(measured)} latents measured to the end", stacklevel=3)
     chosen = chosen_by(config, calibrated)
-    found = LatentSet.of(
-        sae, [c.candidate for c in chosen], [c.score(config.final_score) for c in chosen], prompts=prompts, provenance=provenance
-    )
+    doses = {str(c.candidate.latent): {"induce": c.induce.dose, "repair": c.repair.dose} for c in chosen}  # None: not measured to the end
+    scores = [c.score(config.final_score) for c in chosen]
+    found = LatentSet.of(sae, [c.candidate for c in chosen], scores, prompts=prompts, provenance={**provenance, "doses": doses})
     return replace(found, selection_prompts=tuple(sorted({*found.selection_prompts, *(one for k in among for one in k.selection_prompts)})))
 
 

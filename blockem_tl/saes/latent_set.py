@@ -14,7 +14,7 @@ from sae_lens import SAE
 
 from blockem_tl.data.checks import prompt_hash
 from blockem_tl.saes.latents import check_latents, neuronpedia_link
-from blockem_tl.saes.load import site_of
+from blockem_tl.saes.load import described, site_of
 from blockem_tl.storage import files, machine
 from blockem_tl.storage.fingerprints import of_sae
 from blockem_tl.types import Candidate, Prompt
@@ -87,7 +87,7 @@ class LatentSet(Result):
             sae_fingerprint=of_sae(sae),
             d_sae=sae.cfg.d_sae,
             selection_prompts=tuple(sorted(prompt_hash(p.text) for p in prompts)),
-            provenance={**(provenance or {}), "neuronpedia": sae.cfg.metadata.neuronpedia_id, "environment": machine.described()},
+            provenance={**(provenance or {}), **described(sae), "environment": machine.described()},
         )
 
     def check_sae(self, sae: SAE[Any]) -> None:

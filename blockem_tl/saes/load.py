@@ -16,6 +16,7 @@ from blockem_tl.models._sources import default_device
 from blockem_tl.storage import embedded, files
 
 _SWITCHES = ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm")
+_KIND = ("architecture", "k", "normalize_activations", *_SWITCHES)
 _RESIDUAL = re.compile(r"blocks\.\d+\.(hook_resid_(pre|mid|post)|hook_in|hook_out)$")
 
 
@@ -112,6 +113,12 @@ def site_of(sae: SAE[Any]) -> str:
     if not site:
         raise ValueError("this SAE names no site: set sae.cfg.metadata.hook_name to the TransformerLens hook name it was trained at")
     return site
+
+
+def described(sae: SAE[Any]) -> dict[str, Any]:
+    """For cards: the SAE's kind, what is folded into its weights and what it does to its inputs, and its page on Neuronpedia."""
+    settings = sae.cfg.to_dict()
+    return {"sae": {name: settings[name] for name in _KIND if name in settings}, "neuronpedia": sae.cfg.metadata.neuronpedia_id}
 
 
 def check_fits(sae: SAE[Any], model: HasHookPoints) -> str:
