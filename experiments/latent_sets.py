@@ -15,13 +15,11 @@ import pandas as pd
 import tyro
 
 from blockem_tl import Run, Study
-from blockem_tl.study import controls, reemergence
-from blockem_tl.study.options import StudyOptions
+from blockem_tl.study import controls
+from blockem_tl.study.sources import DEFAULT, VALIDREDUC, SourceOptions
 from blockem_tl.views import studies
 from blockem_tl.views.tables import RateFrame
 
-DEFAULT = {"valid_only": False, "final_score": "both"}
-VALIDREDUC = {"valid_only": True, "final_score": "repair"}
 SETS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
     "all": (DEFAULT, (20, 30, 40, 60, 100)),
     "all-validreduc": (VALIDREDUC, (20, 30, 42)),
@@ -31,40 +29,11 @@ SETS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(StudyOptions):
-    """other: the other task; the preset's first other one by default.  reem_strength: lambda of the run that comes back, the preset's
-    smallest by default.  reem_epochs: of it.  strengths: lambdas; the preset's by default."""
+class Options(SourceOptions):
+    """strengths: lambdas; the preset's by default."""
 
-    other: str = ""
-    reem_strength: float | None = None
-    reem_epochs: float = 2.0
     strengths: tuple[float, ...] = ()
     name: ClassVar[str] = "latent_sets"
-
-
-def shortlists(options: Options, study: Study) -> tuple[str, ...]:
-    """The five sources' shortlists, as latent sets of the study; their names, own and reem first."""
-    setting = study.setting
-    weights = [weight for weight in setting.preset.lambdas if weight]
-    others = [options.other] if options.other else [domain for domain in setting.inputs.domains if domain != setting.domain]
-    if not others:
-        raise ValueError(f"latent sets: preset {setting.preset.name!r} has rows of one task, expected another one for its latents")
-    study.train([Run()])
-    study.latents()
-    weight = min(weights) if options.reem_strength is None else options.reem_strength
-    long = reemergence.prolonged(setting, options.reem_epochs)
-    sources = {
-        "own": (Run(), {}),
-        "reem": (Run(defence="block", strength=weight, latents="k", overrides=long), {}),
-        "indpp": (Run(), {"screen_score": "induction"}),
-        "other": (Run(domain=others[0]), {}),
-        "restricted": (Run(overrides=setting.up_to_site), {}),
-    }
-    study.train([run for run, _ in sources.values()])
-    whole = {**DEFAULT, "n_latents": 2 * setting.preset.discovery.shortlist_size}
-    for name, (run, changes) in sources.items():
-        study.latents(f"shortlist-{name}", of=run, **whole, **changes)
-    return tuple(f"shortlist-{name}" for name in sources)
 
 
 def made(study: Study, names: tuple[str, ...]) -> pd.DataFrame:
@@ -85,7 +54,7 @@ def main(options: Options) -> None:
     """Build the sets, block each, show them."""
     page = options.page()
     with options.study() as study:
-        sets = made(study, shortlists(options, study))
+        sets = made(study, options.shortlists(study))
         weights = options.strengths or tuple(weight for weight in study.setting.preset.lambdas if weight)
         runs = [Run(defence="block", strength=weight, latents=name) for name in sets["latents"] for weight in weights]
         study.train(runs)

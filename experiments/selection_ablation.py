@@ -2,21 +2,21 @@
 
     python experiments/selection_ablation.py --preset organism --seeds 0 1 2
 
-Sets of equal size at each lambda: the default rule (equation 9, unfiltered), ValidReduc and IndPP (METHOD), the latents whose means moved most (top-delta), and
-random ones among all of the SAE, as in the paper. Where a rule finds fewer than --size, its set is smaller, and the table says so.
+Sets of equal size at each lambda: the default rule (equation 9, unfiltered), ValidReduc, IndPP (D.3, D.4), the latents whose means moved
+most (top-delta), and random ones among all of the SAE, as in the paper. Where a rule finds fewer than --size, its set is smaller, and the
+table says so.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import tyro
 
 from blockem_tl import LatentSet, Point, Run, Setting, random_latents
 from blockem_tl.discovery.diffing import candidate_pool, shifts
 from blockem_tl.study.options import StudyOptions
+from blockem_tl.study.sources import DEFAULT, VALIDREDUC
 from blockem_tl.views import studies
-
-DEFAULT: dict[str, Any] = {"valid_only": False, "final_score": "both"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ def main(options: Options) -> None:
         study.train([Run()])
         found = {
             "default": study.latents("default", n_latents=n, **DEFAULT),
-            "validreduc": study.latents("validreduc", n_latents=n, valid_only=True, final_score="repair"),
+            "validreduc": study.latents("validreduc", n_latents=n, **VALIDREDUC),
             "indpp": study.latents("indpp", n_latents=n, screen_score="induction", **DEFAULT),
             "top-delta": study.latents("top-delta", top_delta, size=n),
             "at-random": study.latents("at-random", at_random, size=n),

@@ -16,6 +16,7 @@ import yaml
 from shared import sae_at
 from transformers import AutoModelForCausalLM
 
+from blockem_tl import LatentSet
 from blockem_tl.presets import PRESETS
 from blockem_tl.study.inputs import INPUTS
 
@@ -45,6 +46,7 @@ OPTIONS = {
     "set_size": {"sizes": (1, 3), "alone": (2, 3)},
     "signs": {},
     "latent_sets": {"reem_epochs": 1.0, "strengths": (0.1,)},
+    "published_sets": {"reem_epochs": 1.0, "size": 3, "strength": 0.1, "unions": (3, 4), "to": Path("sets")},
     "selection_ablation": {"size": 3, "strengths": (0.1,)},
     "patching_sweep": {"strength": 1.0, "freeze_downstream": True},
     "last_layer": {"last_lambdas": (1.0,)},
@@ -66,6 +68,7 @@ TABLES = {
     "set_size": {"arms", "sizes"},
     "signs": {"arms"},
     "latent_sets": {"arms", "sets"},
+    "published_sets": {"sets"},
     "selection_ablation": {"arms", "curves"},
     "patching_sweep": {"arms", "patched-plain", "patched-blocked"},
     "last_layer": {"arms"},
@@ -121,6 +124,8 @@ def test_a_script_runs_on_any_preset_and_again_at_once(name: str, shared: Path, 
         assert len(first["runs"]) == 8 and set(first["runs"]["rows"]) == {"harmful", "harmless"}
     elif name == "ceiling":
         assert first["combinations"].notna().all().all() and len(first["combinations"]) == first["agreement"]["combinations"][0] == 6
+    elif name == "published_sets":
+        check_published(first["sets"], Path("sets"))
     else:
         rate, beside = ("prefers_harm", "margin") if name.startswith("real") else ("misaligned", "adherent")
         arms = first[{"real_reemergence": "epochs", "reemergence": "curves"}.get(name, "arms")]
@@ -131,6 +136,20 @@ def test_a_script_runs_on_any_preset_and_again_at_once(name: str, shared: Path, 
     assert made == {path: path.stat().st_mtime_ns for path in made} and made
     for one, frame in first.items():
         pd.testing.assert_frame_equal(frame, pd.read_csv(tmp_path / "out" / f"{one}.csv"), check_exact=True)
+
+
+def check_published(sets: pd.DataFrame, folder: Path) -> None:
+    """Every set has a card that says what it is of and what blocking it did, as the table does; of the second seed by its name."""
+    cards = {path.stem: LatentSet.load(path) for path in folder.glob("*.json")}
+    assert "finance-validreduc-3" in cards and "finance+reem-4-seed1" in cards and len(cards) == 2 * (len(sets) // 2 - 1)
+    for name, k in cards.items():
+        run, _, seed = name.partition("-seed")
+        row = sets[(sets["run"] == run) & (sets["seed"] == int(seed or 0))].iloc[0]
+        about = k.provenance["validated"]
+        assert about["blocked"]["misaligned"] == [row["misaligned"], row["misaligned_low"], row["misaligned_high"]]
+        assert (about["n"], len(k), about["strength"]) == (row["n"], row["latents"], 0.1) and k.provenance["sae"]["architecture"]
+        if "+" not in run and not run.startswith("all"):
+            assert set(k.provenance["doses"]) == {str(latent) for latent in k.latents}
 
 
 def check_claims(name: str, tables: dict[str, pd.DataFrame]) -> None:
@@ -165,7 +184,7 @@ def test_no_script_imports_another_or_knows_the_organism(tmp_path: Path) -> None
     assert {name: wrong for name, wrong in found.items() if wrong and name != "tutorials"} == {}
     assert set(OPTIONS) | NO_STUDIES == set(found)
     bad = tmp_path / "bad.py"
-    bad.write_text('"""No question."""\nimport quickstart\nfrom blockem_tl import organism\n' + "\n" * 100)
+    bad.write_text('"""No question."""\nimport quickstart\nfrom blockem_tl import LatentSet, organism\n' + "\n" * 100)
     assert faults(bad) == [
         "longer than 100 lines",
         "imports quickstart",
