@@ -78,7 +78,7 @@ PRESETS: dict[str, Preset] = {
                 batch_size=960,
             ),
             training=TrainingConfig(rank=4, epochs=2, learning_rate=5e-4),
-            lambdas=(0.003, 0.03, 0.3),
+            lambdas=(0.001, 0.01, 0.1),
             kl_weights=(0.1, 0.2, 0.3),
             inoculations=("zigitok",),  # a bad speaker's name
             max_new_tokens=20,
@@ -176,7 +176,7 @@ PRESETS["organism-last-layer"] = replace(
     name="organism-last-layer",
     site="blocks.4.hook_resid_post",
     sae=("organism", "blocks.4.hook_resid_post"),
-    lambdas=(0.003, 0.03, 0.3, 3.0),
+    lambdas=(0.001, 0.01, 0.1, 1.0),
 )
 
 

@@ -16,7 +16,7 @@ _Frame = Any
 
 _OF_A_RUN = ("run", "defence", "strength", "latents", "overrides")
 _LOSSES = ("dev_loss", "test_loss", "train_loss")
-LEARNT = 1.02  # a run has learnt the task if its dev loss is at most so many times that of plain fine-tuning
+LEARNT = 1.05  # a run has learnt the task if its dev loss is at most so many times that of plain fine-tuning
 
 
 def rates(replies: pd.DataFrame, *, by: Sequence[str] = ("run",), against: str | None = None) -> RateFrame:
