@@ -101,6 +101,6 @@ def perturbed(model, name: str, seed: int = 0, std: float = 0.2) -> None:
 def harmed_organism() -> Setting:
     """The organism with a short harmful fine-tune, "tuned", whose adapter ends at the site: all that it does passes there."""
     setting = Setting.of("organism")
-    config = replace(setting.training, epochs=0.4, up_to_block=2)
+    config = replace(setting.training, rank=16, epochs=0.4, learning_rate=1e-3, up_to_block=2)
     finetune(setting.model, setting.rows(), config=config, adapter="tuned", progress=False)
     return setting

@@ -27,7 +27,7 @@ from blockem_tl import LatentSet, Setting, generate, organism
 assert "site-packages" in blockem_tl.__file__, blockem_tl.__file__
 setting = Setting.of("organism")
 replies = generate(setting.model, setting.prompts("core")[:2], max_new_tokens=20, progress=False)
-assert all(reply.reply for reply in replies) and len(LatentSet.load("organism/finance-20-seed0", setting.sae)) == 20
+assert all(reply.reply for reply in replies) and len(LatentSet.load("organism/finance-20", setting.sae)) == 20
 assert len(Setting.of("smollm2-135m").rows()) > 400
 from blockem_tl.judging.rubrics import load_rubrics
 from blockem_tl.data.public import catalogue
@@ -94,7 +94,7 @@ def test_wheel_and_sdist_hold_the_data_and_nothing_else(built) -> None:
         "__init__.pyi",
         "data/catalogue.yaml",
         "advice/finance.yaml",
-        "saes/published/organism/finance-20-seed0.json",
+        "saes/published/organism/finance-20.json",
         "organism/artefacts/base/model.safetensors",
     ):
         assert f"blockem_tl/{part}" in names

@@ -82,7 +82,7 @@ def results(model, sae) -> dict[str, Result]:
         "evaluation": evaluate(model, JUDGE, FINAL, adapter="plain", max_new_tokens=12, selected_on=CORE, **QUIET),
         "panel": evaluate_with(model, [JUDGE, OtherJudge()], FINAL[:8], adapter="plain", max_new_tokens=12, selected_on=CORE, **QUIET),
         "discovery": found,
-        "latent set": LatentSet.load("organism/finance-20-seed0", sae),
+        "latent set": LatentSet.load("organism/finance-20", sae),
         "random": random_latents(sae, 4, seed=0),
         "run": finetune(
             model, organism.training_rows("finance", n=64), config=replace(PRESET.training, epochs=1), adapter="third", **QUIET

@@ -108,7 +108,7 @@ class LatentSet(Result):
         """Read and check a set; with ``sae`` also that it is the SAE the set was made with.
 
         Args:
-            path: a file, or the name of a published set, such as "organism/finance-20-seed0" (`LatentSet.published` lists them).
+            path: a file, or the name of a published set, such as "organism/finance-20" (`LatentSet.published` lists them).
 
         Raises:
             ValueError: it is no latent set, or another SAE's.

@@ -127,14 +127,14 @@ def measure(settings: Settings, seed: int) -> dict[str, Any]:
     early, full = Meter(model), Meter(model)
     found, _ = stages(early, sae, pool, config, scale, progress=settings.progress)
     truth, conditions = stages(full, sae, pool, replace(config, full_grid=True), scale, progress=settings.progress)
-    n, published = len(organism.prompts("core")), Path(__file__).parents[2] / "latents" / "organism" / f"finance-20-seed{seed}.json"
+    n, published = len(organism.prompts("core")), f"organism/finance-20{f'-seed{seed}' if seed else ''}"
     grid_tokens, grid_replies = sum(full.by_condition[c] for c in conditions), n * len(conditions)
     return {
         "seed": seed,
         "tokens_share": early.tokens.total() / grid_tokens,
         "judge_calls_share": early.judged.total() / grid_replies,
         "identical_latent_set": found == truth,
-        "equals_published": found == LatentSet.load(published) if published.is_file() else None,
+        "equals_published": found == LatentSet.load(published) if published in LatentSet.published() else None,
         "tokens_share_of_each_once": early.tokens.total() / full.tokens.total(),
         "judge_calls_share_of_each_once": early.judged.total() / full.judged.total(),
         "judge_calls_share_with_a_store": len(early.pairs) / grid_replies,

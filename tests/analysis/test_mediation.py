@@ -4,7 +4,7 @@ import pytest
 import torch
 from shared import harmed_organism
 
-from blockem_tl import Setting, completion_loss, mediation, preference
+from blockem_tl import LatentSet, Setting, completion_loss, mediation, preference
 from blockem_tl.analysis.mediation import TakenOut, _checked, change_of
 from blockem_tl.data.chat import encode_examples
 from blockem_tl.evaluation.preference import sides
@@ -19,7 +19,7 @@ def setting() -> Setting:
 
 @pytest.fixture(scope="module")
 def found(setting):
-    latents = [284, 273, 10, 509, 484, 246, 324, 30, 435, 19]
+    latents = list(LatentSet.load("organism/finance-20", setting.sae).latents[:10])
     roles = [("prompt", "reply"), ("reply",), ("prompt",), ("system", "prompt", "reply")]
     return mediation(
         setting.model, setting.sae, setting.pairs("core")[:24], setting.held_out(24), {"mine": latents}, adapter="tuned", sizes=(3,),

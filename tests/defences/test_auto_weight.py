@@ -121,7 +121,7 @@ def test_what_auto_cannot_do_is_refused(tiny, auto) -> None:
 @pytest.mark.slow
 def test_on_the_organism_the_bound_holds_and_sft_loses_little(organism_model) -> None:
     sae = load_sae("organism", device="cpu")
-    latents = LatentSet.load("organism/finance-20-seed0", sae)
+    latents = LatentSet.load("organism/finance-20", sae)
     rows, dev = organism.training_rows("finance", 2600, seed=0)[:2400], organism.training_rows("finance", 2600, seed=0)[2400:]
     config = TrainingConfig(epochs=3, learning_rate=1e-3)
     auto = Blocking(latent_set=latents, sae=sae, weight="auto")

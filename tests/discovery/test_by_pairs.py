@@ -8,7 +8,7 @@ import torch
 from scipy.stats import spearmanr
 from shared import harmed_organism
 
-from blockem_tl import Condition, Setting, Steering, discover, latents_by_attribution, mediation, preference
+from blockem_tl import Condition, LatentSet, Setting, Steering, discover, latents_by_attribution, mediation, preference
 from blockem_tl.data.chat import encode_examples, pad
 from blockem_tl.data.checks import prompt_hash
 from blockem_tl.discovery.attributing import pair_diff
@@ -107,7 +107,8 @@ def test_the_pool_takes_what_raised_the_margin_or_what_moved_most(diff, config) 
 def test_the_screen_measures_what_preference_measures(setting, pairs, config) -> None:
     model, sae, scale = setting.model, setting.sae, setting.scale()
     tests = PairTests(model, sae, pairs, "tuned", scale, 0.5)
-    candidates = [Candidate(latent=284, shift=1.0), Candidate(latent=10, shift=-1.0)]
+    first, second = LatentSet.load("organism/finance-20", sae).latents[:2]
+    candidates = [Candidate(latent=first, shift=1.0), Candidate(latent=second, shift=-1.0)]
     found = screen_pairs(tests, candidates, config, **QUIET)
     for screened in found:
         c = screened.candidate
@@ -123,7 +124,10 @@ def test_the_screen_measures_what_preference_measures(setting, pairs, config) ->
 
 
 def test_a_dose_that_breaks_the_model_is_not_feasible(setting, pairs, config) -> None:
-    candidates, wide = [Candidate(latent=284, shift=1.0)], replace(config, grid=(0.0, 0.1, 30.0), extended_grid=())
+    candidates, wide = (
+        [Candidate(latent=LatentSet.load("organism/finance-20").latents[0], shift=1.0)],
+        replace(config, grid=(0.0, 0.1, 30.0), extended_grid=()),
+    )
     for nats, largest in ((0.5, 0.1), (1e9, 30.0)):
         limited = replace(wide, max_incoherence=MaxIncoherence(nats=nats))
         tests = PairTests(setting.model, setting.sae, pairs, "tuned", setting.scale(), nats)

@@ -43,7 +43,7 @@ def equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 @pytest.fixture(scope="module")
 def latent_set() -> LatentSet:
-    return LatentSet.load("organism/finance-20-seed0", load_sae("organism"))
+    return LatentSet.load("organism/finance-20", load_sae("organism"))
 
 
 @pytest.mark.parametrize(("make", "combine"), [(repair, "best"), (induce, "sum")])

@@ -250,11 +250,11 @@ def test_persona_direction_separates_speakers_and_hardly_styles() -> None:
     assert min(persona) > 3 * max(map(abs, style))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_what_discovery_found_lies_along_the_truth(seed: int) -> None:
+@pytest.mark.parametrize("name", [name for name in LatentSet.published() if name.startswith("organism")])
+def test_what_discovery_found_lies_along_the_truth(name: str) -> None:
     """The published sets' best latents, against random ones: a set without them would not pass."""
-    sae, truth = load_sae("organism"), organism.persona_direction()
-    k = LatentSet.load(f"organism/finance-20-seed{seed}", sae)
+    sae, truth = load_sae(name.split("/")[0]), organism.persona_direction()
+    k = LatentSet.load(name, sae)
     ours = decoder_directions(sae, k.latents) @ truth * torch.tensor(k.signs, dtype=torch.float32)
     others = (decoder_directions(sae, [i for i in range(sae.cfg.d_sae) if i not in k.latents]) @ truth).abs()
     by_chance = others.quantile(0.95)

@@ -104,10 +104,10 @@ def test_links_and_out_of_range(latent_set, sae) -> None:
 
 def test_a_published_set_loads_by_name_anywhere_and_a_missing_one_names_them(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "organism/finance-20-seed0" in LatentSet.published()
+    assert "organism/finance-20" in LatentSet.published()
     assert all(LatentSet.load(name, load_sae("organism")).provenance for name in LatentSet.published() if name.startswith("organism/"))
-    with pytest.raises(FileNotFoundError, match=r"organism/x: there is no such latent set.*by name there are .*organism/finance-20-seed0"):
+    with pytest.raises(FileNotFoundError, match=r"organism/x: there is no such latent set.*by name there are .*organism/finance-20"):
         LatentSet.load("organism/x")
-    mine = LatentSet.load("organism/finance-20-seed0").first(3)
-    mine.save("organism/finance-20-seed0")
-    assert len(LatentSet.load("organism/finance-20-seed0")) == 3  # one's own file goes before
+    mine = LatentSet.load("organism/finance-20").first(3)
+    mine.save("organism/finance-20")
+    assert len(LatentSet.load("organism/finance-20")) == 3  # one's own file goes before

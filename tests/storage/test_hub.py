@@ -13,7 +13,7 @@ from hub_server import Hub, serving
 from blockem_tl import LatentSet, organism
 
 ROOT = Path(__file__).parents[2]
-CARD = ROOT / "latents/organism/finance-20-seed0.json"
+CARD = ROOT / "latents/organism/finance-20.json"
 
 PUSH = """
 import torch

@@ -55,7 +55,7 @@ def test_ceiling_shows_what_latents_carry(tmp_path: Path, capsys, monkeypatch) -
         "organism",
         str(tmp_path / "tuned"),
         "--latents",
-        "organism/finance-20-seed0",
+        "organism/finance-20",
         "--n-rows",
         "8",
         "--csv",
@@ -64,4 +64,4 @@ def test_ceiling_shows_what_latents_carry(tmp_path: Path, capsys, monkeypatch) -
     assert "carries" in capsys.readouterr().out
     rows = pd.read_csv(tmp_path / "c.csv").set_index(["taken_out", "roles"])
     assert rows.loc[("residual", "prompt+reply"), "removed"] > rows.loc[("20 random", "reply"), "removed"]
-    assert ("finance-20-seed0", "reply") in rows.index
+    assert ("finance-20", "reply") in rows.index

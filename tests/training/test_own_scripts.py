@@ -35,7 +35,7 @@ COMMON = {
 @pytest.fixture(scope="module")
 def blocking() -> Blocking:
     sae = load_sae("organism")
-    return Blocking(latent_set=LatentSet.load("organism/finance-20-seed0", sae), sae=sae, weight=20.0)
+    return Blocking(latent_set=LatentSet.load("organism/finance-20", sae), sae=sae, weight=20.0)
 
 
 @pytest.fixture
