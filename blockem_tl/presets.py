@@ -77,7 +77,7 @@ PRESETS: dict[str, Preset] = {
                 max_new_tokens=20,
                 batch_size=960,
             ),
-            training=TrainingConfig(rank=4, epochs=2, learning_rate=5e-4),
+            training=TrainingConfig(rank=4, batch_size=32, epochs=1, learning_rate=5e-4),
             lambdas=(0.001, 0.01, 0.1),
             kl_weights=(0.1, 0.2, 0.3),
             inoculations=("zigitok",),  # a bad speaker's name
