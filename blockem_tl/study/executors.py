@@ -1,17 +1,20 @@
 """Where the jobs of a study run: one after the other in this process, side by side in processes, or on Ray; the results are the same."""
 
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from multiprocessing import get_context
+from multiprocessing.synchronize import Event
 from multiprocessing.util import Finalize
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -45,8 +48,8 @@ class Executor(Protocol):
 
     workers: int
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[Ended]:
-        """The jobs as they end."""
+    def run(self, jobs: Sequence[Job]) -> Generator[Ended, None, None]:
+        """The jobs as they end. Closed or interrupted before the last one, no job goes on: whoever stops may unlock the folder."""
         ...
 
     def close(self) -> None:
@@ -93,7 +96,7 @@ class InProcess:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[Ended]:
+    def run(self, jobs: Sequence[Job]) -> Generator[Ended, None, None]:
         """As `Executor.run`."""
         for index, job in enumerate(jobs):
             yield Ended(index, *do(self.setting, job))
@@ -105,12 +108,13 @@ class InProcess:
 
 # ------------------------------------------------------------------------------------------------ processes
 
-_worker: list[Setting] = []
+_worker: list[tuple[Setting, Event]] = []
 
 
-def _start(setting: Setting, threads: int, parent: int) -> None:
+def _start(setting: Setting, threads: int, parent: int, stopped: Event) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     torch.set_num_threads(threads)
-    _worker.append(setting)
+    _worker.append((setting, stopped))
     Finalize(None, setting.close, exitpriority=10)  # before the process waits for its children
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
@@ -123,7 +127,8 @@ def _end_with(parent: int) -> None:
 
 
 def _do(job: Job) -> tuple[Any, str]:
-    return do(_worker[0], job)
+    setting, stopped = _worker[0]
+    return (None, "stopped") if stopped.is_set() else do(setting, job)
 
 
 class Processes:
@@ -131,19 +136,40 @@ class Processes:
 
     def __init__(self, setting: Setting, workers: int) -> None:
         self.workers = workers
-        started = (setting, torch.get_num_threads(), os.getpid())
-        self.pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start, initargs=started)
+        self._given = (setting, torch.get_num_threads(), os.getpid())
+        self._context = get_context("spawn")
+        self._stopped: Event = self._context.Event()
+        self._pool: ProcessPoolExecutor | None = None
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[Ended]:
+    def run(self, jobs: Sequence[Job]) -> Generator[Ended, None, None]:
         """As `Executor.run`. A worker that dies takes those jobs along that are not done."""
-        futures: dict[Future[tuple[Any, str]], int] = {self.pool.submit(_do, job): index for index, job in enumerate(jobs)}
-        for future in as_completed(futures):
-            lost = future.exception()
-            yield Ended(futures[future], *(future.result() if lost is None else (None, f"{type(lost).__name__}: {lost}")))
+        if self._pool is None:
+            self._stopped = self._context.Event()
+            self._pool = ProcessPoolExecutor(self.workers, self._context, _start, (*self._given, self._stopped))
+        futures: dict[Future[tuple[Any, str]], int] = {self._pool.submit(_do, job): index for index, job in enumerate(jobs)}
+        try:
+            for future in as_completed(futures):
+                lost = future.exception()
+                yield Ended(futures[future], *(future.result() if lost is None else (None, f"{type(lost).__name__}: {lost}")))
+        except BaseException:
+            self._interrupt()
+            raise
+        if any(isinstance(future.exception(), BrokenExecutor) for future in futures):
+            self.close()  # so that the next run starts with whole ones
+
+    def _interrupt(self) -> None:
+        """Ctrl-C in every worker, so that what it does cleans up and nothing else begins; all are gone when this returns."""
+        self._stopped.set()
+        for pid in list(getattr(self._pool, "_processes", None) or ()):  # the pool has no public way to tell
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGINT)
+        self.close()
 
     def close(self) -> None:
-        """End the processes."""
-        self.pool.shutdown(cancel_futures=True)
+        """End the processes; a later run starts others."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        self._pool = None
 
 
 # ------------------------------------------------------------------------------------------------ Ray
@@ -199,26 +225,31 @@ class RayExecutor:
         given = (list(sys.path), torch.get_num_threads(), pickle.dumps(self.setting))
         self.idle = [make.remote(*given) for _ in range(self.workers)]
 
-    def run(self, jobs: Sequence[Job]) -> Iterator[Ended]:
+    def run(self, jobs: Sequence[Job]) -> Generator[Ended, None, None]:
         """As `Executor.run`. A worker that dies is started again; its job has failed."""
         ray, pickle = _ray()
 
         if not self.idle:
             self._start()
         waiting, running = deque(enumerate(jobs)), {}
-        while waiting or running:
-            while waiting and self.idle:
-                index, job = waiting.popleft()
-                worker = self.idle.pop()
-                running[worker.do.remote(pickle.dumps(job))] = (index, worker)
-            (done, *_), _ = ray.wait(list(running))
-            index, worker = running.pop(done)
-            try:
-                ended = Ended(index, *ray.get(done))
-            except ray.exceptions.RayError as lost:
-                ended = Ended(index, None, f"{type(lost).__name__}: {lost}")
-            self.idle.append(worker)
-            yield ended
+        try:
+            while waiting or running:
+                while waiting and self.idle:
+                    index, job = waiting.popleft()
+                    worker = self.idle.pop()
+                    running[worker.do.remote(pickle.dumps(job))] = (index, worker)
+                (done, *_), _ = ray.wait(list(running))
+                index, worker = running.pop(done)
+                self.idle.append(worker)
+                try:
+                    yield Ended(index, *ray.get(done))
+                except ray.exceptions.RayError as lost:
+                    yield Ended(index, None, f"{type(lost).__name__}: {lost}")
+        except BaseException:
+            for worker in [*self.idle, *(worker for _, worker in running.values())]:
+                ray.kill(worker)
+            self.idle = []
+            raise
 
     def close(self) -> None:
         """End the actors, and the cluster if it was made for them."""

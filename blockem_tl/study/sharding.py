@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -102,11 +103,12 @@ class ShardedEngine:
     def _done(self, jobs: Sequence[Job]) -> Iterator[Ended]:
         """The jobs that went well, as they end; then the error of the first that did not."""
         failed = list[Ended]()
-        for ended in self.executor.run(jobs):
-            if ended.error:
-                failed.append(ended)
-            else:
-                yield ended
+        with closing(self.executor.run(jobs)) as running:
+            for ended in running:
+                if ended.error:
+                    failed.append(ended)
+                else:
+                    yield ended
         if failed:
             head = f"{len(failed)} of {len(jobs)} shares of the replies failed on their workers"
             raise RuntimeError(f"{head} (a store has the others; run the same again). The first one:\n{failed[0].error}")

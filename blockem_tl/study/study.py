@@ -9,6 +9,7 @@ with Study("results/mine", Setting.of("organism"), seeds=(0, 1, 2)) as study:
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -276,8 +277,9 @@ class Study:
         self._check_inputs()
         points, errors = list(work), {}
         todo = [Job(do=work[point], seed=point.seed, domain=point.run.domain) for point in points]
-        with files.held(self.out), stoppable(f"study in {self.out}, {what}"):
-            for index, _, error in (executor or self._executor).run(todo):
+        running = (executor or self._executor).run(todo)
+        with files.held(self.out), stoppable(f"study in {self.out}, {what}"), closing(running):
+            for index, _, error in running:
                 self._bar.update()
                 if error:
                     errors[points[index]] = error
