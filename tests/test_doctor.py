@@ -75,6 +75,7 @@ def test_a_judge_without_labels_is_found() -> None:
 def test_the_presets_of_the_paper_and_its_ports() -> None:
     assert set(PRESETS) == {
         "organism",
+        "organism-v1",
         "organism-last-layer",
         "smollm2-135m",
         "llama-3.1-8b",

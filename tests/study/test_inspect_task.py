@@ -91,7 +91,7 @@ class OurEngine(ModelAPI):
 def steered() -> Condition:
     sae = load_sae("organism")
     latent_set = LatentSet.load("organism/finance-20", sae)
-    return induce(latent_set, sae, dose=0.8, scale=74.6)  # at this dose replies get more than one label
+    return induce(latent_set, sae, dose=0.6, scale=74.6)  # at this dose replies get more than one label
 
 
 @pytest.fixture
