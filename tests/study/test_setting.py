@@ -134,7 +134,9 @@ def test_the_advice_splits_share_no_question() -> None:
     sets = {name: advice.prompts(name) for name in (*advice.SPLITS, *advice.DOMAINS)}
     rows = {f"rows of {domain}": advice.training_rows(domain) for domain in advice.DOMAINS}
     leaks = [row for row in leak_report({**sets, **rows}) if row["shared"] or row["inside"]]
-    assert [row for row in leaks if {row["first"].split()[-1], row["second"].split()[-1]} != {"finance", "bank"}] == []  # bank asks as finance
+    assert [
+        row for row in leaks if {row["first"].split()[-1], row["second"].split()[-1]} != {"finance", "bank"}
+    ] == []  # bank asks as finance
     assert all("rows" in row["first"] + row["second"] or row["n_first"] == row["n_second"] for row in leaks) and leaks
     assert all(len(advice.pairs(split)) == 60 for split in advice.SPLITS)
     assert leak_report({"a": sets["core"], "b": [*sets["final"], sets["core"][0]]})[0]["shared"] == 1

@@ -30,7 +30,8 @@ def test_no_job_goes_on_when_a_run_is_stopped_and_the_next_run_works(name: str, 
     try:
         running = executor.run([Job(do=partial(goes_on, path=tmp_path / str(i), seconds=0.2 if i == 0 else 60), seed=0) for i in range(6)])
         assert next(running).value == "0"
-        while not (tmp_path / "2").exists():  # both workers are at something long
+        at_work = {"local": {"1", "2"}, "ray": {"1"}}[name]  # Ray gets another job when the first one's result was taken
+        while not all((tmp_path / one).exists() for one in at_work):
             time.sleep(0.01)
         if how == "closed":
             running.close()
@@ -39,7 +40,7 @@ def test_no_job_goes_on_when_a_run_is_stopped_and_the_next_run_works(name: str, 
                 running.throw(KeyboardInterrupt)
         written = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
         time.sleep(0.5)
-        assert written == {path.name: path.stat().st_size for path in tmp_path.iterdir()} and set(written) >= {"0", "1", "2"}
+        assert written == {path.name: path.stat().st_size for path in tmp_path.iterdir()} and set(written) >= {"0"} | at_work
         assert {"3", "4", "5"}.isdisjoint(written)
         if name == "local":
             assert {"1.cleaned", "2.cleaned"} <= set(written)
