@@ -248,6 +248,8 @@ class RayExecutor:
         except BaseException:
             for worker in [*self.idle, *(worker for _, worker in running.values())]:
                 ray.kill(worker)
+            if running:  # a kill is only sent off: a job's result fails when its actor is gone
+                ray.wait(list(running), num_returns=len(running), timeout=30)
             self.idle = []
             raise
 
