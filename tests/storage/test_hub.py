@@ -103,6 +103,7 @@ def test_what_cannot_be_had_says_so(hub, tmp_path, code, refuse, environment, sa
 
 @pytest.mark.slow
 def test_another_sae_is_refused(hub, tmp_path) -> None:
-    hub.repositories["me/other"] = {"latent_set.json": CARD.read_bytes().replace(b"6fadbafa", b"00000000")}
+    made_with = LatentSet.load(CARD).sae_fingerprint
+    hub.repositories["me/other"] = {"latent_set.json": CARD.read_bytes().replace(made_with.encode(), b"0" * len(made_with))}
     done = run(hub, tmp_path, "from blockem_tl import LatentSet, load_sae\nLatentSet.from_hub('me/other', load_sae('organism'))")
     assert done.returncode != 0 and "made with another SAE" in done.stderr
