@@ -1,12 +1,12 @@
 """Does blocking further sites, at which plain fine-tuning's shift is there again, keep misalignment away? (left open by the paper)
 
     python experiments/blocking_sites.py --preset organism --strength 0.3 --seeds 0 1 2
-    python experiments/blocking_sites.py --preset llama-3.1-8b --epochs 2 --strength 3000 --release llama_scope_lxr_8x --sae-id l{block}r_8x
+    python experiments/blocking_sites.py --preset llama-3.1-8b --epochs 2 --strength 3000 --other-sae llama_scope_lxr_8x --other-sae-id l{block}r_8x
 
 A model is blocked at the preset's site for many epochs. The sites at whose outputs more of plain's shift is there than at the blocked one
 (by --margin, on the core prompts, seeds together) are blocked as well, from base: with the latents that the blocked model uses there, and,
 as a control, with as many random ones that fire there. The penalty grows with the square of the activations, so lambda goes with the
-squared ratio of the sites' scales. It needs an SAE at every such site: --release and --sae-id, in which {site} and {block} are filled in.
+squared ratio of the sites' scales. It needs an SAE at every such site: --other-sae and --other-sae-id, in which {site} and {block} are filled in.
 """
 
 from dataclasses import dataclass, replace
@@ -30,14 +30,14 @@ Sae = tuple[str, str | None]
 @dataclass(frozen=True, kw_only=True)
 class Options(StudyOptions):
     """strength: lambda, the preset's largest by default.  epochs: of training.  freeze_downstream: LoRA up to the site.  margin: a share of
-    plain's shift.  release, sae_id: of the SAEs at other sites; the preset's own release, by site, by default."""
+    plain's shift.  other_sae, other_sae_id: of the SAEs at other sites; the one at the preset's site, by site, by default."""
 
     strength: float | None = None
     epochs: float = 4.0
     freeze_downstream: bool = False
     margin: float = 0.1
-    release: str = ""
-    sae_id: str = "{site}"
+    other_sae: str = ""
+    other_sae_id: str = "{site}"
     name: ClassVar[str] = "blocking_sites"
 
 
@@ -64,8 +64,8 @@ def at_sites(setting: Setting, run: Run, latent_set: LatentSet | None, *, out: P
 
 def sets_at(study: Study, blocked: Run, site: str, options: Options) -> dict[str, tuple[Sae, str]]:
     """What is blocked at a site besides: the SAE there, and the name of the latent set."""
-    release, sae_id = (part.format(site=site, block=block_of(site)) for part in (options.release, options.sae_id))
-    sae, names = (release or study.setting.preset.sae[0], sae_id or None), {kind: f"{kind} at {site}" for kind in ("found", "random")}
+    name, sae_id = (part.format(site=site, block=block_of(site)) for part in (options.other_sae, options.other_sae_id))
+    sae, names = (name or study.setting.preset.sae[0], sae_id or None), {kind: f"{kind} at {site}" for kind in ("found", "random")}
     study.latents(names["found"], found_there, of=blocked, sae=sae)
     study.latents(names["random"], random_there, of=blocked, sae=sae, beside=names["found"])
     return {kind: (sae, name) for kind, name in names.items()}

@@ -4,7 +4,7 @@ import ast
 import importlib
 import re
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from blockem_tl import LatentSet
 from blockem_tl.presets import PRESETS
 from blockem_tl.study.inputs import INPUTS
+from blockem_tl.study.options import StudyOptions
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "study"))
@@ -54,7 +55,7 @@ OPTIONS = {
     "cross_source": {"strengths": (0.1,)},
     "watch": {"every": 1, "steps": 3},
     "attribution": {"epochs": 1.0, "strength": 1.0, "freeze_downstream": True, "verify": 3},
-    "blocking_sites": {"epochs": 1.0, "margin": 0.0, "release": "{site}", "sae_id": ""},
+    "blocking_sites": {"epochs": 1.0, "margin": 0.0, "other_sae": "{site}", "other_sae_id": ""},
     "reemergence": {"epochs": 2.0, "every": 1.0, "strengths": (0.1,), "frozen": (0.1,)},
     "real": {"sizes": (2, 3), "nats": (0.5,)},
     "ceiling": {"sizes": (2, 3), "random": (2,), "nats": 0.5},
@@ -108,6 +109,14 @@ def shared(tiny_folder, tmp_path_factory):
             patch.setitem(PRESETS, preset.name, preset)
         patch.chdir(folder)
         yield folder / "study"
+
+
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_an_option_of_all_experiments_means_the_same_in_each(name: str) -> None:
+    """Only the preset and the domain may be set anew: a script's own --sae-id once took the place of the common one."""
+    made = importlib.import_module(name).Options.__mro__
+    own = {field for kind in made[: made.index(StudyOptions)] for field in kind.__dict__.get("__annotations__", {})}
+    assert own & {field.name for field in fields(StudyOptions)} <= {"preset", "domain"}
 
 
 @pytest.mark.parametrize("name", ["signs", *(pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS if name != "signs")])
