@@ -1,12 +1,13 @@
 """Does blocking further sites, at which plain fine-tuning's shift is there again, keep misalignment away? (left open by the paper)
 
     python experiments/blocking_sites.py --preset organism --strength 0.3 --seeds 0 1 2
-    python experiments/blocking_sites.py --preset llama-3.1-8b --epochs 2 --strength 3000 --other-sae llama_scope_lxr_8x --other-sae-id l{block}r_8x
+    python experiments/blocking_sites.py --preset llama-3.1-8b --epochs 2 --strength 3000 --other-sae llama_scope_lxr_8x \\
+        --other-sae-id l{block}r_8x
 
 A model is blocked at the preset's site for many epochs. The sites at whose outputs more of plain's shift is there than at the blocked one
 (by --margin, on the core prompts, seeds together) are blocked as well, from base: with the latents that the blocked model uses there, and,
-as a control, with as many random ones that fire there. The penalty grows with the square of the activations, so lambda goes with the
-squared ratio of the sites' scales. It needs an SAE at every such site: --other-sae and --other-sae-id, in which {site} and {block} are filled in.
+as a control, with as many random ones that fire there. The penalty grows with the square of activations, so lambda goes with the squared
+ratio of the sites' scales. Every such site needs an SAE: --other-sae, --other-sae-id, in which {site} and {block} are filled in.
 """
 
 from dataclasses import dataclass, replace
@@ -86,8 +87,7 @@ def main(options: Options) -> None:
         depth = study.step("depth-core", reemergence.depth, study.points([blocked]), beside=plain, split="core")
         page.add("depth", depth, plots.rerouting(depth))
         returning = returning_sites(depth, study.setting.site, margin=options.margin)
-        sets = [sets_at(study, blocked, site, options) for site in returning]
-        wider = []
+        sets, wider = [sets_at(study, blocked, site, options) for site in returning], list[Run]()
         for kind in ("found", "random") if sets else ():
             there = {**over, "sets": tuple(one[kind] for one in sets)}
             wider.append(replace(blocked, defence="sites", overrides=there, name=f"{kind} latents there too"))

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import re
 import sys
 from dataclasses import fields, replace
@@ -115,7 +116,7 @@ def shared(tiny_folder, tmp_path_factory):
 def test_an_option_of_all_experiments_means_the_same_in_each(name: str) -> None:
     """Only the preset and the domain may be set anew: a script's own --sae-id once took the place of the common one."""
     made = importlib.import_module(name).Options.__mro__
-    own = {field for kind in made[: made.index(StudyOptions)] for field in kind.__dict__.get("__annotations__", {})}
+    own = {field for kind in made[: made.index(StudyOptions)] for field in inspect.get_annotations(kind)}
     assert own & {field.name for field in fields(StudyOptions)} <= {"preset", "domain"}
 
 
