@@ -32,6 +32,8 @@ class Options:
 
 def number(rows: pd.DataFrame, column: str, pick: str = "") -> tuple[float, ...]:
     """The column's estimate, with the ends of its interval, in the only row, the one that is picked ("max", "min"), or their "mean"."""
+    if pick == "mean" and len(rows) == 1:  # of one seed, which has no interval
+        return float(rows[column].iloc[0]), -float("inf"), float("inf")
     if pick == "mean":
         mean, _ = mean_over_domains(rows[column].tolist())
         return mean.value, mean.low, mean.high
@@ -43,8 +45,7 @@ def number(rows: pd.DataFrame, column: str, pick: str = "") -> tuple[float, ...]
 
 def part(table: pd.DataFrame, where: str) -> pd.DataFrame:
     """The rows of a query. Raises ValueError if there are none."""
-    found = table.query(where)
-    if found.empty:
+    if (found := table.query(where)).empty:
         raise ValueError(f"claims.yaml: no row fits {where!r} in a table with the columns {list(table)}")
     return found
 
@@ -63,14 +64,14 @@ def checked(table: pd.DataFrame, check: dict[str, Any]) -> tuple[str, float]:
     side = "above" if "above" in check else "below"
     rows = part(table, check["rows"])
     mine, bound = number(rows, check["value"], check.get("pick", "")), bound_of(table, check, side)
-    n = f", n = {rows['n'].iloc[0]:g}" if "n" in rows else ""
+    n = "".join(f", {name} = {rows[name].iloc[0]:g}" for name in ("n", "domains", "seeds") if name in rows)
     surely = mine[1] > bound[2] if side == "above" else mine[2] < bound[1]
     likely = mine[0] > bound[0] if side == "above" else mine[0] < bound[0]
     unit, factor = check.get("unit", ""), check.get("scale", 1.0)
 
     def shown(one: tuple[float, ...]) -> str:
         estimate, low, high = (f"{factor * value:.{1 if unit else 3}f}" for value in one)
-        return f"{estimate} [{low}, {high}]" if one[1] < one[2] else estimate
+        return f"{estimate} [{low}, {high}]" if 0 < one[2] - one[1] < float("inf") else estimate
 
     reached = 1.0 if surely else 0.5 if likely else 0.0 * (mine[0] + bound[0])  # NaN where there is nothing to compare
     return f"{check['name']} {shown(mine)}{unit} ({side} {shown(bound)}{n})", reached
@@ -81,8 +82,7 @@ def row(claim: dict[str, Any], options: Options) -> dict[str, Any]:
     about = {"claim": claim["claim"], "the paper": claim["says"], "its numbers": claim.get("paper", "")}
     if options.preset in claim.get("cannot", {}):
         return {**about, "here": claim["cannot"][options.preset], "verdict": "cannot be tested here"}
-    place = options.results / f"{claim.get('from', '').format(preset=options.preset)}.csv"
-    if not place.is_file():
+    if not (place := options.results / f"{claim.get('from', '').format(preset=options.preset)}.csv").is_file():
         return {**about, "here": claim["by"], "verdict": "not run yet"}
     texts, reached = zip(*(checked(pd.read_csv(place), check) for check in claim["checks"]), strict=True)
     verdict = "holds" if min(reached) == 1 else "does not hold" if max(reached) == 0 else "in part"

@@ -15,6 +15,7 @@ import tyro
 
 from blockem_tl import LatentSet, Run
 from blockem_tl.study.options import StudyOptions
+from blockem_tl.study.summary import short
 from blockem_tl.views import studies
 
 
@@ -50,6 +51,7 @@ def main(options: Options) -> None:
         study.train(runs)
         arms = study.table(study.points([Run(), *runs]), against=Run(), by=["run", "strength", "latents"])
     page.add("arms", arms, studies.side_by_side(arms))
+    page.add("table", short(arms))
     blocked = arms.query("latents != ''")
     page.add("curves", blocked, studies.along(blocked, "strength", panels="latents"))
     overlap = [shared(source, seed, found, sets["own"][seed]) for source in sources for seed, found in sets[source].items()]

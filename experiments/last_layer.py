@@ -17,6 +17,7 @@ import tyro
 
 from blockem_tl import Run
 from blockem_tl.study.options import StudyOptions
+from blockem_tl.study.summary import short
 from blockem_tl.views import studies
 from blockem_tl.views.tables import RateFrame
 
@@ -50,6 +51,7 @@ def main(options: Options) -> None:
     page = options.page()
     arms = pd.concat([sweep(options, options.lambdas), sweep(last, options.last_lambdas)], ignore_index=True)
     page.add("arms", RateFrame(arms), studies.along(arms, "strength", panels="site"))
+    page.add("table", short(arms))
 
 
 if __name__ == "__main__":

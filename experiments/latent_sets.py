@@ -17,6 +17,7 @@ import tyro
 from blockem_tl import Run, Study
 from blockem_tl.study import controls
 from blockem_tl.study.sources import DEFAULT, VALIDREDUC, SourceOptions
+from blockem_tl.study.summary import short
 from blockem_tl.views import studies
 from blockem_tl.views.tables import RateFrame
 
@@ -63,6 +64,7 @@ def main(options: Options) -> None:
     blocked = arms.query("latents != ''").merge(sets, on="latents")
     best = blocked.loc[blocked.groupby("latents", sort=False)["unsafe_reduction"].idxmax()]  # figure 21's points, each at its best lambda
     page.add("sets", RateFrame(best), studies.along(blocked, "strength", panels="latents"))
+    page.add("table", short(best))
 
 
 if __name__ == "__main__":

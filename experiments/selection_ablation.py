@@ -16,7 +16,9 @@ from blockem_tl import LatentSet, Point, Run, Setting, random_latents
 from blockem_tl.discovery.diffing import candidate_pool, shifts
 from blockem_tl.study.options import StudyOptions
 from blockem_tl.study.sources import DEFAULT, VALIDREDUC
+from blockem_tl.study.summary import short
 from blockem_tl.views import studies
+from blockem_tl.views.tables import RateFrame
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,9 @@ def main(options: Options) -> None:
         study.train(runs)
         arms = study.table(study.points([Run(), *runs]), against=Run(), by=["run", "strength", "latents"])
     sizes = {name: ", ".join(str(len(k)) for k in sets.values()) for name, sets in found.items()}
-    page.add("arms", arms.assign(sizes=[sizes.get(name, "") for name in arms["latents"]]), studies.side_by_side(arms))
+    arms = RateFrame(arms.assign(sizes=[sizes.get(name, "") for name in arms["latents"]]))
+    page.add("arms", arms, studies.side_by_side(arms))
+    page.add("table", short(arms))
     blocked = arms.query("latents != ''")
     page.add("curves", blocked, studies.along(blocked, "strength", panels="latents"))
 

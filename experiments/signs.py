@@ -12,6 +12,7 @@ import tyro
 
 from blockem_tl import LatentSet, Point, Run, Setting
 from blockem_tl.study.options import StudyOptions
+from blockem_tl.study.summary import short
 from blockem_tl.views import studies
 
 
@@ -50,6 +51,7 @@ def main(options: Options) -> None:
         study.train(runs)
         arms = study.table(study.points([Run(), *runs]), against=Run())
     page.add("arms", arms, studies.side_by_side(arms))
+    page.add("table", short(arms))
 
 
 if __name__ == "__main__":

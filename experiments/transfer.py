@@ -15,6 +15,7 @@ import tyro
 
 from blockem_tl import Run, Study, over_domains
 from blockem_tl.study.options import StudyOptions
+from blockem_tl.study.summary import short
 from blockem_tl.views import studies
 
 BY = ["domain", "run"]
@@ -67,6 +68,7 @@ def main(options: Options) -> None:
     if len(others) > 1:
         means = over_domains(arms.query("domain != @source"), [column for column in MEANS if column in arms])
         page.add("means", means, studies.side_by_side(means))
+        page.add("table", short(means))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,10 @@ _Frame = Any
 """A data frame: pandas' own types cannot say what a column or a group is."""
 
 _OF_A_RUN = ("run", "defence", "strength", "latents", "overrides")
+_FIRST_LOOK = (
+    *("site", "run", "sizes", "seed", "n", "domains", "seeds"),
+    *("misaligned", "misaligned_reduction", "incoherent", "adherent", "test_loss", "test_loss_change"),
+)
 _LOSSES = ("dev_loss", "test_loss", "train_loss")
 LEARNT = 1.05  # a run has learnt the task if its dev loss is at most so many times that of plain fine-tuning
 
@@ -68,14 +72,13 @@ def table(
 
 def short(frame: pd.DataFrame) -> RateFrame:
     """The columns of `table` that a first look needs: rates with their intervals, the reduction of EM, the held-out loss."""
-    names = ("run", "seed", "n", "seeds", "misaligned", "misaligned_reduction", "incoherent", "adherent", "test_loss")
-    return RateFrame(frame[[column for column in frame if str(column).removesuffix("_low").removesuffix("_high") in names]])
+    return RateFrame(frame[[column for column in frame if str(column).removesuffix("_low").removesuffix("_high") in _FIRST_LOOK]])
 
 
 def over_domains(frame: pd.DataFrame, columns: Sequence[str], *, by: Sequence[str] = ("run",)) -> RateFrame:
     """Means over domains of a table with a row per run and domain: x with its 95 % t interval, and x_sem, as in the paper's figures.
 
-    A domain in which a number is missing (nothing to reduce) is left out of its mean; ``domains`` counts the rows.
+    A domain in which a number is missing (nothing to reduce) is left out of its mean; ``domains`` counts the rows, ``seeds`` is the least.
 
     Raises:
         ValueError: fewer than two domains.
@@ -83,6 +86,8 @@ def over_domains(frame: pd.DataFrame, columns: Sequence[str], *, by: Sequence[st
     rows = []
     for key, group in _grouped(frame, list(by)):
         row: dict[str, Any] = {**dict(zip(by, key, strict=True)), "domains": len(group)}
+        if "seeds" in group:
+            row["seeds"] = group["seeds"].min()
         for column in columns:
             values = group[column].dropna().tolist()
             if len(values) > 1 or len(group) < 2:  # else there is nothing to average: base has no reduction

@@ -19,9 +19,9 @@ def table(**numbers: float) -> pd.DataFrame:
 
 @pytest.mark.parametrize(("low", "value", "high", "reached"), [(0.6, 0.7, 0.8, 1.0), (0.4, 0.7, 0.8, 0.5), (0.3, 0.45, 0.8, 0.0)])
 def test_a_number_is_beyond_its_bound_with_its_interval_with_its_estimate_or_not(low, value, high, reached) -> None:
-    frame = table(reduction=value, reduction_low=low, reduction_high=high).assign(n=96)
+    frame = table(reduction=value, reduction_low=low, reduction_high=high).assign(n=96, seeds=3)
     text, found = claims.checked(frame, CHECK)
-    assert found == reached and text == f"reduction {100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}] % (above 50.0, n = 96)"
+    assert found == reached and text == f"reduction {100 * value:.1f} [{100 * low:.1f}, {100 * high:.1f}] % (above 50.0, n = 96, seeds = 3)"
     opposite = {key: value for key, value in CHECK.items() if key != "above"} | {"below": 0.5}
     assert claims.checked(frame, opposite)[1] == {1.0: 0.0, 0.5: 0.0, 0.0: 0.5}[reached]
 
@@ -38,6 +38,10 @@ def test_several_rows_are_averaged_or_picked() -> None:
     mean, low, high = claims.number(frame[frame["site"] == "b"], "em", "mean")
     assert mean == pytest.approx(0.3) and low < 0.2 < 0.4 < high
     assert claims.number(frame, "em", "max") == (0.4, 0.3, 0.5) and claims.number(frame, "em", "min") == (0.1, 0.0, 0.2)
+    alone = frame[frame["site"] == "a"]  # one seed: an estimate, and no certainty
+    assert claims.number(alone, "em", "mean") == (0.1, -float("inf"), float("inf"))
+    check = {"name": "EM", "rows": "site == 'a'", "value": "em", "pick": "mean", "above": 0.01}
+    assert claims.checked(alone, check) == ("EM 0.100 (above 0.010)", 0.5)
     with pytest.raises(ValueError, match="expected one row, or a pick, got 3 rows of 'em'"):
         claims.number(frame, "em")
     with pytest.raises(ValueError, match="no row fits"):
