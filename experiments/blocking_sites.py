@@ -1,8 +1,7 @@
 """Does blocking further sites, at which plain fine-tuning's shift is there again, keep misalignment away? (left open by the paper)
 
     python experiments/blocking_sites.py --preset organism --strength 0.3 --seeds 0 1 2
-    python experiments/blocking_sites.py --preset llama-3.1-8b --epochs 2 --strength 3000 --other-sae llama_scope_lxr_8x \\
-        --other-sae-id l{block}r_8x
+    python experiments/blocking_sites.py --preset llama-3.1-8b --strength 3000 --other-sae llama_scope_lxr_8x --other-sae-id l{block}r_8x
 
 A model is blocked at the preset's site for many epochs. The sites at whose outputs more of plain's shift is there than at the blocked one
 (by --margin, on the core prompts, seeds together) are blocked as well, from base: with the latents that the blocked model uses there, and,
@@ -31,7 +30,7 @@ Sae = tuple[str, str | None]
 @dataclass(frozen=True, kw_only=True)
 class Options(StudyOptions):
     """strength: lambda, the preset's largest by default.  epochs: of training.  freeze_downstream: LoRA up to the site.  margin: a share of
-    plain's shift.  other_sae, other_sae_id: of the SAEs at other sites; the one at the preset's site, by site, by default."""
+    plain's shift.  other_sae, other_sae_id: of the SAEs at other sites; the preset's own release, by site, by default."""
 
     strength: float | None = None
     epochs: float = 4.0
