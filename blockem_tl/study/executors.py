@@ -192,6 +192,12 @@ class _RayWorker:
         torch.set_num_threads(threads)
         self.setting: Setting = pickle.loads(setting)
 
+    def place(self) -> tuple[str, int]:
+        """Its node and process."""
+        ray, _ = _ray()
+
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
     def do(self, job: bytes) -> tuple[Any, str]:
         _, pickle = _ray()
 
@@ -237,21 +243,45 @@ class RayExecutor:
                 while waiting and self.idle:
                     index, job = waiting.popleft()
                     worker = self.idle.pop()
-                    running[worker.do.remote(pickle.dumps(job))] = (index, worker)
+                    place = worker.place.remote()
+                    running[worker.do.remote(pickle.dumps(job))] = (index, worker, place)
                 (done, *_), _ = ray.wait(list(running))
-                index, worker = running.pop(done)
+                index, worker, _ = running.pop(done)
                 self.idle.append(worker)
                 try:
                     yield Ended(index, *ray.get(done))
                 except ray.exceptions.RayError as lost:
                     yield Ended(index, None, f"{type(lost).__name__}: {lost}")
         except BaseException:
-            for worker in [*self.idle, *(worker for _, worker in running.values())]:
-                ray.kill(worker)
-            if running:  # a kill is only sent off: a job's result fails when its actor is gone
-                ray.wait(list(running), num_returns=len(running), timeout=30)
+            self._kill([place for _, _, place in running.values()], [*self.idle, *(worker for _, worker, _ in running.values())])
             self.idle = []
             raise
+
+    def _kill(self, places: Sequence[Any], workers: Sequence[Any]) -> None:
+        """Kill workers; those that were at work in these places are gone when this returns.
+
+        Ray calls an actor dead when it has sent the kill off, and its process may still write: it is waited for on its own node.
+        """
+        ray, _ = _ray()
+
+        def until_gone(pid: int) -> None:  # in here, so that Ray sends its code: the module would import torch first
+            with suppress(ProcessLookupError):
+                while True:
+                    os.kill(pid, 0)
+                    time.sleep(0.01)
+
+        known, _ = ray.wait(list(places), num_returns=len(places), timeout=1) if places else ([], [])  # none: its job has not begun
+        at = []
+        for place in known:
+            with suppress(ray.exceptions.RayError):  # dead already
+                at.append(ray.get(place))
+        for worker in workers:
+            ray.kill(worker)
+        affinity = import_module("ray.util.scheduling_strategies").NodeAffinitySchedulingStrategy
+        wait = ray.remote(num_cpus=0, max_retries=0)(until_gone)
+        gone = [wait.options(scheduling_strategy=affinity(node, soft=False)).remote(pid) for node, pid in at]
+        if gone:
+            ray.wait(gone, num_returns=len(gone), timeout=30)
 
     def close(self) -> None:
         """End the actors, and the cluster if it was made for them."""
