@@ -4,14 +4,15 @@ The tuned model's margin M (log p(harmful) - log p(helpful), nats per token, see
 
     attribution_k = mean over pairs of sum_t (z_tuned - z_base)_tk (dM/dh_t . d_k)        only changes in the direction of the shift's sign
 
-To first order this is what M falls by if latent k's change is taken out, as blocking does; `mediation` measures it. Attention sinks and
-template tokens are left out. Nanda 2023 (attribution patching), Marks et al. 2024 (of SAE latents).
+To first order this is what M falls by if latent k's change is taken out, as blocking does; `mediation` measures it. The same on rows of the
+narrow task, with their log-likelihood in M's place, says what the task would lose. Attention sinks and template tokens are left out. Nanda
+2023 (attribution patching), Marks et al. 2024 (of SAE latents).
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -28,7 +29,7 @@ from blockem_tl.models.lora import BASE
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.saes.latents import encode_all
 from blockem_tl.saes.load import check_fits
-from blockem_tl.types import Candidate, Pair, Prompt
+from blockem_tl.types import Candidate, Example, Pair, Prompt
 from blockem_tl.views.progress import progress_bar
 
 MOST_ROWS = 8
@@ -65,25 +66,36 @@ def pair_diff(
     Raises:
         ValueError: pairs that cannot be read, an SAE of another model, or weights that move no latent.
     """
-    site = check_fits(sae, model)
     check_pairs(pairs)
-    answers = encode_examples(model.tokenizer, sides(pairs))
-    check_lengths(answers, model.cfg.n_ctx)
-    size, rows = batch_size or MOST_ROWS, sae.W_dec.detach().float()
-    total, up, down = (torch.zeros(sae.cfg.d_sae, device=rows.device) for _ in range(3))
-    n_tokens = 0
-    with model.using(adapter):
-        for start in progress_bar(range(0, len(answers), size), desc="attribution", show=progress):
-            batch = pad(answers[start : start + size], model.pad_id, side="right", device=model.device)
-            signs = torch.tensor([1 if i < len(pairs) else -1 for i in range(start, start + len(batch.ids))], device=model.device)
-            for moved, slope in _changes(model, sae, site, batch, signs / len(pairs), rows):
-                total += moved.sum(0)
-                up += (moved.clamp(min=0) * slope).sum(0)
-                down += (moved.clamp(max=0) * slope).sum(0)
-                n_tokens += len(moved)
-    if not total.any():
+    weights = [sign / len(pairs) for sign in (1, -1) for _ in pairs]
+    found = _sums(model, sae, sides(pairs), weights, adapter, batch_size, progress)
+    if not found.total.any():
         raise ValueError("attribution: tuned and base have the same latents on these pairs: is the adapter the tuned model's?")
-    return PairDiff(shift=(total / n_tokens).cpu(), attribution=torch.where(total >= 0, up, down).cpu())
+    return PairDiff(shift=found.total / found.n_tokens, attribution=torch.where(found.total >= 0, found.up, found.down))
+
+
+def task_attribution(
+    model: Model,
+    sae: SAE[Any],
+    rows: Sequence[Example],
+    shift: Float[Tensor, " d_sae"],
+    *,
+    adapter: str | Path | None = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Float[Tensor, " d_sae"]:
+    """What the rows' log-likelihood, in nats per token, loses to first order if a latent's changes in the direction of ``shift`` go.
+
+    Args:
+        rows: of the narrow task, held out from training.  adapter, batch_size: as in `pair_diff`.
+
+    Raises:
+        ValueError: no rows, or an SAE of another model.
+    """
+    if not rows:
+        raise ValueError("attribution: expected rows of the narrow task, got none")
+    found = _sums(model, sae, rows, [1 / len(rows)] * len(rows), adapter, batch_size, progress)
+    return torch.where(shift >= 0, found.up, found.down)
 
 
 def latents_by_attribution(
@@ -93,6 +105,8 @@ def latents_by_attribution(
     n: int,
     *,
     adapter: str | Path | None = None,
+    sparing: Sequence[Example] = (),
+    spare: float = 2.0,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> LatentSet:
@@ -102,12 +116,18 @@ def latents_by_attribution(
 
     Args:
         pairs: they select, and must never report.
+        sparing: held-out rows of the narrow task. With them latents that the task needs come later: the score is a latent's share of the
+            margin's attribution less ``spare`` times its share of the task's (`task_attribution`), of those that raised either.
 
     Raises:
         ValueError: fewer such latents than ``n``.
     """
-    diff = pair_diff(model, sae, pairs, adapter=adapter, batch_size=batch_size, progress=progress)
-    order = diff.attribution.argsort(descending=True, stable=True).tolist()
+    options: dict[str, Any] = {"adapter": adapter, "batch_size": batch_size, "progress": progress}
+    diff = pair_diff(model, sae, pairs, **options)
+    score = _share(diff.attribution)
+    if sparing:
+        score = score - spare * _share(task_attribution(model, sae, sparing, diff.shift, **options))
+    order = score.argsort(descending=True, stable=True).tolist()
     raised = [k for k in order if diff.attribution[k] > 0]
     if not 1 <= n <= len(raised):
         raise ValueError(f"attribution: {len(raised)} latents raised the margin, got n={n}")
@@ -117,8 +137,49 @@ def latents_by_attribution(
         [Candidate(latent=k, shift=float(diff.shift[k])) for k in chosen],
         [float(diff.attribution[k]) for k in chosen],
         prompts=[Prompt(id=pair.id, text=pair.prompt) for pair in pairs],
-        provenance={"method": "attribution", "model": model.name},
+        provenance={"method": "attribution", "model": model.name, **({"spare": spare, "n_sparing": len(sparing)} if sparing else {})},
     )
+
+
+def _share(attribution: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
+    raised = attribution.clamp(min=0)
+    return raised / raised.sum().clamp(min=torch.finfo(raised.dtype).tiny)
+
+
+class _Sums(NamedTuple):
+    """Over all tokens: the latents' changes, [d_sae], and the effects of those up and of those down."""
+
+    total: Tensor
+    up: Tensor
+    down: Tensor
+    n_tokens: int
+
+
+def _sums(
+    model: Model,
+    sae: SAE[Any],
+    rows: Sequence[Example],
+    weights: Sequence[float],
+    adapter: str | Path | None,
+    batch_size: int | None,
+    progress: bool,
+) -> _Sums:
+    """Changes and effects on the weighted sum of the rows' log-likelihoods per token."""
+    site, encoded = check_fits(sae, model), encode_examples(model.tokenizer, rows)
+    check_lengths(encoded, model.cfg.n_ctx)
+    size, directions = batch_size or MOST_ROWS, sae.W_dec.detach().float()
+    total, up, down = (torch.zeros(sae.cfg.d_sae, device=directions.device) for _ in range(3))
+    n_tokens = 0
+    with model.using(adapter):
+        for start in progress_bar(range(0, len(encoded), size), desc="attribution", show=progress):
+            batch = pad(encoded[start : start + size], model.pad_id, side="right", device=model.device)
+            weight = torch.tensor(weights[start : start + size], device=model.device)
+            for moved, slope in _changes(model, sae, site, batch, weight, directions):
+                total += moved.sum(0)
+                up += (moved.clamp(min=0) * slope).sum(0)
+                down += (moved.clamp(max=0) * slope).sum(0)
+                n_tokens += len(moved)
+    return _Sums(total.cpu(), up.cpu(), down.cpu(), n_tokens)
 
 
 def _changes(

@@ -105,9 +105,13 @@ def left(patched: _Frame, found: _Frame, *, base: str = BASE) -> RateFrame:
     )
 
 
-def attributed(setting: Setting, point: Point, *, n: int) -> LatentSet:
-    """The ``n`` latents that carry most of the shift on the core pairs, to first order: for `Study.latents`."""
-    return latents_by_attribution(setting.model, setting.sae, setting.pairs("core"), n, adapter=point.adapter, progress=False)
+def attributed(setting: Setting, point: Point, *, n: int, spare: float = 0.0) -> LatentSet:
+    """The ``n`` latents that carry most of the shift on the core pairs, to first order: for `Study.latents`.
+
+    spare: how much the dev rows' attribution counts against a latent, as in `latents_by_attribution`.
+    """
+    rows: dict[str, Any] = {"sparing": setting.held_out()[::2], "spare": spare} if spare else {}
+    return latents_by_attribution(setting.model, setting.sae, setting.pairs("core"), n, adapter=point.adapter, progress=False, **rows)
 
 
 def ceiling(setting: Setting, point: Point, *, sets: Sequence[str], sizes: Sequence[int] = ()) -> pd.DataFrame:

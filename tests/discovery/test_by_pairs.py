@@ -11,7 +11,7 @@ from shared import harmed_organism
 from blockem_tl import Condition, LatentSet, Setting, Steering, discover, latents_by_attribution, mediation, preference
 from blockem_tl.data.chat import encode_examples, pad
 from blockem_tl.data.checks import prompt_hash
-from blockem_tl.discovery.attributing import pair_diff
+from blockem_tl.discovery.attributing import pair_diff, task_attribution
 from blockem_tl.discovery.by_pairs import PairTests, calibrate_pairs, pool, screen_pairs
 from blockem_tl.discovery.config import DiscoveryConfig, MaxIncoherence
 from blockem_tl.evaluation.preference import sides
@@ -92,6 +92,24 @@ def test_a_set_by_attribution(setting, pairs, diff) -> None:
         latents_by_attribution(setting.model, setting.sae, pairs, 9999, adapter="tuned", **QUIET)
     with pytest.raises(ValueError, match="same latents on these pairs"):
         pair_diff(setting.model, setting.sae, pairs, adapter="base", **QUIET)
+
+
+def test_a_set_that_spares_the_task_costs_less_of_it(setting, pairs, diff) -> None:
+    chooses, measures = setting.held_out()[::4], setting.held_out()[1::4]
+    sets = {
+        spare: latents_by_attribution(setting.model, setting.sae, pairs, 20, adapter="tuned", sparing=chooses, spare=spare, **QUIET)
+        for spare in (0.0, 5.0)
+    }
+    assert sets[0.0].latents == latents_by_attribution(setting.model, setting.sae, pairs, 20, adapter="tuned", **QUIET).latents
+    task = task_attribution(setting.model, setting.sae, measures, diff.shift, adapter="tuned", **QUIET)
+    at_stake = {spare: float(task[list(one.latents)].sum()) for spare, one in sets.items()}
+    assert at_stake[5.0] < 0.7 * at_stake[0.0]
+    named = {str(spare): one for spare, one in sets.items()}
+    found = mediation(setting.model, setting.sae, pairs, measures, named, adapter="tuned", one_sided=True, **QUIET).to_frame()
+    lost, removed = (found.set_index("taken_out")[column] for column in ("task_lost", "removed"))
+    assert lost["5.0"] < lost["0.0"] and removed["5.0"] > 0.5 * removed["0.0"]
+    with pytest.raises(ValueError, match="rows of the narrow task, got none"):
+        task_attribution(setting.model, setting.sae, [], diff.shift, adapter="tuned", **QUIET)
 
 
 def test_the_pool_takes_what_raised_the_margin_or_what_moved_most(diff, config) -> None:
