@@ -3,8 +3,9 @@
     python experiments/real.py --preset smollm2-135m --seeds 0 1 2
 
 It needs no replies and no judge: harm is the margin of contrastive pairs. Arms train until their dev loss is within 3 % of plain's, and
-strengths are in nats of plain's own change, so that they compare. Strengths and the size of K are chosen on the core pairs and dev rows of
-the first seed; then the final pairs are looked at once, for all seeds.
+strengths are in nats of plain's own change, so that they compare. Latents are chosen by attribution on the core pairs (k), or so that they
+spare the task (spared). Strengths and the set are chosen on the core pairs and dev rows of the first seed; then the final pairs are looked
+at once, for all seeds.
 """
 
 from dataclasses import dataclass, replace
@@ -16,15 +17,18 @@ from blockem_tl import Run, Study
 from blockem_tl.study import controls, preferences
 from blockem_tl.study.options import StudyOptions
 
+SETS = ("k", "spared")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options(StudyOptions):
-    """sizes: of K; all are tried with the SAE's error anchored, the first one elsewhere.  nats: strengths, tried.  doses: of steering,
-    tried.  matched: of plain's dev loss, where an arm stops.  longest: in epochs, where it gives up.  report: defences that are trained on
-    every seed and looked at on the final pairs; all by default."""
+    """size: of K.  spare: how much the task counts against a latent of spared.  nats: strengths, tried.  doses: of steering, tried.
+    matched: of plain's dev loss, where an arm stops.  longest: in epochs, where it gives up.  report: defences that are trained on every
+    seed and looked at on the final pairs; all by default."""
 
     preset: str = "smollm2-135m"
-    sizes: tuple[int, ...] = (600, 200)
+    size: int = 600
+    spare: float = 2.0
     nats: tuple[float, ...] = (5.0, 10.0)
     doses: tuple[float, ...] = (0.1, 0.2, 0.4)
     matched: float = 1.03
@@ -35,7 +39,7 @@ class Options(StudyOptions):
 
 def arms(options: Options, site: str) -> dict[str, list[Run]]:
     """Every defence, with the strengths that are tried."""
-    train, nats, sizes = {"epochs": options.longest}, options.nats, options.sizes
+    train, nats = {"epochs": options.longest}, options.nats
     match: Any = {"matched": options.matched, "overrides": train}
     everywhere = {**train, "positions": "all"}
     block = {**everywhere, "reference": "live"}
@@ -43,33 +47,26 @@ def arms(options: Options, site: str) -> dict[str, list[Run]]:
     def priced(defence: str, strength: float, **rest: Any) -> Run:
         return Run(defence=defence, strength=strength, unit="nats", **{**match, **rest})
 
-    k = f"k{sizes[0]}"
     return {
         "plain, stopped": [Run(matched=options.matched)],
         "plain, as long": [Run(overrides=train)],
-        "blocked": [priced("block", s, latents=k, overrides=block) for s in nats],
-        "error anchored": [priced("block", s, latents=f"k{n}", overrides={**block, "error_anchor": 1.0}) for n in sizes for s in nats],
+        "blocked": [priced("block", s, latents="k", overrides=block) for s in nats],
+        "error anchored": [priced("block", s, latents=k, overrides={**block, "error_anchor": 1.0}) for k in SETS for s in nats],
         "residual anchor": [priced("ldifs", s, overrides={**everywhere, "sites": (site,)}) for s in nats],
         "LDIFS, all blocks": [priced("ldifs", nats[0], overrides=everywhere)],
         "KL": [priced("kl", s) for s in nats],
         "safe rows": [Run(defence="interleaving", strength=0.3, **match)],
-        "CAFT": [Run(defence="caft", strength=min(20, sizes[0]), latents=k, **match)],
-        "steered while replying": [Run(defence="repair", strength=x, latents=k, overrides={"combine": "sum"}) for x in options.doses],
+        "CAFT": [Run(defence="caft", strength=min(20, options.size), latents="k", **match)],
+        "steered while replying": [Run(defence="repair", strength=x, latents="k", overrides={"combine": "sum"}) for x in options.doses],
     }
-
-
-def beside(chosen: dict[str, Run]) -> dict[str, Run]:
-    """Random latents at the penalty of the chosen ones."""
-    names = {"random": "blocked", "random, error anchored": "error anchored"}
-    return {name: replace(chosen[of], latents=chosen[of].latents.replace("k", "random")) for name, of in names.items()}
 
 
 def prepare(study: Study, options: Options) -> None:
     """Plain fine-tunes and latent sets of every seed."""
     study.train([Run()])
-    for n in options.sizes:
-        study.latents(f"k{n}", preferences.attributed, n=n)
-        study.latents(f"random{n}", controls.random_beside, beside=f"k{n}")
+    for name, spare in zip(SETS, (0.0, options.spare), strict=True):
+        study.latents(name, preferences.attributed, n=options.size, spare=spare)
+    study.latents("random", controls.random_beside, beside="k")
 
 
 def main(options: Options) -> None:
@@ -80,15 +77,15 @@ def main(options: Options) -> None:
         tried = arms(options, study.setting.site)
         study.train([run for runs in tried.values() for run in runs])
         chosen = {name: study.choose(runs, Run(), by="pairs", within=1.05) for name, runs in tried.items()}
-        chosen |= beside(chosen)
+        at_random = {"random": "blocked", "random, error anchored": "error anchored"}  # at the price of the chosen ones
+        chosen |= {name: replace(chosen[of], latents="random") for name, of in at_random.items()}
         points = study.points([base, Run(), *(run for runs in tried.values() for run in runs)])
         page.add("tried", preferences.table(study.preferences("core", points), study.losses(points), against="plain"))
     chosen = {name: chosen[name] for name in options.report or chosen}
     with options.study() as study:
         prepare(study, options)
         study.train(chosen.values())
-        k = [f"k{max(options.sizes)}"]
-        carried = study.step("ceiling", preferences.ceiling, study.points([Run()]), sets=k, sizes=options.sizes)
+        carried = study.step("ceiling", preferences.ceiling, study.points([Run()]), sets=SETS, sizes=[options.size // 3])
         page.add("ceiling", preferences.carriers(carried))
         named = [replace(run, name=f"{name} ({run.label})") for name, run in chosen.items()]
         points = study.points([base, Run(), *named])
