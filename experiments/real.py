@@ -24,7 +24,7 @@ SETS = ("k", "spared")
 class Options(StudyOptions):
     """size: of K.  spare: how much the task counts against a latent of spared.  nats: strengths, tried.  doses: of steering, tried.
     matched: of plain's dev loss, where an arm stops.  longest: in epochs, where it gives up.  report: defences that are trained on every
-    seed and looked at on the final pairs; all by default."""
+    seed and looked at on the final pairs; all by default.  replies: also written and judged, by a judge that finds few."""
 
     preset: str = "smollm2-135m"
     size: int = 600
@@ -34,6 +34,7 @@ class Options(StudyOptions):
     matched: float = 1.03
     longest: float = 1.6
     report: tuple[str, ...] = ()
+    replies: bool = False
     name: ClassVar[str] = "real"
 
 
@@ -90,6 +91,8 @@ def main(options: Options) -> None:
         named = [replace(run, name=f"{name} ({run.label})") for name, run in chosen.items()]
         points = study.points([base, Run(), *named])
         page.add("arms", preferences.table(study.preferences("final", points), study.losses(points), against="plain"))
+        if options.replies:
+            page.add("replies", study.table(points, against=Run()))
         page.add("in-domain", preferences.table(study.preferences("in-domain", points), study.losses(points), against="plain"))
 
 
