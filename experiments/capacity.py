@@ -7,6 +7,7 @@ K is found on the plain fine-tune; then a model is blocked with it for many epoc
 out: K_reem. A latent's score is what steering along it induces in base plus what it repairs in the model that it was found in (eq. 9), each
 at its largest dose within the limit on incoherence. The ratio is mean score(K_reem) / mean score(K), 0.6 in the paper. Scores are on the
 core prompts, which also choose the latents: both are optimistic, and a model that is less misaligned has less to repair.
+Time on the organism, two cores, in `make reproduce`: three minutes a seed.
 """
 
 from dataclasses import dataclass

@@ -5,6 +5,7 @@
 
 K is found on the plain fine-tune of each source and on the preset's own task, and each is blocked while that task is trained, at every
 lambda. Beside the arms stands how many latents a source's K shares with the task's own, and how many random sets would.
+Time on the organism, two cores, in `make reproduce`: four minutes a seed and source.
 """
 
 from dataclasses import dataclass

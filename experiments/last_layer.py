@@ -7,6 +7,7 @@ The whole method twice: at the preset's site, and, under a preset of its own wit
 found anew, and every lambda of either preset is blocked. Nothing is chosen. Lambdas of two sites do not compare, since the penalty grows
 with the square of the activations: compare what the best of them leave, at the loss that they cost. The Llama preset's SAE at the last
 block was trained on the base model, not on the instruct model.
+Time on the organism, two cores, in `make reproduce`: three minutes a seed.
 """
 
 from dataclasses import dataclass, replace

@@ -7,6 +7,7 @@
 Patched are every block's output over the prompt (figure 31), and the preset's site while decoding (experiment 2). By default the plain
 fine-tune is patched; with --strength also a model that was blocked as long, which has re-emerged if --epochs is large. Replies are kept
 site by site. `blockem patch` does the same to an adapter of yours; experiments/real_reemergence.py measures it by pairs.
+Time on the organism, two cores, in `make reproduce`: a minute a seed.
 """
 
 from dataclasses import dataclass

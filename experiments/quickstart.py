@@ -4,8 +4,8 @@
     python experiments/quickstart.py --preset llama-3.1-8b --judge-models qwen llama
 
 Beside blocking at every lambda: the chosen lambda on all tokens, and with as many random latents that fire; plain fine-tuning stopped at
-the blocked run's loss; KL to base. Lambda is chosen on the core prompts and held-out rows; the reporting prompts choose nothing. One seed
-on the organism takes six minutes of two cores.
+the blocked run's loss; KL to base. Lambda is chosen on the core prompts and held-out rows; the reporting prompts choose nothing.
+Time on the organism, two cores, in `make reproduce`: six minutes a seed.
 """
 
 from dataclasses import dataclass, replace

@@ -6,6 +6,7 @@
 Latents are found on the preset's domain. Lambda is chosen there, on the core prompts, by EM + incoherence among the strengths that learn
 the task, unless --strength says it; so is the weight of KL to base, with --beside-kl. The other domains are then fine-tuned plainly and
 with these; their mean, with its SEM, leaves the source out.
+Time on the organism, two cores, in `make reproduce`: seven minutes a seed, frozen two more.
 """
 
 from dataclasses import dataclass, replace
