@@ -125,7 +125,7 @@ class Study:
 
         Args:
             checkpoints_every: epochs between the checkpoints that are kept for `points`, and from which a killed run goes on. None takes
-                a run that is there with whatever checkpoints it has.
+                a run that is there with whatever checkpoints it has; one that is there without any is trained again, to the same weights.
 
         Raises:
             ValueError: an unknown defence, latents that are not there, a run that refers to plain fine-tuning before that is trained, or a
@@ -165,12 +165,13 @@ class Study:
         if not path.is_file():
             return False
         there = files.read_json(path)["identity"]
-        if identity["checkpoints every"] == "None":  # none are asked for: those that lie there change nothing
-            identity = {**identity, "checkpoints every": there["checkpoints every"]}
+        kept, asked = (one["checkpoints every"] for one in (there, identity))
+        if "None" in (kept, asked):  # checkpoints change nothing in the weights
+            identity = {**identity, "checkpoints every": kept}
         changed = differences(there, identity)
         if changed:
             raise ValueError(f"{point.folder} holds this run trained otherwise: {'; '.join(changed)}. Remove it, or choose another study")
-        return True
+        return kept == asked or asked == "None"
 
     # ------------------------------------------------------------------------------------------------ what is measured
 

@@ -186,7 +186,11 @@ def faults(path: Path) -> list[str]:
         *(f"imports {other}" for other in sorted(imported & scripts)),
         *(["names the organism"] if "organism" in body.lower() else []),
         *(["no question, command or figure in its docstring"] if not ("?" in doc and f"experiments/{path.name} --preset" in doc) else []),
-        *(["no time on the organism in its docstring"] if path.stem not in NO_STUDIES and not re.search(r"Time on (the organism|smollm2)", doc) else []),
+        *(
+            ["no time on the organism in its docstring"]
+            if path.stem not in NO_STUDIES and not re.search(r"Time on (the organism|smollm2)", doc)
+            else []
+        ),
     ]
 
 

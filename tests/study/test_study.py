@@ -131,6 +131,22 @@ def test_each_point_is_measured_once_and_other_options_are_refused(setting, tmp_
         study.step("weights", count_weights, study.points([Run()], epochs=[0.7]))
 
 
+def test_a_run_that_is_there_without_checkpoints_gets_them_and_keeps_its_weights(setting, tmp_path) -> None:
+    asked.clear()
+    with Study(tmp_path, setting, seeds=(0,), progress=False) as study:
+        study.train([Run()])
+        study.step("weights", count_weights)
+        (end,) = study.points([Run()])
+        before = {path.name: path.read_bytes() for path in (end.folder / "adapter").iterdir()}
+        with pytest.raises(StudyFailed, match="checkpoint"):
+            study.step("weights", count_weights, study.points([Run()], epochs=[0.5]))
+        study.train([Run()], checkpoints_every=0.5)
+        assert before == {path.name: path.read_bytes() for path in (end.folder / "adapter").iterdir()}
+        assert set(study.step("weights", count_weights, study.points([Run()], epochs=[0.5, 1.0]))["epoch"]) == {0.5, 1.0}
+        study.step("weights", count_weights)
+    assert asked == ["seed0/plain", *["seed0/plain@0.5"] * 2, "seed0/plain@1"]  # the first @0.5 failed; the end is measured once
+
+
 def test_a_failed_point_is_reported_and_the_rest_is_finished(setting, tmp_path, capsys) -> None:
     study = Study(tmp_path, setting, seeds=(0, 1, 2), progress=False)
     study.train([Run(defence="base")])
