@@ -3,7 +3,7 @@
     python experiments/compare_defences.py --preset organism --seeds 0 1 2
     python experiments/compare_defences.py --preset llama-3.1-8b --judge-models qwen llama
 
-Every defence at a few strengths on the first seed: one of each is chosen on the core prompts, among those whose dev loss is within 2 % of
+Every defence at a few strengths on the first seed: one of each is chosen on the core prompts, among those whose dev loss is within 5 % of
 plain's. These are trained on all seeds, with plain fine-tuning stopped at the loss of each beside it, and asked the reporting prompts.
 SafeLoRA needs the model before its alignment, and is left out without one.
 Time on the organism, two cores, in `make reproduce`: six minutes a seed.

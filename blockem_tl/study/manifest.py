@@ -48,7 +48,8 @@ def claim(folder: Path, name: str, mine: Mapping[str, str], *, preset: str) -> N
 def claim_work(path: Path, what: str, function: Callable[..., Any], options: Mapping[str, Any], *, begun: bool) -> None:
     """Write down by which function and with which options work is done, but for options that change no result.
 
-    begun: whether some of its results are there; until then options may still change.
+    begun: whether some of its results are there; until then options may still change.  An option by seed, a mapping of whole numbers, is
+    compared for the seeds on both sides: a study may get more of them, or be of fewer.
 
     Raises:
         ValueError: there are results by another function or with other options.
@@ -56,9 +57,13 @@ def claim_work(path: Path, what: str, function: Callable[..., Any], options: Map
     inner = function.func if isinstance(function, partial) else function
     counting = {name: value for name, value in options.items() if f"discovery.{name}" not in _NO_MATTER}
     mine = {"function": str(getattr(inner, "__qualname__", type(inner).__name__)), **flat(counting)}
-    there = files.read_json(path) if path.is_file() else None
-    if begun and there and (changed := differences(there, mine)):
-        raise ValueError(f"{what} was done otherwise: {'; '.join(changed)}. Give it another name")
+    there = files.read_json(path) if path.is_file() else {}
+    if begun and there:
+        by_seed = tuple(f"{name}." for name, value in counting.items() if isinstance(value, Mapping) and all(type(k) is int for k in value))
+        mine |= {name: text for name, text in there.items() if name.startswith(by_seed) and name not in mine}
+        known = {name: text for name, text in mine.items() if name.startswith(by_seed)} | there
+        if changed := differences(known, mine):
+            raise ValueError(f"{what} was done otherwise: {'; '.join(changed)}. Give it another name")
     if there != mine:
         files.write_json(path, mine)
 

@@ -108,6 +108,22 @@ def test_a_latent_set_made_with_other_options_is_refused_under_its_name(setting,
                 made()
 
 
+def latents_by_seed(setting: Setting, point: Point, *, sizes: dict[int, int]) -> LatentSet:
+    return random_latents(setting.sae, sizes[point.seed], seed=point.seed)
+
+
+def test_an_option_by_seed_grows_with_the_seeds_and_may_not_change(setting, tmp_path) -> None:
+    def made(sizes: dict[int, int]) -> dict[int, int]:
+        with Study(tmp_path, setting, seeds=tuple(sizes), progress=False) as study:
+            study.train([Run()])
+            return {seed: len(one) for seed, one in study.latents("k", latents_by_seed, sizes=sizes).items()}
+
+    for sizes in ({0: 3}, {0: 3, 1: 5}, {1: 5}):
+        assert made(sizes) == sizes
+    with pytest.raises(ValueError, match=r"done otherwise: sizes.0: 3 there, 4 here"):
+        made({0: 4, 1: 5})
+
+
 def test_each_point_is_measured_once_and_other_options_are_refused(setting, tmp_path) -> None:
     asked.clear()
     for _ in range(2):  # the second study is of a folder that is finished
