@@ -7,6 +7,7 @@ A model is blocked at the preset's site for many epochs. The sites at whose outp
 (by --margin, on the core prompts, seeds together) are blocked as well, from base: with the latents that the blocked model uses there, and,
 as a control, with as many random ones that fire there. The penalty grows with the square of activations, so lambda goes with the squared
 ratio of the sites' scales. Every such site needs an SAE: --other-sae, --other-sae-id, in which {site} and {block} are filled in.
+Time on the organism, two cores: two minutes a seed.
 """
 
 from dataclasses import dataclass, replace
