@@ -3,9 +3,8 @@
     python experiments/published_sets.py --preset organism --seeds 0 1 2 --to latents/organism
 
 Sources: plain fine-tuning, that on another task, LoRA only up to the site, and a long blocked run; each by the default rule and by
-ValidReduc. Then the two unions that are the paper's best. Each set is blocked in plain fine-tuning, at the lambda that the core prompts
-choose for K, and its card says what the reporting prompts showed. A set of another seed than the first has it in its name.
-Time on the organism, two cores: six minutes a seed, after latent_sets.py in the same study.
+ValidReduc. Then the two unions that are the paper's best. Each set is blocked in plain fine-tuning, at the lambda that core prompts choose
+for K; its card says what the reporting prompts showed. Time on the organism, two cores: six minutes a seed, after latent_sets.py.
 """
 
 from dataclasses import dataclass, replace
