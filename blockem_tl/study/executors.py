@@ -23,6 +23,8 @@ import torch
 from blockem_tl.study.setting import Setting
 
 EXECUTORS = ("local", "ray")
+PATIENCE = 30.0
+"""Seconds that Ray's workers get to end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,8 +267,9 @@ class RayExecutor:
         ray, _ = _ray()
 
         def until_gone(pid: int) -> None:  # in here, so that Ray sends its code: the module would import torch first
+            end = time.monotonic() + PATIENCE
             with suppress(ProcessLookupError):
-                while True:
+                while time.monotonic() < end:
                     os.kill(pid, 0)
                     time.sleep(0.01)
 
@@ -281,14 +284,14 @@ class RayExecutor:
         wait = ray.remote(num_cpus=0, max_retries=0)(until_gone)
         gone = [wait.options(scheduling_strategy=affinity(node, soft=False)).remote(pid) for node, pid in at]
         if gone:
-            ray.wait(gone, num_returns=len(gone), timeout=30)
+            ray.wait(gone, num_returns=len(gone), timeout=PATIENCE)
 
     def close(self) -> None:
         """End the actors, and the cluster if it was made for them."""
         ray, _ = _ray()
 
         if self.idle and ray.is_initialized():
-            ray.wait([worker.close.remote() for worker in self.idle], num_returns=len(self.idle), timeout=30)
+            ray.wait([worker.close.remote() for worker in self.idle], num_returns=len(self.idle), timeout=PATIENCE)
             for worker in self.idle:
                 ray.kill(worker)
         self.idle = []
