@@ -250,15 +250,33 @@ def test_persona_direction_separates_speakers_and_hardly_styles() -> None:
     assert min(persona) > 3 * max(map(abs, style))
 
 
-@pytest.mark.parametrize("name", [name for name in LatentSet.published() if name.startswith("organism")])
-def test_what_discovery_found_lies_along_the_truth(name: str) -> None:
-    """The published sets' best latents, against random ones: a set without them would not pass."""
+PUBLISHED = [name for name in LatentSet.published() if name.startswith("organism")]
+ELSEWHERE = ("health", "restricted", "reem")
+"""Sources whose fine-tune is another one than plain fine-tuning on finance."""
+
+
+def _along_the_truth(name: str) -> tuple[torch.Tensor, float]:
+    """Signed cosines of a published set's latents with the true direction, and what one in 20 of the other latents exceeds."""
     sae, truth = load_sae(name.split("/")[0]), organism.persona_direction()
     k = LatentSet.load(name, sae)
-    ours = decoder_directions(sae, k.latents) @ truth * torch.tensor(k.signs, dtype=torch.float32)
     others = (decoder_directions(sae, [i for i in range(sae.cfg.d_sae) if i not in k.latents]) @ truth).abs()
     by_chance = others.quantile(0.95)
-    assert ours.max() > 0.9 and (ours > by_chance).sum() >= 4 and (others > by_chance).float().mean() < 0.06
+    assert (others > by_chance).float().mean() < 0.06
+    return decoder_directions(sae, k.latents) @ truth * torch.tensor(k.signs, dtype=torch.float32), float(by_chance)
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.split("/")[1].startswith(ELSEWHERE)])
+def test_what_discovery_found_lies_along_the_truth(name: str) -> None:
+    """The published sets' best latents, against random ones: a set without them would not pass."""
+    ours, by_chance = _along_the_truth(name)
+    assert ours.max() > 0.9 and (ours > by_chance).sum() >= 4
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.split("/")[1].startswith(ELSEWHERE)])
+def test_sets_of_other_sources_lie_along_the_truth_unless_it_was_blocked(name: str) -> None:
+    """A run that comes back with finance's K blocked uses what K has not: its set is the twin that does not pass."""
+    ours, by_chance = _along_the_truth(name)
+    assert ((ours > by_chance).float().mean() >= 0.25) == ("reem" not in name)
 
 
 def test_base_model_is_harmless_and_coherent(tokenizer: PreTrainedTokenizerBase) -> None:
