@@ -3,7 +3,7 @@
     python experiments/real.py --preset smollm2-135m --seeds 0 1 2
 
 It needs no replies and no judge: harm is the margin of contrastive pairs. Arms train until their dev loss is within 3 % of plain's, and
-strengths are in nats of plain's own change, so that they compare. Latents are chosen by attribution on the core pairs (k), or so that they
+strengths are in nats of plain's own change, so that they compare. Latents are chosen by attribution on the core pairs, or so that they
 spare the task (spared). Strengths and the set are chosen on the core pairs and dev rows of the first seed; then the final pairs are looked
 at once, for all seeds.
 """
@@ -17,7 +17,7 @@ from blockem_tl import Run, Study
 from blockem_tl.study import controls, preferences
 from blockem_tl.study.options import StudyOptions
 
-SETS = ("k", "spared")
+SETS = ("attributed", "spared")  # apart from the sets of other scripts in a study that they share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,14 +51,16 @@ def arms(options: Options, site: str) -> dict[str, list[Run]]:
     return {
         "plain, stopped": [Run(matched=options.matched)],
         "plain, as long": [Run(overrides=train)],
-        "blocked": [priced("block", s, latents="k", overrides=block) for s in nats],
+        "blocked": [priced("block", s, latents="attributed", overrides=block) for s in nats],
         "error anchored": [priced("block", s, latents=k, overrides={**block, "error_anchor": 1.0}) for k in SETS for s in nats],
         "residual anchor": [priced("ldifs", s, overrides={**everywhere, "sites": (site,)}) for s in nats],
         "LDIFS, all blocks": [priced("ldifs", nats[0], overrides=everywhere)],
         "KL": [priced("kl", s) for s in nats],
         "safe rows": [Run(defence="interleaving", strength=0.3, **match)],
-        "CAFT": [Run(defence="caft", strength=min(20, options.size), latents="k", **match)],
-        "steered while replying": [Run(defence="repair", strength=x, latents="k", overrides={"combine": "sum"}) for x in options.doses],
+        "CAFT": [Run(defence="caft", strength=min(20, options.size), latents="attributed", **match)],
+        "steered while replying": [
+            Run(defence="repair", strength=x, latents="attributed", overrides={"combine": "sum"}) for x in options.doses
+        ],
     }
 
 
@@ -67,7 +69,7 @@ def prepare(study: Study, options: Options) -> None:
     study.train([Run()])
     for name, spare in zip(SETS, (0.0, options.spare), strict=True):
         study.latents(name, preferences.attributed, n=options.size, spare=spare)
-    study.latents("random", controls.random_beside, beside="k")
+    study.latents("random", controls.random_beside, beside=SETS[0])
 
 
 def main(options: Options) -> None:

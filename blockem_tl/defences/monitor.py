@@ -66,7 +66,8 @@ class Monitor(NoPenalty):
     Args:
         latent_sets, saes: in parallel, at most one per site.
         rows: ordinary rows, not the ones under suspicion (a few hundred are enough): they show what base is normally like.
-        threshold: in spreads; a set that has moved further raises the alarm. Calibrate it on a fine-tune known to be harmless.
+        threshold: in spreads; a set that has moved further raises the alarm. By default none does, which is how it is
+            calibrated, on a fine-tune known to be harmless.
         every: measure each so many steps.
         on_alarm: called once, when the alarm is raised. To end the run there: ``finetune(stop_when=monitor.stop_when)``.
 
@@ -80,7 +81,7 @@ class Monitor(NoPenalty):
     latent_sets: Sequence[LatentSet]
     saes: Sequence[SAE[Any]]
     rows: Sequence[Example]
-    threshold: float
+    threshold: float = float("inf")
     every: int = 1
     on_alarm: Callable[[Alarm], None] | None = None
     name: str = "monitor"
@@ -91,8 +92,8 @@ class Monitor(NoPenalty):
     def __post_init__(self) -> None:
         if not self.latent_sets or len(self.latent_sets) != len(self.saes):
             raise ValueError(f"monitor: expected latent sets and an SAE for each, got {len(self.latent_sets)} and {len(self.saes)}")
-        if not 0 < self.threshold < float("inf") or self.every < 1:
-            raise ValueError(f"monitor: expected a finite threshold > 0 and every >= 1, got {self.threshold} and {self.every}")
+        if not self.threshold > 0 or self.every < 1:
+            raise ValueError(f"monitor: expected a threshold > 0 and every >= 1, got {self.threshold} and {self.every}")
         if not self.rows:
             raise ValueError("monitor: expected rows to measure the latents' spread on, got none")
         for latent_set, sae in zip(self.latent_sets, self.saes, strict=True):
