@@ -22,14 +22,15 @@ SETS = ("attributed", "spared")  # apart from the sets of other scripts in a stu
 
 @dataclass(frozen=True, kw_only=True)
 class Options(StudyOptions):
-    """size: of K.  spare: how much the task counts against a latent of spared.  nats: strengths, tried.  doses: of steering, tried.
+    """size: of K.  spare: how much the task counts against a latent of spared.  nats, kl_nats: strengths, tried.  doses: of steering.
     matched: of plain's dev loss, where an arm stops.  longest: in epochs, where it gives up.  report: defences that are trained on every
     seed and looked at on the final pairs; all by default.  replies: also written and judged, by a judge that finds few."""
 
     preset: str = "smollm2-135m"
     size: int = 600
     spare: float = 2.0
-    nats: tuple[float, ...] = (5.0, 10.0)
+    nats: tuple[float, ...] = (5.0,)
+    kl_nats: tuple[float, ...] = (1.0, 5.0)
     doses: tuple[float, ...] = (0.1, 0.2, 0.4)
     matched: float = 1.03
     longest: float = 1.6
@@ -40,7 +41,7 @@ class Options(StudyOptions):
 
 def arms(options: Options, site: str) -> dict[str, list[Run]]:
     """Every defence, with the strengths that are tried."""
-    train, nats = {"epochs": options.longest}, options.nats
+    train, nats, k = {"epochs": options.longest}, options.nats, SETS[0]
     match: Any = {"matched": options.matched, "overrides": train}
     everywhere = {**train, "positions": "all"}
     block = {**everywhere, "reference": "live"}
@@ -51,16 +52,14 @@ def arms(options: Options, site: str) -> dict[str, list[Run]]:
     return {
         "plain, stopped": [Run(matched=options.matched)],
         "plain, as long": [Run(overrides=train)],
-        "blocked": [priced("block", s, latents="attributed", overrides=block) for s in nats],
-        "error anchored": [priced("block", s, latents=k, overrides={**block, "error_anchor": 1.0}) for k in SETS for s in nats],
+        "blocked": [priced("block", s, latents=k, overrides=block) for s in nats],
+        "error anchored": [priced("block", s, latents=one, overrides={**block, "error_anchor": 1.0}) for one in SETS for s in nats],
         "residual anchor": [priced("ldifs", s, overrides={**everywhere, "sites": (site,)}) for s in nats],
         "LDIFS, all blocks": [priced("ldifs", nats[0], overrides=everywhere)],
-        "KL": [priced("kl", s) for s in nats],
+        "KL": [priced("kl", s) for s in options.kl_nats],
         "safe rows": [Run(defence="interleaving", strength=0.3, **match)],
-        "CAFT": [Run(defence="caft", strength=min(20, options.size), latents="attributed", **match)],
-        "steered while replying": [
-            Run(defence="repair", strength=x, latents="attributed", overrides={"combine": "sum"}) for x in options.doses
-        ],
+        "CAFT": [Run(defence="caft", strength=min(20, options.size), latents=k, **match)],
+        "steered while replying": [Run(defence="repair", strength=x, latents=k, overrides={"combine": "sum"}) for x in options.doses],
     }
 
 
@@ -90,8 +89,7 @@ def main(options: Options) -> None:
         study.train(chosen.values())
         carried = study.step("ceiling", preferences.ceiling, study.points([Run()]), sets=SETS, sizes=[options.size // 3])
         page.add("ceiling", preferences.carriers(carried))
-        named = [replace(run, name=f"{name} ({run.label})") for name, run in chosen.items()]
-        points = study.points([base, Run(), *named])
+        points = study.points([base, Run(), *(replace(run, name=f"{name} ({run.label})") for name, run in chosen.items())])
         page.add("arms", preferences.table(study.preferences("final", points), study.losses(points), against="plain"))
         if options.replies:
             page.add("replies", study.table(points, against=Run()))
