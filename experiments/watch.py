@@ -6,6 +6,7 @@
 Two fine-tunes per seed and learning rate, on the harmful rows and on their harmless twins, under a `Monitor` of K, for their first steps;
 EM is measured on the core prompts on the way. The alarm's threshold is 1.5 times the largest movement of the first seed's harmless run at
 the first learning rate, so the other seeds are the test. (The rule was settled on the organism's first version, seeds 0 and 1.)
+Time on the organism, two cores: a minute and a half a seed, beside the shared study.
 """
 
 from dataclasses import dataclass, replace
