@@ -68,7 +68,7 @@ def prepare(study: Study, options: Options) -> None:
     study.train([Run()])
     for name, spare in zip(SETS, (0.0, options.spare), strict=True):
         study.latents(name, preferences.attributed, n=options.size, spare=spare)
-    study.latents("random", controls.random_beside, beside=SETS[0])
+    study.latents("attributed-random", controls.random_beside, beside=SETS[0])
 
 
 def main(options: Options) -> None:
@@ -80,7 +80,7 @@ def main(options: Options) -> None:
         study.train([run for runs in tried.values() for run in runs])
         chosen = {name: study.choose(runs, Run(), by="pairs", within=1.05) for name, runs in tried.items()}
         at_random = {"random": "blocked", "random, error anchored": "error anchored"}  # at the price of the chosen ones
-        chosen |= {name: replace(chosen[of], latents="random") for name, of in at_random.items()}
+        chosen |= {name: replace(chosen[of], latents="attributed-random") for name, of in at_random.items()}
         points = study.points([base, Run(), *(run for runs in tried.values() for run in runs)])
         page.add("tried", preferences.table(study.preferences("core", points), study.losses(points), against="plain"))
     chosen = {name: chosen[name] for name in options.report or chosen}
