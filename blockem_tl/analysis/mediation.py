@@ -1,4 +1,4 @@
-"""`mediation`: how much of a fine-tune's effect runs through an SAE's latents at a site: what blocking can reach, before any training.
+"""`mediation`: how much of a fine-tune's effect runs through an SAE's latents at a site: a guide before training to what blocking reaches.
 
 The tuned model runs with part of its change at the site taken out again, token by token::
 

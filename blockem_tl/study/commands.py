@@ -154,7 +154,7 @@ def ceiling(
     *,
     options: tyro.conf.OmitArgPrefixes[CeilingOptions] = CeilingOptions(),
 ) -> None:
-    """Show what blocking can reach at most, before any blocked training: how much of a plain fine-tune runs through the SAE's latents.
+    """Show how much of a plain fine-tune runs through the SAE's latents: a guide, before any blocked training, to what blocking reaches.
 
     Args:
         preset: the model, its SAE, core pairs and held-out rows.

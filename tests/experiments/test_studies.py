@@ -87,7 +87,7 @@ TABLES = {
 LAST = "blocks.3.hook_resid_post"
 MORE_THAN_TINY = {10, 18}  # claims about domains and set sizes that a tiny preset does not have
 NO_STUDIES = {"claims", "tutorials"}  # they measure nothing
-UNTIMED = {*NO_STUDIES, "real", "real_reemergence", "ceiling"}  # of another model, or not measured yet
+UNTIMED = {*NO_STUDIES, "real", "real_reemergence"}  # of another model
 
 
 @pytest.fixture(scope="module")
