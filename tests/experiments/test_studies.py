@@ -59,6 +59,7 @@ OPTIONS = {
     "blocking_sites": {"epochs": 1.0, "margin": 0.0, "other_sae": "{site}", "other_sae_id": ""},
     "reemergence": {"epochs": 2.0, "every": 1.0, "strengths": (0.1,), "frozen": (0.1,)},
     "real": {"size": 3, "nats": (0.5,), "replies": True},
+    "narrow_tasks": {"size": 3},
     "ceiling": {"sizes": (2, 3), "random": (2,), "nats": 0.5},
     "real_reemergence": {"size": 3, "nats": 0.5, "epochs": 2.0},
 }
@@ -81,6 +82,7 @@ TABLES = {
     "blocking_sites": {"arms", "depth"},
     "reemergence": {"peaks", "curves", "ends", "extended", "shares", "depth", "reconstruction"},
     "real": {"tried", "ceiling", "arms", "replies", "in-domain"},
+    "narrow_tasks": {"shifts", "carriers"},
     "ceiling": {"combinations", "agreement"},
     "real_reemergence": {"epochs", "patched", "carriers"},
 }
@@ -135,6 +137,11 @@ def test_a_script_runs_on_any_preset_and_again_at_once(name: str, shared: Path, 
         assert len(first["runs"]) == 8 and set(first["runs"]["rows"]) == {"harmful", "harmless"}
     elif name == "ceiling":
         assert first["combinations"].notna().all().all() and len(first["combinations"]) == first["agreement"]["combinations"][0] == 6
+    elif name == "narrow_tasks":
+        tasks = tiny_preset.TinyInputs.domains
+        assert (
+            set(first["shifts"]["run"]) == {"base", *tasks} == {"base", *first["carriers"]["run"]} and (first["shifts"]["seeds"] == 2).all()
+        )
     elif name == "published_sets":
         check_published(first["sets"], Path("sets"))
     else:
