@@ -1,15 +1,13 @@
-"""Run the tutorial notebooks where they lie and keep their outputs, for whoever changed one of them or what it uses.
+"""Do the tutorial notebooks still run? Where they lie, and their outputs are kept: for whoever changed one, or what it uses.
 
-python experiments/tutorials.py --names 2_new_analysis 3_patching_sweep
-python experiments/tutorials.py --names 7_eight_billion --preset smollm2-135m
+python experiments/tutorials.py --preset organism --names 2_new_analysis 3_patching_sweep
+python experiments/tutorials.py --preset smollm2-135m --names 7_eight_billion
 """
 
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +34,9 @@ def run(path: Path, *, preset: str, timeout: int = 1200) -> tuple[Any, float]:
     """
     notebook = nbformat.read(path, as_version=4)
     started = time.perf_counter()
-    with _environment(BLOCKEM_PRESET=preset, BLOCKEM_PROGRESS="0", TQDM_DISABLE="1"):
-        NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": str(path.parent)}}).execute()
+    environment = {**os.environ, "BLOCKEM_PRESET": preset, "BLOCKEM_PROGRESS": "0", "TQDM_DISABLE": "1"}
+    NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": str(path.parent)}}).execute(env=environment)
     return tidy(notebook), time.perf_counter() - started
-
-
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Inside the block these variables are set, for the kernel that starts there."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def tidy(notebook: Any) -> Any:
@@ -106,10 +89,8 @@ def main(names: tuple[str, ...] = (), preset: str = "organism") -> None:
         after = os.times()
         busy = after.children_user + after.children_system - before.children_user - before.children_system
         nbformat.write(notebook, path)
-        print(
-            f"{path.stem} on {preset}: {seconds / 60:.1f} minutes, {busy / 60:.1f} of a processor, {path.stat().st_size / 1000:.0f} kB",
-            flush=True,
-        )
+        size = f"{path.stat().st_size / 1000:.0f} kB"
+        print(f"{path.stem} on {preset}: {seconds / 60:.1f} minutes, {busy / 60:.1f} of a processor, {size}", flush=True)
         for problem in problems(notebook):
             print(f"  {problem}", file=sys.stderr)
 
