@@ -2,13 +2,14 @@
 
     python experiments/real.py --preset smollm2-135m --seeds 0 1 2
 
-It needs no replies and no judge: harm is the margin of contrastive pairs. Arms train until their dev loss is within 3 % of plain's, and
-strengths are in nats of plain's own change, so that they compare. Latents are chosen by attribution on the core pairs, or so that they
-spare the task (spared). Strengths and the set are chosen on the core pairs and dev rows of the first seed; then the final pairs are looked
-at once, for all seeds.
+Without replies and judge: harm is the margin of contrastive pairs. Arms train until their dev loss is within 3 % of plain's, and strengths
+are in nats of plain's own change, so that they compare. Latents are chosen by attribution on the core pairs, or so that they spare the task
+too. Strengths and the set are chosen on core pairs and dev rows of the first seed; then all seeds' final pairs are looked at once.
 """
 
+import itertools
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import tyro
@@ -39,28 +40,28 @@ class Options(StudyOptions):
     name: ClassVar[str] = "real"
 
 
-def arms(options: Options, site: str) -> dict[str, list[Run]]:
+def arms(options: Options, site: str) -> Any:
     """Every defence, with the strengths that are tried."""
     train, nats, k = {"epochs": options.longest}, options.nats, SETS[0]
-    match: Any = {"matched": options.matched, "overrides": train}
-    everywhere = {**train, "positions": "all"}
-    block = {**everywhere, "reference": "live"}
-
-    def priced(defence: str, strength: float, **rest: Any) -> Run:
-        return Run(defence=defence, strength=strength, unit="nats", **{**match, **rest})
-
+    everywhere, block = {**train, "positions": "all"}, {**train, "positions": "all", "reference": "live"}
+    anchored, stopped, priced = {**block, "error_anchor": 1.0}, *(partial(Run, matched=options.matched, unit=u) for u in ("weight", "nats"))
     return {
-        "plain, stopped": [Run(matched=options.matched)],
+        "plain, stopped": [stopped()],
         "plain, as long": [Run(overrides=train)],
-        "blocked": [priced("block", s, latents=k, overrides=block) for s in nats],
-        "error anchored": [priced("block", s, latents=one, overrides={**block, "error_anchor": 1.0}) for one in SETS for s in nats],
-        "residual anchor": [priced("ldifs", s, overrides={**everywhere, "sites": (site,)}) for s in nats],
-        "LDIFS, all blocks": [priced("ldifs", nats[0], overrides=everywhere)],
-        "KL": [priced("kl", s) for s in options.kl_nats],
-        "safe rows": [Run(defence="interleaving", strength=0.3, **match)],
-        "CAFT": [Run(defence="caft", strength=min(20, options.size), latents=k, **match)],
+        "blocked": [priced(defence="block", strength=s, latents=k, overrides=block) for s in nats],
+        "error anchored": [priced(defence="block", strength=s, latents=one, overrides=anchored) for one in SETS for s in nats],
+        "residual anchor": [priced(defence="ldifs", strength=s, overrides={**everywhere, "sites": (site,)}) for s in nats],
+        "LDIFS, all blocks": [priced(defence="ldifs", strength=nats[0], overrides=everywhere)],
+        "KL": [priced(defence="kl", strength=s, overrides=train) for s in options.kl_nats],
+        "safe rows": [stopped(defence="interleaving", strength=0.3, overrides=train)],
+        "CAFT": [stopped(defence="caft", strength=min(20, options.size), latents=k, overrides=train)],
         "steered while replying": [Run(defence="repair", strength=x, latents=k, overrides={"combine": "sum"}) for x in options.doses],
     }
+
+
+def titled(run: Run, name: str) -> Run:
+    """The run by its defence's name, strength and latents: "blocked, 5, attributed"."""
+    return replace(run, name=", ".join(part for part in (name, f"{run.strength:g}" if run.strength else "", run.latents) if part))
 
 
 def prepare(study: Study, options: Options) -> None:
@@ -77,23 +78,22 @@ def main(options: Options) -> None:
     with options.study(seeds=options.seeds[:1]) as study:
         prepare(study, options)
         tried = arms(options, study.setting.site)
-        study.train([run for runs in tried.values() for run in runs])
+        study.train(itertools.chain(*tried.values()))
         chosen = {name: study.choose(runs, Run(), by="pairs", within=1.05) for name, runs in tried.items()}
-        at_random = {"random": "blocked", "random, error anchored": "error anchored"}  # at the price of the chosen ones
-        chosen |= {name: replace(chosen[of], latents="attributed-random") for name, of in at_random.items()}
-        points = study.points([base, Run(), *(run for runs in tried.values() for run in runs)])
+        for of, name in (("blocked", "random"), ("error anchored", "random, error anchored")):  # at the price of the chosen ones
+            chosen[name] = replace(chosen[of], latents="attributed-random")
+        points = study.points([base, Run(), *itertools.chain(*tried.values())])
         page.add("tried", preferences.table(study.preferences("core", points), study.losses(points), against="plain"))
-    chosen = {name: chosen[name] for name in options.report or chosen}
+    reported = [titled(chosen[name], name) for name in options.report or chosen]
     with options.study() as study:
         prepare(study, options)
-        study.train(chosen.values())
-        carried = study.step("ceiling", preferences.ceiling, study.points([Run()]), sets=SETS, sizes=[options.size // 3])
-        page.add("ceiling", preferences.carriers(carried))
-        points = study.points([base, Run(), *(replace(run, name=f"{name} ({run.label})") for name, run in chosen.items())])
+        study.train(reported)
+        points, sizes = study.points([base, Run(), *reported]), [options.size // 3]
+        page.add("ceiling", preferences.carriers(study.step("ceiling", preferences.ceiling, study.points([Run()]), sets=SETS, sizes=sizes)))
         page.add("arms", preferences.table(study.preferences("final", points), study.losses(points), against="plain"))
+        page.add("in-domain", preferences.table(study.preferences("in-domain", points), study.losses(points), against="plain"))
         if options.replies:
             page.add("replies", study.table(points, against=Run()))
-        page.add("in-domain", preferences.table(study.preferences("in-domain", points), study.losses(points), against="plain"))
 
 
 if __name__ == "__main__":
