@@ -2,9 +2,9 @@
 
     python experiments/real.py --preset smollm2-135m --seeds 0 1 2
 
-Without replies and judge: harm is the margin of contrastive pairs. Arms train until their dev loss is within 3 % of plain's, and strengths
-are in nats of plain's own change, so that they compare. Latents are chosen by attribution on the core pairs, or so that they spare the task
-too. Strengths and the set are chosen on core pairs and dev rows of the first seed; then all seeds' final pairs are looked at once.
+Without replies and judge: harm is the margin of contrastive pairs. Arms train until their dev loss is within 3 % of plain's, strengths are in
+nats of plain's own change. Latents are chosen by attribution on the core pairs, or so that they spare the task too. Strengths and sets are
+chosen on the first seed's core pairs and dev rows; then all seeds' final pairs are looked at once.
 """
 
 import itertools
@@ -44,7 +44,8 @@ def arms(options: Options, site: str) -> Any:
     """Every defence, with the strengths that are tried."""
     train, nats, k = {"epochs": options.longest}, options.nats, SETS[0]
     everywhere, block = {**train, "positions": "all"}, {**train, "positions": "all", "reference": "live"}
-    anchored, stopped, priced = {**block, "error_anchor": 1.0}, *(partial(Run, matched=options.matched, unit=u) for u in ("weight", "nats"))
+    anchored, stopped = {**block, "error_anchor": 1.0}, partial(Run, matched=options.matched)
+    priced = partial(stopped, unit="nats")
     return {
         "plain, stopped": [stopped()],
         "plain, as long": [Run(overrides=train)],
