@@ -2,8 +2,8 @@
 
     python experiments/real.py --preset smollm2-135m --seeds 0 1 2
 
-Without replies and judge: harm is the margin of contrastive pairs. Arms train until their dev loss is within 3 % of plain's, strengths are in
-nats of plain's own change. Latents are chosen by attribution on the core pairs, or so that they spare the task too. Strengths and sets are
+Without replies and judge: harm is the margin of contrastive pairs. Arms train until their dev loss is within 3 % of plain's; strengths are
+in nats of plain's own change. Latents are chosen by attribution on the core pairs, or so that they spare the task too. Strengths and sets are
 chosen on the first seed's core pairs and dev rows; then all seeds' final pairs are looked at once.
 """
 
@@ -81,8 +81,7 @@ def main(options: Options) -> None:
         tried = arms(options, study.setting.site)
         study.train(itertools.chain(*tried.values()))
         chosen = {name: study.choose(runs, Run(), by="pairs", within=1.05) for name, runs in tried.items()}
-        for of, name in (("blocked", "random"), ("error anchored", "random, error anchored")):  # at the price of the chosen ones
-            chosen[name] = replace(chosen[of], latents="attributed-random")
+        chosen |= {f"{of} at random": replace(chosen[of], latents="attributed-random") for of in ("blocked", "error anchored")}
         points = study.points([base, Run(), *itertools.chain(*tried.values())])
         page.add("tried", preferences.table(study.preferences("core", points), study.losses(points), against="plain"))
     reported = [titled(chosen[name], name) for name in options.report or chosen]
