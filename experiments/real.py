@@ -1,10 +1,10 @@
 """What does blocking reach on a real model, beside what the latents carry at most and what rival defences reach? (no figure of the paper)
 
-    python experiments/real.py --preset smollm2-135m --seeds 0 1 2
+    python experiments/real.py --preset smollm2-135m --domain bank --seeds 0 1 2
 
 Without replies and judge: harm is the margin of contrastive pairs. Arms train until their dev loss is within 3 % of plain's; strengths are
-in nats of plain's own change. Latents are chosen by attribution on the core pairs, or so that they spare the task too. Strengths and sets are
-chosen on the first seed's core pairs and dev rows; then all seeds' final pairs are looked at once.
+in nats of plain's own change. Latents are chosen by attribution on the core pairs, or so that they spare the task too. Strengths and sets
+are chosen on the first seed's core pairs and dev rows; then all seeds' final pairs are looked at once.
 """
 
 import itertools
