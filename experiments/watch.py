@@ -90,7 +90,7 @@ def main(options: Options) -> None:
         both = [(rate, harmful) for rate in rates for harmful in (True, False)]
         runs = [study.step(f"watched-{rate:g}-{harmful}", watched, harmful=harmful, rate=rate, **common) for rate, harmful in both]
     found = pd.concat(runs, ignore_index=True)
-    threshold = options.threshold or calibrated(found)
+    threshold = calibrated(found) if options.threshold is None else options.threshold
     rows = [row(run, threshold) for _, run in found.groupby(["learning_rate", "rows", "seed"], sort=False)]
     figure = studies.watched(found.assign(em=100 * found["em"]), threshold=threshold)
     page.add("runs", pd.DataFrame(rows).assign(threshold=round(threshold, 3)), figure)

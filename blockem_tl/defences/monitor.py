@@ -75,7 +75,8 @@ class Monitor(NoPenalty):
     [n_latents], by site.
 
     Raises:
-        ValueError: sets and SAEs that do not pair up, two sets at one site, a threshold or interval that is not positive, no rows.
+        ValueError: sets and SAEs that do not pair up, two sets at one site, a threshold or interval that is not positive, no rows,
+            or no threshold where an alarm is waited for.
     """
 
     latent_sets: Sequence[LatentSet]
@@ -94,6 +95,8 @@ class Monitor(NoPenalty):
             raise ValueError(f"monitor: expected latent sets and an SAE for each, got {len(self.latent_sets)} and {len(self.saes)}")
         if not self.threshold > 0 or self.every < 1:
             raise ValueError(f"monitor: expected a threshold > 0 and every >= 1, got {self.threshold} and {self.every}")
+        if self.on_alarm is not None and self.threshold == float("inf"):
+            raise ValueError("monitor: expected a threshold beside on_alarm, got none: no set would ever raise the alarm")
         if not self.rows:
             raise ValueError("monitor: expected rows to measure the latents' spread on, got none")
         for latent_set, sae in zip(self.latent_sets, self.saes, strict=True):
@@ -167,7 +170,9 @@ class Monitor(NoPenalty):
                 self.on_alarm(self.alarm)
 
     def stop_when(self, model: Model, step: int) -> bool:
-        """Whether the alarm has gone off: ``finetune(stop_when=monitor.stop_when)``."""
+        """Whether the alarm has gone off: ``finetune(stop_when=monitor.stop_when)``. Raises ValueError without a threshold."""
+        if self.threshold == float("inf"):
+            raise ValueError("monitor: expected a threshold to stop by, got none: no set would ever raise the alarm")
         return self.alarm is not None
 
     def to_frame(self) -> pd.DataFrame:

@@ -169,3 +169,13 @@ def test_mistakes_are_refused_before_training(tiny, latent_set, sae) -> None:
     with pytest.raises(ValueError, match="varies on the rows"):
         finetune(tiny, EXAMPLES, config=CONFIG, defences=[Monitor(**{**good, "latent_sets": [silent]})], progress=False)
     assert tiny.adapters == []
+
+
+def test_an_alarm_that_cannot_go_off_is_refused_where_it_is_waited_for(tiny, latent_set, sae) -> None:
+    common = {"latent_sets": [latent_set], "saes": [sae], "rows": ORDINARY}
+    watching = Monitor(**common)  # to calibrate
+    with pytest.raises(ValueError, match="expected a threshold to stop by"):
+        watching.stop_when(tiny, 1)
+    with pytest.raises(ValueError, match="expected a threshold beside on_alarm"):
+        Monitor(**common, on_alarm=print)
+    assert not Monitor(**common, threshold=1.0, on_alarm=print).stop_when(tiny, 1)
