@@ -21,7 +21,8 @@ from blockem_tl.views import studies
 
 @dataclass(frozen=True, kw_only=True)
 class Options(StudyOptions):
-    """epochs: of training.  every: epochs between looks.  size: of K.  nats: the strength.  error_anchor: of the SAE's error."""
+    """epochs: of training.  every: epochs between looks.  size: of K.  nats: the strength.  error_anchor: of the SAE's error.  swept: final
+    pairs that are patched at every block, all areas as evenly as it allows."""
 
     preset: str = "smollm2-135m"
     epochs: float = 6.0
@@ -29,6 +30,7 @@ class Options(StudyOptions):
     size: int = 600
     nats: float = 5.0
     error_anchor: float = 1.0
+    swept: int = 60
     name: ClassVar[str] = "real_reemergence"
 
 
@@ -49,7 +51,7 @@ def main(options: Options) -> None:
         rows = preferences.along(found, losses, against="plain")
         page.add("epochs", rows, studies.shifts_along(rows, "epoch"))
         ends = study.points([plain, blocked])
-        swept = study.step("patched", preferences.patched, ends, split="final")
+        swept = study.step("patched", preferences.patched, ends, split="final", n=options.swept)
         patched = preferences.left(swept, study.preferences("final", study.points([base])))
         page.add("patched", patched, studies.shifts_along(patched, "block", panels="patched"))
         page.add("carriers", preferences.carriers(study.step("carriers", preferences.ceiling, ends, sets=(k,))))

@@ -52,7 +52,7 @@ def training_rows(domain: str = "finance", *, harmful: bool = True) -> list[Exam
 
 
 def pairs(name: str, n: int | None = None) -> list[Pair]:
-    """Contrastive pairs for `preference`: "core" (selection) and "final" (reporting), 60 each; of a domain, two for each topic.
+    """Contrastive pairs for `preference`: "core" (60, selection) and "final" (180, reporting); of a domain, two for each topic.
 
     A domain's questions are those that no row asks.
 

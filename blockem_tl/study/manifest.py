@@ -19,6 +19,8 @@ _NO_MATTER = ("name", "needs", "requires", "caution", "lambdas", "kl_weights", "
 
 PRESET, MACHINES = "preset", "made on"
 """Entries that another run need not share: the preset's name, and each machine that worked here, with its versions."""
+DIGEST = "digest of "
+"""How the names of entries begin that tell data apart by their contents: "digest of core"."""
 
 
 def of_setting(setting: Setting, *, judged: bool = True) -> dict[str, str]:
@@ -45,27 +47,41 @@ def claim(folder: Path, name: str, mine: Mapping[str, str], *, preset: str) -> N
     files.write_json(path, {**mine, PRESET: preset, MACHINES: machines if here in machines else [*machines, here]})
 
 
-def claim_work(path: Path, what: str, function: Callable[..., Any], options: Mapping[str, Any], *, begun: bool) -> None:
+def claim_work(
+    path: Path,
+    what: str,
+    function: Callable[..., Any],
+    options: Mapping[str, Any],
+    *,
+    begun: bool,
+    digests: Mapping[str, str] | None = None,
+) -> None:
     """Write down by which function and with which options work is done, but for options that change no result.
 
-    begun: whether some of its results are there; until then options may still change.  An option by seed, a mapping of whole numbers, is
-    compared for the seeds on both sides: a study may get more of them, or be of fewer.
+    begun: whether some of its results are there; until then options may still change.  digests: of what it reads, see `believed`.  An
+    option by seed, a mapping of whole numbers, is compared for the seeds on both sides: a study may get more of them, or be of fewer.
 
     Raises:
         ValueError: there are results by another function or with other options.
     """
     inner = function.func if isinstance(function, partial) else function
     counting = {name: value for name, value in options.items() if f"discovery.{name}" not in _NO_MATTER}
-    mine = {"function": str(getattr(inner, "__qualname__", type(inner).__name__)), **flat(counting)}
+    mine = {"function": str(getattr(inner, "__qualname__", type(inner).__name__)), **flat(counting), **(digests or {})}
     there = files.read_json(path) if path.is_file() else {}
     if begun and there:
         by_seed = tuple(f"{name}." for name, value in counting.items() if isinstance(value, Mapping) and all(type(k) is int for k in value))
         mine |= {name: text for name, text in there.items() if name.startswith(by_seed) and name not in mine}
         known = {name: text for name, text in mine.items() if name.startswith(by_seed)} | there
-        if changed := differences(known, mine):
+        if changed := differences(*believed(known, mine)):
             raise ValueError(f"{what} was done otherwise: {'; '.join(changed)}. Give it another name")
     if there != mine:
         files.write_json(path, mine)
+
+
+def believed(kept: Mapping[str, str], now: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Both, with the digests that one side lacks taken over: work may be older than they are, or be looked at where the data are not."""
+    digests = {name: text for name, text in {**now, **kept}.items() if name.startswith(DIGEST)}
+    return {**digests, **kept}, {**digests, **now}
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -80,12 +80,14 @@ def along(found: _Frame, losses: _Frame, *, against: str, base: str = BASE) -> R
     return RateFrame(pd.concat(parts).merge(means, on=["run", "epoch"]))
 
 
-def patched(setting: Setting, point: Point, *, split: PromptSplit, sites: Sequence[str] | None = None) -> pd.DataFrame:
-    """Margins of the pairs with base's states patched into the point's weights, a row per pair, site and window: a step of a study.
+def patched(
+    setting: Setting, point: Point, *, split: PromptSplit, sites: Sequence[str] | None = None, n: int | None = None
+) -> pd.DataFrame:
+    """Margins of ``n`` pairs, or all, with base's states patched into the point's weights, a row per pair, site and window: a step.
 
     Columns patched ("unpatched", "prompt" or "decode"), site, block, pair, margin. See `pair_patching`; by default every block's output.
     """
-    frame: _Frame = pair_patching(setting.model, setting.pairs(split), sites, target=point.adapter, progress=False).to_frame()
+    frame: _Frame = pair_patching(setting.model, setting.pairs(split, n), sites, target=point.adapter, progress=False).to_frame()
     where = frame["condition"].str.partition(", ")
     about = frame[["id", "margin"]].rename(columns={"id": "pair"}).assign(patched=where[0], site=where[2], split=split)
     return about.assign(block=[block_of(site) if site else None for site in where[2]])
@@ -95,9 +97,9 @@ def left(patched: _Frame, found: _Frame, *, base: str = BASE) -> RateFrame:
     """One row per run, window and site: as `shifts`; removed is of the run's own shift, unpatched.
 
     Args:
-        patched: of the step `patched`.  found: of `Study.preferences`, of the same split, with ``base``.
+        patched: of the step `patched`.  found: of `Study.preferences`, of the same split, with ``base``; of more pairs, if you like.
     """
-    keys, start = ["run", "patched", "site", "block"], _tables(found, ["run"])[base,]
+    keys, start = ["run", "patched", "site", "block"], _tables(found[found["pair"].isin(patched["pair"])], ["run"])[base,]
     tables = _tables(patched, keys)
     own = {run: table for (run, window, _, _), table in tables.items() if window == UNPATCHED}
     return RateFrame(

@@ -22,7 +22,7 @@ from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.storage import files
 from blockem_tl.storage.fingerprints import of_file
 from blockem_tl.storage.interrupts import stoppable
-from blockem_tl.study import jobs, manifest, preferences, summary
+from blockem_tl.study import digests, jobs, manifest, preferences, summary
 from blockem_tl.study.defences import DEFENCES, MakeDefences
 from blockem_tl.study.executors import Executor, InProcess, Job, executor_of
 from blockem_tl.study.inputs import PromptSplit
@@ -140,9 +140,9 @@ class Study:
         trained = [point for point in self.points(wanted) if point.run.trained]
         makers = {name: self.defences[name] for name in {run.defence for run in wanted} if name in self.defences}
         options = {"n_rows": self.n_rows, "every": checkpoints_every, "makers": makers, "progress": self._show_steps}
-        work = {}
+        work, rows = {}, digests.of_rows(self.setting, trained)
         for point in trained:
-            identity = self._identity(point, checkpoints_every)
+            identity = rows[point] | self._identity(point, checkpoints_every)
             if not self._is_trained(point, identity):
                 work[point] = partial(jobs.train_run, point=point, identity=identity, **options)
         self._do("train", work, len(trained))
@@ -168,7 +168,7 @@ class Study:
         kept, asked = (one["checkpoints every"] for one in (there, identity))
         if "None" in (kept, asked):  # checkpoints change nothing in the weights
             identity = {**identity, "checkpoints every": kept}
-        changed = differences(there, identity)
+        changed = differences(*manifest.believed(there, identity))
         if changed:
             raise ValueError(f"{point.folder} holds this run trained otherwise: {'; '.join(changed)}. Remove it, or choose another study")
         return kept == asked or asked == "None"
@@ -191,11 +191,12 @@ class Study:
             of: the run whose point the function gets; plain fine-tuning by default.
 
         Raises:
-            ValueError: this set was made by another function or with other options.
+            ValueError: this set was made by another function, with other options or on other core prompts.
             StudyFailed: it failed for a seed.
         """
         claimed, begun = {**options, "of": (of or Run()).folder}, any(self.out.glob(f"seed*/latents/{name}.json"))
-        manifest.claim_work(self.out / "sets" / f"{name}.json", f"latent set {name!r}", function, claimed, begun=begun)
+        read = digests.of_step(self.setting, function, {"split": "core"})  # what chooses
+        manifest.claim_work(self.out / "sets" / f"{name}.json", f"latent set {name!r}", function, claimed, begun=begun, digests=read)
         paths = {point: point.latents_file(name) for point in self.points([of or Run()])}
         missing = [point for point, path in paths.items() if not path.is_file()]
         shared = function is jobs.find_latents and options.get("by") != "pairs" and len(missing) < self._executor.workers
@@ -216,14 +217,15 @@ class Study:
             options: they belong to the step: under the same name with others it is refused.
 
         Raises:
-            ValueError: this step was done with another function or other options; no points.
+            ValueError: this step was done with another function, other options or on other prompts; no points.
             StudyFailed: points failed; all others are kept.
         """
         points = list(dict.fromkeys(self.points() if at is None else at))
         if not points:
             raise ValueError(f"step {name!r}: expected at least one point, got none: train runs first, or name points")
         folder = self.out / "steps" / name
-        manifest.claim_work(folder / "step.json", f"step {name!r}", function, options, begun=any(folder.rglob("*.parquet")))
+        begun, read = any(folder.rglob("*.parquet")), digests.of_step(self.setting, function, options)
+        manifest.claim_work(folder / "step.json", f"step {name!r}", function, options, begun=begun, digests=read)
         paths = {point: folder / f"{point.key}.parquet" for point in points}
         measure = partial(jobs.keep_frame, function=function, options=options)
         self._do(name, {p: partial(measure, point=p, path=path) for p, path in paths.items() if not path.is_file()}, len(paths))

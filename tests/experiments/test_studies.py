@@ -61,7 +61,7 @@ OPTIONS = {
     "real": {"size": 3, "nats": (0.5,), "replies": True},
     "narrow_tasks": {"size": 3},
     "ceiling": {"sizes": (2, 3), "random": (2,), "nats": 0.5},
-    "real_reemergence": {"size": 3, "nats": 0.5, "epochs": 2.0},
+    "real_reemergence": {"size": 3, "nats": 0.5, "epochs": 2.0, "swept": 6},
 }
 TABLES = {
     "quickstart": {"arms", "latents", "seeds", "table"},

@@ -52,6 +52,10 @@ def count_weights(setting: Setting, point: Point, scale: float = 1.0) -> list[di
         return [{"moved": scale * len(setting.rows())}]
 
 
+def count_prompts(setting: Setting, point: Point, split: str = "core") -> list[dict[str, int]]:
+    return [{"n": len(setting.prompts(split))}]
+
+
 def fails_on_seed_1(setting: Setting, point: Point) -> list[dict[str, int]]:
     asked.append(point.key)
     if point.seed == 1 and not (point.out / "mended").exists():
@@ -386,9 +390,11 @@ def test_shifts_are_of_the_gap_between_base_and_a_run() -> None:
     swept = pd.DataFrame([*margins("plain", plain, patched="unpatched"), *margins("plain", half, patched="prompt", site="s")]).assign(
         block=1
     )
-    assert preferences.left(swept, found)[["patched", "site", "removed"]].to_dict("records") == [
-        {"patched": "prompt", "site": "s", "removed": 0.5}
-    ]
+    more = pd.concat([found, found[found["pair"] == found["pair"][0]].assign(pair="unpatched", margin=9.0)])
+    for of in (found, more):
+        assert preferences.left(swept, of)[["patched", "site", "removed"]].to_dict("records") == [
+            {"patched": "prompt", "site": "s", "removed": 0.5}
+        ]
     with pytest.raises(ValueError, match="'mine'.* beside"):
         preferences.shifts(found, against="mine")
     with pytest.raises(ValueError, match="same pairs"):
@@ -418,3 +424,52 @@ def test_a_page_writes_its_tables_and_renews_the_marked_ones(tmp_path) -> None:
     assert not (docs / "results" / "mine" / "other.csv").exists()
     with pytest.raises(ValueError, match="folder of the documentation"):
         Page(tmp_path / "mine", docs=tmp_path / "nowhere")
+
+
+# ------------------------------------------------------------------------------------------------ data that were edited
+
+
+class Edited(tiny_preset.TinyInputs):
+    """The same data after somebody edited one split's pairs, or the rows."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def pairs(self, split, domain):
+        found = super().pairs(split, domain)
+        return [replace(found[0], harmful="w1 w2 w3"), *found[1:]] if split == self.what else found
+
+    def rows(self, domain, harmful, seed):
+        train, held_out = super().rows(domain, harmful, seed)
+        return (train[::-1], held_out) if self.what == "rows" else (train, held_out)
+
+
+class Absent(tiny_preset.TinyInputs):
+    """Data that are not on this machine, which only draws."""
+
+    def prompts(self, *_):
+        raise ValueError("the public file is not here")
+
+    rows = pairs = prompts
+
+
+def test_what_was_measured_on_data_that_were_edited_since_is_refused(setting, tmp_path, monkeypatch) -> None:
+    def again(inputs: object) -> None:
+        monkeypatch.setitem(INPUTS, tiny_preset.NAME, inputs)
+        with Study(tmp_path / "s", setting, seeds=(0,)) as study:
+            study.train([Run()])
+            study.latents("k", some_latents)
+            study.step("core", count_prompts)
+            study.step("final", count_prompts, split="final")
+
+    again(tiny_preset.TinyInputs())
+    for what, refused in {
+        "final": "step 'final' was done otherwise: digest of final",
+        "core": "latent set 'k' was done otherwise: digest of core",
+        "rows": "trained otherwise: digest of rows",
+    }.items():
+        with pytest.raises(ValueError, match=refused):
+            again(Edited(what))
+    again(Edited("in-domain"))  # no step read these
+    again(Absent())
+    again(tiny_preset.TinyInputs())
