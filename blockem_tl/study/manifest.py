@@ -41,7 +41,7 @@ def claim(folder: Path, name: str, mine: Mapping[str, str], *, preset: str) -> N
     if others and not path.is_file():
         raise ValueError(f"{folder} holds {sorted(others)[:3]} and no {name}, so it is no {kind}: choose another folder")
     kept = read(path) if path.is_file() else {}
-    if kept and (changed := differences(compared(kept), mine)):
+    if kept and (changed := differences(*believed(compared(kept), mine))):
         raise ValueError(f"{folder} is another {kind}: {'; '.join(changed)}. Choose another folder")
     machines, here = list(kept.get(MACHINES, [])), machine.described()
     files.write_json(path, {**mine, PRESET: preset, MACHINES: machines if here in machines else [*machines, here]})

@@ -17,7 +17,7 @@ from blockem_tl.models.lora import BASE
 from blockem_tl.saes.latent_set import LatentSet
 from blockem_tl.storage import files
 from blockem_tl.storage.fingerprints import of_file, of_folder, of_value
-from blockem_tl.study import jobs, manifest, patching, preferences, summary
+from blockem_tl.study import digests, jobs, manifest, patching, preferences, summary
 from blockem_tl.study.defences import DEFENCES, ON_LATENTS
 from blockem_tl.study.executors import executor_of
 from blockem_tl.study.inputs import PromptSplit
@@ -102,6 +102,8 @@ def _measured(
 ) -> pd.DataFrame:
     """What a step of a study gives at this point with these options, kept in its folder."""
     path = point.out / "steps" / f"{name}-{of_value(options)[:8]}.parquet"
+    read = digests.of_step(setting, function, options)
+    manifest.claim_work(path.with_suffix(".json"), name, function, options, begun=path.is_file(), digests=read)
     if not path.is_file():
         if function in _JUDGED:
             _check_judges(setting)
@@ -149,7 +151,8 @@ def train_into(
     if card is not None and not (out / "run.json").is_file():
         LatentSet.load(card, setting.sae)
     about = {"run": asdict(point.run), "n_rows": n_rows, "every": every, "card": of_file(card)[:16] if card else None}
-    with _into(out, "training", setting, point, judged=False, **about) as point:
+    (rows,) = digests.of_rows(setting, [replace(point, seed=setting.seed)]).values()
+    with _into(out, "training", setting, point, judged=False, **about, **rows) as point:
         if not (out / "run.json").is_file():
             jobs.train_run(setting, point=point, n_rows=n_rows, every=every, makers=DEFENCES, identity={}, progress=progress)
         return files.read_json(out / "run.json")
@@ -188,7 +191,8 @@ def discover_into(
     setting.prompts("core") if judged else setting.pairs("core")  # the files may not be there
     cards = int(engine.options.get("tensor_parallel_size", 1)) if engine else 1
     asked = executor_of(executor, replace(setting), workers, cards) if shared else None  # a copy, with a model of its own
-    with _into(out, "discovery", setting, tuned_at(place), judged=judged, by=by) as point:
+    read = digests.of_step(setting, jobs.discovery, {"split": "core"})
+    with _into(out, "discovery", setting, tuned_at(place), judged=judged, by=by, **read) as point:
         if not (out / "latents.json").is_file():
             if judged:
                 _check_judges(setting)

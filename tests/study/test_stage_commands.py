@@ -309,6 +309,20 @@ def test_bad_input_is_refused_before_anything_is_loaded(name: str, tmp_path, unl
         assert sorted(path.name for path in out.iterdir()) == ["mine.txt"]
 
 
+def test_what_a_stage_did_on_data_that_were_edited_since_is_refused(tuned, tmp_path, monkeypatch) -> None:
+    stages = {
+        "final": ("evaluate", "tiny", "base", tmp_path / "rates"),
+        "core": ("discover", "tiny", tuned, tmp_path / "found", "--by", "pairs"),
+        "rows": ("finetune", "tiny", tuned),
+    }
+    for split, words in stages.items():
+        run(*words)
+        monkeypatch.setitem(INPUTS, "tiny", tiny_preset.Edited(split))
+        fails(f"digest of {split}", *words)
+        monkeypatch.setitem(INPUTS, "tiny", tiny_preset.Edited("in-domain"))
+        run(*words)
+
+
 def test_a_judge_that_does_not_answer_is_refused_before_the_model_replies(tuned, tmp_path, unloaded) -> None:
     unloaded()
     words = ("--judge-models", "m", "--judge-urls", "http://127.0.0.1:9/v1")

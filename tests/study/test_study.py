@@ -429,30 +429,6 @@ def test_a_page_writes_its_tables_and_renews_the_marked_ones(tmp_path) -> None:
 # ------------------------------------------------------------------------------------------------ data that were edited
 
 
-class Edited(tiny_preset.TinyInputs):
-    """The same data after somebody edited one split's pairs, or the rows."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-
-    def pairs(self, split, domain):
-        found = super().pairs(split, domain)
-        return [replace(found[0], harmful="w1 w2 w3"), *found[1:]] if split == self.what else found
-
-    def rows(self, domain, harmful, seed):
-        train, held_out = super().rows(domain, harmful, seed)
-        return (train[::-1], held_out) if self.what == "rows" else (train, held_out)
-
-
-class Absent(tiny_preset.TinyInputs):
-    """Data that are not on this machine, which only draws."""
-
-    def prompts(self, *_):
-        raise ValueError("the public file is not here")
-
-    rows = pairs = prompts
-
-
 def test_what_was_measured_on_data_that_were_edited_since_is_refused(setting, tmp_path, monkeypatch) -> None:
     def again(inputs: object) -> None:
         monkeypatch.setitem(INPUTS, tiny_preset.NAME, inputs)
@@ -469,7 +445,7 @@ def test_what_was_measured_on_data_that_were_edited_since_is_refused(setting, tm
         "rows": "trained otherwise: digest of rows",
     }.items():
         with pytest.raises(ValueError, match=refused):
-            again(Edited(what))
-    again(Edited("in-domain"))  # no step read these
-    again(Absent())
+            again(tiny_preset.Edited(what))
+    again(tiny_preset.Edited("in-domain"))  # no step read these
+    again(tiny_preset.Absent())
     again(tiny_preset.TinyInputs())

@@ -5,6 +5,7 @@
 
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 from blockem_tl import DiscoveryConfig, Example, MaxIncoherence, Pair, Prompt, TrainingConfig
@@ -56,6 +57,30 @@ class TinyInputs:
 
     def judges(self):
         return {"hash": HashJudge()}
+
+
+class Edited(TinyInputs):
+    """The same data after somebody edited one split's pairs, or the rows."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def pairs(self, split, domain):
+        found = super().pairs(split, domain)
+        return [replace(found[0], harmful="w1 w2 w3"), *found[1:]] if split == self.what else found
+
+    def rows(self, domain, harmful, seed):
+        train, held_out = super().rows(domain, harmful, seed)
+        return (train[::-1], held_out) if self.what == "rows" else (train, held_out)
+
+
+class Absent(TinyInputs):
+    """Data that are not on this machine, which only draws."""
+
+    def prompts(self, *_):
+        raise ValueError("the public file is not here")
+
+    rows = pairs = prompts
 
 
 def preset(model: Path | str, sae: Path | str, **changes) -> Preset:
