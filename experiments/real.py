@@ -52,7 +52,7 @@ def arms(options: Options, site: str) -> Any:
         "blocked": [priced(defence="block", strength=s, latents=k, overrides=block) for s in nats],
         "error anchored": [priced(defence="block", strength=s, latents=one, overrides=anchored) for one in SETS for s in nats],
         "residual anchor": [priced(defence="ldifs", strength=s, overrides={**everywhere, "sites": (site,)}) for s in nats],
-        "LDIFS, all blocks": [priced(defence="ldifs", strength=nats[0], overrides=everywhere)],
+        "LDIFS, all blocks": [priced(defence="ldifs", strength=s, overrides=everywhere) for s in nats],
         "KL": [priced(defence="kl", strength=s, overrides=train) for s in options.kl_nats],
         "safe rows": [stopped(defence="interleaving", strength=0.3, overrides=train)],
         "CAFT": [stopped(defence="caft", strength=min(20, options.size), latents=k, overrides=train)],
