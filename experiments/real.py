@@ -1,10 +1,9 @@
 """What does blocking reach on a real model, beside what the latents carry at most and what rival defences reach? (no figure of the paper)
 
-    python experiments/real.py --preset smollm2-135m --domain bank --seeds 0 1 2
+    python experiments/real.py --preset smollm2-135m --domain cars --seeds 0 1 2 --nats 5 15 45 --anchor-nats 5 15 45
 
-Without replies and judge: harm is the margin of contrastive pairs. Arms train until their dev loss is within 3 % of plain's; strengths are
-in nats of plain's own change. Latents are chosen by attribution on the core pairs, or so that they spare the task too. Strengths and sets
-are chosen on the first seed's core pairs and dev rows; then all seeds' final pairs are looked at once.
+Without replies and judge: harm is the margin of contrastive pairs. Arms train until their dev loss is within 3 % of plain's. Latents are
+chosen by attribution, strengths by the first seed's core pairs and dev rows; then all seeds' final pairs are looked at once.
 """
 
 import itertools
@@ -23,14 +22,15 @@ SETS = ("attributed", "spared")  # apart from the sets of other scripts in a stu
 
 @dataclass(frozen=True, kw_only=True)
 class Options(StudyOptions):
-    """size: of K.  spare: how much the task counts against a latent of spared.  nats, kl_nats: strengths, tried.  doses: of steering.
-    matched: of plain's dev loss, where an arm stops.  longest: in epochs, where it gives up.  report: defences that are trained on every
-    seed and looked at on the final pairs; all by default.  replies: also written and judged, by a judge that finds few."""
+    """size: of K.  spare: how much the task counts against a latent of spared.  nats, anchor_nats, kl_nats: strengths of blocking, of
+    anchors (the SAE's error is one) and of KL, in the cost of plain's own change.  doses: of steering.  matched, longest: times plain's dev
+    loss, and epochs, where an arm stops.  report: defences trained on all seeds, all by default.  replies: also judged, by few words."""
 
     preset: str = "smollm2-135m"
     size: int = 600
     spare: float = 2.0
-    nats: tuple[float, ...] = (5.0,)
+    nats: tuple[float, ...] = (45.0,)
+    anchor_nats: tuple[float, ...] = (5.0,)
     kl_nats: tuple[float, ...] = (1.0, 5.0)
     doses: tuple[float, ...] = (0.1, 0.2, 0.4)
     matched: float = 1.03
@@ -42,14 +42,14 @@ class Options(StudyOptions):
 
 def arms(options: Options, site: str) -> Any:
     """Every defence, with the strengths that are tried."""
-    train, nats, k = {"epochs": options.longest}, options.nats, SETS[0]
+    train, nats, k = {"epochs": options.longest}, options.anchor_nats, SETS[0]
     everywhere, block = {**train, "positions": "all"}, {**train, "positions": "all", "reference": "live"}
     anchored, stopped = {**block, "error_anchor": 1.0}, partial(Run, matched=options.matched)
     priced = partial(stopped, unit="nats")
     return {
         "plain, stopped": [stopped()],
         "plain, as long": [Run(overrides=train)],
-        "blocked": [priced(defence="block", strength=s, latents=k, overrides=block) for s in nats],
+        "blocked": [priced(defence="block", strength=s, latents=k, overrides=block) for s in options.nats],
         "error anchored": [priced(defence="block", strength=s, latents=one, overrides=anchored) for one in SETS for s in nats],
         "residual anchor": [priced(defence="ldifs", strength=s, overrides={**everywhere, "sites": (site,)}) for s in nats],
         "LDIFS, all blocks": [priced(defence="ldifs", strength=s, overrides=everywhere) for s in nats],

@@ -1,6 +1,6 @@
 """Does the shift come back when a blocked model is trained on, and from where? (figures 8, 28 to 32, by contrastive pairs)
 
-    python experiments/real_reemergence.py --preset smollm2-135m --epochs 6
+    python experiments/real_reemergence.py --preset smollm2-135m --domain cars --epochs 6
     python experiments/real_reemergence.py --preset organism --epochs 4
 
 Plain and blocked fine-tuning go on for many epochs. Tables: the shift at every epoch; at the end, what is left of it with base's states
@@ -28,22 +28,23 @@ class Options(StudyOptions):
     epochs: float = 6.0
     every: float = 1.0
     size: int = 600
-    nats: float = 5.0
-    error_anchor: float = 1.0
+    nats: float = 45.0
+    error_anchor: float = 0.0
     swept: int = 60
     name: ClassVar[str] = "real_reemergence"
 
 
 def main(options: Options) -> None:
     """Train, follow, patch."""
-    page, k, long = options.page(), f"k{options.size}", {"epochs": options.epochs}
-    over: dict[str, Any] = {**long, "positions": "all", "reference": "live", "error_anchor": options.error_anchor}
+    page, k, long = options.page(), "attributed", {"epochs": options.epochs}
+    over: dict[str, Any] = {**long, "positions": "all", "reference": "live"}
+    over |= {"error_anchor": options.error_anchor} if options.error_anchor else {}
     plain = Run(overrides=long, name="plain")
     blocked = Run(defence="block", strength=options.nats, unit="nats", latents=k, overrides=over, name="blocked")
     base = Run(defence="base")
     with options.study() as study:
         study.train([Run()])
-        study.latents(k, preferences.attributed, n=options.size)
+        study.latents(k, preferences.attributed, n=options.size, spare=0.0)
         study.train([plain, blocked], checkpoints_every=options.every)
         epochs = [options.every * (i + 1) for i in range(round(options.epochs / options.every))]
         points = [*study.points([base]), *study.points([plain, blocked], epochs)]
