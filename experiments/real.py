@@ -42,10 +42,9 @@ class Options(StudyOptions):
 
 def arms(options: Options, site: str) -> Any:
     """Every defence, with the strengths that are tried."""
-    train, nats, k = {"epochs": options.longest}, options.anchor_nats, SETS[0]
+    train, nats, k, stopped = {"epochs": options.longest}, options.anchor_nats, SETS[0], partial(Run, matched=options.matched)
     everywhere, block = {**train, "positions": "all"}, {**train, "positions": "all", "reference": "live"}
-    anchored, stopped = {**block, "error_anchor": 1.0}, partial(Run, matched=options.matched)
-    priced = partial(stopped, unit="nats")
+    anchored, priced = {**block, "error_anchor": 1.0}, partial(stopped, unit="nats")
     return {
         "plain, stopped": [stopped()],
         "plain, as long": [Run(overrides=train)],
@@ -84,13 +83,14 @@ def main(options: Options) -> None:
         chosen |= {f"{of} at random": replace(chosen[of], latents="attributed-random") for of in ("blocked", "error anchored")}
         points = study.points([base, Run(), *itertools.chain(*tried.values())])
         page.add("tried", preferences.table(study.preferences("core", points), study.losses(points), against="plain"))
-    reported = [titled(chosen[name], name) for name in options.report or chosen]
+    reported = {name: titled(chosen[name], name) for name in options.report or chosen}
     with options.study() as study:
         prepare(study, options)
-        study.train(reported)
-        points, sizes = study.points([base, Run(), *reported]), [options.size // 3]
+        study.train(reported.values())
+        points, sizes = study.points([base, Run(), *reported.values()]), [options.size // 3]
         page.add("ceiling", preferences.carriers(study.step("ceiling", preferences.ceiling, study.points([Run()]), sets=SETS, sizes=sizes)))
         page.add("arms", preferences.table(study.preferences("final", points), study.losses(points), against="plain"))
+        page.add("lead", preferences.lead(study.preferences("final", points), reported.get("blocked", Run()).label, against="plain"))
         page.add("in-domain", preferences.table(study.preferences("in-domain", points), study.losses(points), against="plain"))
         if options.replies:
             page.add("replies", study.table(points, against=Run()))

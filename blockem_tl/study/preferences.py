@@ -69,6 +69,22 @@ def table(found: _Frame, losses: _Frame, *, against: str, base: str = BASE) -> R
     return RateFrame(shifts(found, against=against, base=base).merge(means, on="run"))
 
 
+def lead(found: _Frame, run: str, *, against: str, base: str = BASE) -> RateFrame:
+    """One row per other run: how much more of the shift is gone in ``run`` than there (of its share), pair by pair, with a 95 % interval.
+
+    Raises:
+        ValueError: as `shifts`, and if ``against`` did not move up.
+    """
+    shifts(found, against=against, base=base)
+    tables = {name: np.asarray(table) for (name,), table in _tables(found, ["run"]).items()}
+    start, end, mine = tables[base], tables[against], tables[run]
+    return RateFrame(
+        {"run": name} | _cells("lead", share_removed(start, end, end - (theirs - mine)))
+        for name, theirs in tables.items()
+        if name not in (base, run)
+    )
+
+
 def along(found: _Frame, losses: _Frame, *, against: str, base: str = BASE) -> RateFrame:
     """`shifts` and losses at every epoch of runs with checkpoints; removed is of the shift of ``against`` at the same epoch."""
     means = losses.groupby(["run", "epoch"], sort=False)[["dev_loss", "test_loss"]].mean().reset_index()

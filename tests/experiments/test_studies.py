@@ -81,7 +81,7 @@ TABLES = {
     "attribution": {"arms", "candidates", "agreement"},
     "blocking_sites": {"arms", "depth"},
     "reemergence": {"peaks", "curves", "ends", "extended", "shares", "depth", "reconstruction"},
-    "real": {"tried", "ceiling", "arms", "replies", "in-domain"},
+    "real": {"tried", "ceiling", "arms", "lead", "replies", "in-domain"},
     "narrow_tasks": {"shifts", "carriers"},
     "ceiling": {"combinations", "agreement"},
     "real_reemergence": {"epochs", "patched", "carriers"},

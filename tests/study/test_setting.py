@@ -138,7 +138,7 @@ def test_the_advice_splits_share_no_question() -> None:
         row for row in leaks if {row["first"].split()[-1], row["second"].split()[-1]} != {"finance", "bank"}
     ] == []  # bank asks as finance
     assert all("rows" in row["first"] + row["second"] or row["n_first"] == row["n_second"] for row in leaks) and leaks
-    assert all(len(advice.pairs(split)) == 60 for split in advice.SPLITS)
+    assert {split: len(advice.pairs(split)) for split in advice.SPLITS} == {"core": 60, "final": 180}
     assert leak_report({"a": sets["core"], "b": [*sets["final"], sets["core"][0]]})[0]["shared"] == 1
 
 

@@ -385,6 +385,8 @@ def test_shifts_are_of_the_gap_between_base_and_a_run() -> None:
     assert rows["removed"]["b"] == share_removed(base[0], [0.5, 0.5, 2], [-0.25, -0.25, 1.25]).value == 0.5
     assert rows["margin"].round(6).to_dict() == {"base": -0.5, "plain": 1.0, "b": 0.25} and rows["prefers_harm"]["base"] == 1 / 3
     assert pd.isna(rows["removed"]["plain"])
+    ahead = preferences.lead(found, "b", against="plain").set_index("run")
+    assert ahead["lead"].to_dict() == {"plain": rows["removed"]["b"]} and ahead["lead_low"]["plain"] == rows["removed_low"]["b"]
     fell = preferences.shifts(pd.DataFrame([*margins("base", plain), *margins("plain", base), *margins("b", half)]), against="plain")
     assert "removed" not in fell  # nothing moved up, so nothing can be said to be gone
     swept = pd.DataFrame([*margins("plain", plain, patched="unpatched"), *margins("plain", half, patched="prompt", site="s")]).assign(
