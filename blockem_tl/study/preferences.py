@@ -71,15 +71,19 @@ def table(found: _Frame, losses: _Frame, *, against: str, base: str = BASE) -> R
 
 def lead(found: _Frame, run: str, *, against: str, base: str = BASE) -> RateFrame:
     """One row per other run: how much more of the shift is gone in ``run`` than there (of its share), pair by pair, with a 95 % interval.
+    Nothing is said where ``against`` did not move up.
 
     Raises:
-        ValueError: as `shifts`, and if ``against`` did not move up.
+        ValueError: as `shifts`.
     """
-    shifts(found, against=against, base=base)
     tables = {name: np.asarray(table) for (name,), table in _tables(found, ["run"]).items()}
+    absent = [name for name in (base, against, run) if name not in tables]
+    if absent:
+        raise ValueError(f"lead: expected the runs {absent} beside {list(tables)}")
     start, end, mine = tables[base], tables[against], tables[run]
+    moved = end.mean() > start.mean()
     return RateFrame(
-        {"run": name} | _cells("lead", share_removed(start, end, end - (theirs - mine)))
+        {"run": name} | (_cells("lead", share_removed(start, end, end - (theirs - mine))) if moved else {})
         for name, theirs in tables.items()
         if name not in (base, run)
     )
@@ -132,12 +136,12 @@ def attributed(setting: Setting, point: Point, *, n: int, spare: float = 0.0) ->
     return latents_by_attribution(setting.model, setting.sae, setting.pairs("core"), n, adapter=point.adapter, progress=False, **rows)
 
 
-def ceiling(setting: Setting, point: Point, *, sets: Sequence[str], sizes: Sequence[int] = ()) -> pd.DataFrame:
-    """What latent sets of the study carry of the shift on the core pairs, and of the task, one-sidedly: a step. See `mediation`.
+def ceiling(setting: Setting, point: Point, *, sets: Sequence[str], sizes: Sequence[int] = (), split: PromptSplit = "core") -> pd.DataFrame:
+    """What latent sets of the study carry of the shift on a split's pairs, and of the task, one-sidedly: a step. See `mediation`.
 
     sizes: also the first so many latents of each.  A point whose margin did not rise has one row, "nothing moved", without numbers.
     """
-    pairs = setting.pairs("core")
+    pairs = setting.pairs(split)
     before, after = (preference(setting.model, pairs, adapter=one, progress=False).margins.mean() for one in (BASE, point.adapter))
     if after <= before:
         return pd.DataFrame([{"taken_out": "nothing moved", "roles": "", **dict.fromkeys(("n_latents", *_SHARES), np.nan)}])

@@ -387,7 +387,11 @@ def test_shifts_are_of_the_gap_between_base_and_a_run() -> None:
     assert pd.isna(rows["removed"]["plain"])
     ahead = preferences.lead(found, "b", against="plain").set_index("run")
     assert ahead["lead"].to_dict() == {"plain": rows["removed"]["b"]} and ahead["lead_low"]["plain"] == rows["removed_low"]["b"]
-    fell = preferences.shifts(pd.DataFrame([*margins("base", plain), *margins("plain", base), *margins("b", half)]), against="plain")
+    fallen = pd.DataFrame([*margins("base", plain), *margins("plain", base), *margins("b", half)])
+    fell = preferences.shifts(fallen, against="plain")
+    assert preferences.lead(fallen, "b", against="plain").columns.tolist() == ["run"]
+    with pytest.raises(ValueError, match="lead: .*'mine'"):
+        preferences.lead(found, "mine", against="plain")
     assert "removed" not in fell  # nothing moved up, so nothing can be said to be gone
     swept = pd.DataFrame([*margins("plain", plain, patched="unpatched"), *margins("plain", half, patched="prompt", site="s")]).assign(
         block=1
