@@ -19,6 +19,7 @@ from blockem_tl import Point, Run, Setting, generate
 from blockem_tl.analysis.patching.attribution import Positions, attribute_latents, attribute_sites
 from blockem_tl.models.lora import BASE
 from blockem_tl.study import reemergence
+from blockem_tl.study.inputs import PromptSplit
 from blockem_tl.study.options import StudyOptions
 from blockem_tl.study.patching import COMPONENTS
 from blockem_tl.views import plots
@@ -38,10 +39,10 @@ class Options(StudyOptions):
     name: ClassVar[str] = "attribution"
 
 
-def estimates(setting: Setting, point: Point, *, verify: int) -> pd.DataFrame:
+def estimates(setting: Setting, point: Point, *, verify: int, split: PromptSplit = "final") -> pd.DataFrame:
     """One row per candidate that was really patched: candidates, positions, estimate, real; and of all of them metric and spearman."""
     model, asked = setting.model, {"max_new_tokens": setting.preset.max_new_tokens, "progress": False}
-    tuned, base = (generate(model, setting.prompts("final"), adapter=one, **asked) for one in (point.adapter, BASE))
+    tuned, base = (generate(model, setting.prompts(split), adapter=one, **asked) for one in (point.adapter, BASE))
     both = [(mine, theirs) for mine, theirs in zip(tuned, base, strict=True) if mine.reply and theirs.reply]
     sites, frames = [f"blocks.{block}.{kind}" for kind in COMPONENTS for block in range(model.cfg.n_layers)], []
     replies = [mine for mine, _ in both], [theirs for _, theirs in both]
