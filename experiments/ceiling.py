@@ -1,7 +1,8 @@
 """Does the ceiling that is computed before training tell what training then reaches? (no figure of the paper)
 
     python experiments/ceiling.py --preset organism
-    python experiments/ceiling.py --preset smollm2-135m --sizes 20 60 200 600 --nats 15
+    python experiments/ceiling.py --preset smollm2-135m --domain cars --nats 45 --matched 1.03 --epochs 1.6 \\
+        --sizes 20 60 200 600 --random 60 600
 
 For sets of several sizes and for random ones, blocked on answers or also on questions: the share of plain's shift that goes when the set's
 change is taken out of plain's forward (`mediation`), and the share that is gone in a model trained with the set blocked. Both are measured
@@ -27,12 +28,13 @@ ROLES = {"completion": "reply", "all": "prompt+reply"}
 @dataclass(frozen=True, kw_only=True)
 class Options(StudyOptions):
     """sizes: of the sets.  random: sizes of the random ones, among these.  nats: the strength, which should be large.  epochs: of blocked
-    training, the preset's by default."""
+    training, the preset's by default.  matched: stop before that where dev loss is so many times plain's; 0: never."""
 
     sizes: tuple[int, ...] = (3, 10, 30, 100)
     random: tuple[int, ...] = (10, 100)
     nats: float = 15.0
     epochs: float = 0.0
+    matched: float = 0.0
     name: ClassVar[str] = "ceiling"
 
 
@@ -60,7 +62,7 @@ def main(options: Options) -> None:
 def blocked(options: Options, name: str, where: str) -> Run:
     """A set blocked at these positions."""
     over: dict[str, Any] = {"positions": where, "reference": "live", **({"epochs": options.epochs} if options.epochs else {})}
-    return Run(defence="block", strength=options.nats, unit="nats", latents=name, overrides=over)
+    return Run(defence="block", strength=options.nats, unit="nats", latents=name, matched=options.matched, overrides=over)
 
 
 def row(carried: Any, reached: Any, run: Run, name: str, where: str) -> dict[str, Any]:
