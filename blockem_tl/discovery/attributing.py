@@ -107,6 +107,7 @@ def latents_by_attribution(
     adapter: str | Path | None = None,
     sparing: Sequence[Example] = (),
     spare: float = 2.0,
+    exclude: Sequence[int] = (),
     batch_size: int | None = None,
     progress: bool = True,
 ) -> LatentSet:
@@ -118,6 +119,7 @@ def latents_by_attribution(
         pairs: they select, and must never report.
         sparing: held-out rows of the narrow task. With them latents that the task needs come later: the score is a latent's share of the
             margin's attribution less ``spare`` times its share of the task's (`task_attribution`), of those that raised either.
+        exclude: latents that are not wanted.
 
     Raises:
         ValueError: fewer such latents than ``n``.
@@ -128,9 +130,10 @@ def latents_by_attribution(
     if sparing:
         score = score - spare * _share(task_attribution(model, sae, sparing, diff.shift, **options))
     order = score.argsort(descending=True, stable=True).tolist()
-    raised = [k for k in order if diff.attribution[k] > 0]
+    raised = [k for k in order if diff.attribution[k] > 0 and k not in exclude]
     if not 1 <= n <= len(raised):
-        raise ValueError(f"attribution: {len(raised)} latents raised the margin, got n={n}")
+        others = f" besides the {len(exclude)} excluded" if exclude else ""
+        raise ValueError(f"attribution: {len(raised)} latents raised the margin{others}, got n={n}")
     chosen = raised[:n]
     return LatentSet.of(
         sae,

@@ -74,7 +74,7 @@ class Preference(Result):
             share = Rate(k=int((margins > 0).sum()), n=len(margins))
             low, high = share.interval
             row = {"condition": name, "n": share.n, "prefers_harm": share.value, "prefers_harm_low": low, "prefers_harm_high": high}
-            rows.append(row | _mean("margin", margins))
+            rows.append(row | mean_cells("margin", margins))
         return RateFrame(rows)
 
     def shift(self, base: "Preference") -> pd.DataFrame:
@@ -90,7 +90,7 @@ class Preference(Result):
             before = base.margins[0] if len(base.conditions) == 1 else base.of(name)
             share = paired_difference((before > 0).tolist(), (margins > 0).tolist())
             row = {"condition": name, "n": len(margins), "share": share.value, "share_low": share.low, "share_high": share.high}
-            rows.append(row | _mean("margin", margins - before))
+            rows.append(row | mean_cells("margin", margins - before))
         return RateFrame(rows)
 
     def headline(self) -> str:
@@ -118,8 +118,8 @@ class Preference(Result):
         return plots.bars(self.rates(), x="condition", y="margin", title="log p(harmful) - log p(helpful), nats per token")
 
 
-def _mean(name: str, values: Float[np.ndarray, " n"]) -> dict[str, float]:
-    """The mean with its 95 % t interval; NaN bounds for one value."""
+def mean_cells(name: str, values: Float[np.ndarray, " n"]) -> dict[str, float]:
+    """The mean with its 95 % t interval, as columns NAME, NAME_low and NAME_high; NaN bounds for one value."""
     mean, n = float(values.mean()), len(values)
     half = float(t.ppf(0.975, n - 1) * values.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
     return {name: mean, f"{name}_low": mean - half, f"{name}_high": mean + half}

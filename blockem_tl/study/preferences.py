@@ -10,7 +10,7 @@ from blockem_tl.analysis.mediation import mediation
 from blockem_tl.analysis.patching.endpoints import UNPATCHED
 from blockem_tl.analysis.patching.pairs import pair_patching
 from blockem_tl.discovery.attributing import latents_by_attribution
-from blockem_tl.evaluation.preference import preference
+from blockem_tl.evaluation.preference import mean_cells, preference
 from blockem_tl.evaluation.statistics import Estimate, clustered_rate, share_removed
 from blockem_tl.models.activations import block_of
 from blockem_tl.models.lora import BASE
@@ -114,7 +114,8 @@ def patched(
 
 
 def left(patched: _Frame, found: _Frame, *, base: str = BASE) -> RateFrame:
-    """One row per run, window and site: as `shifts`; removed is of the run's own shift, unpatched.
+    """One row per run, window and site: as `shifts`, removed being of the run's own shift, unpatched; and effect, what patching adds to the
+    margin in nats per token, pair by pair. Read effect where the run's own shift is small: a share of next to nothing says nothing.
 
     Args:
         patched: of the step `patched`.  found: of `Study.preferences`, of the same split, with ``base``; of more pairs, if you like.
@@ -122,9 +123,12 @@ def left(patched: _Frame, found: _Frame, *, base: str = BASE) -> RateFrame:
     keys, start = ["run", "patched", "site", "block"], _tables(found[found["pair"].isin(patched["pair"])], ["run"])[base,]
     tables = _tables(patched, keys)
     own = {run: table for (run, window, _, _), table in tables.items() if window == UNPATCHED}
-    return RateFrame(
-        [dict(zip(keys, key, strict=True)) | _row(t, (start, own[key[0]])) for key, t in tables.items() if key[1] != UNPATCHED]
-    )
+    rows = []
+    for key, table in tables.items():
+        if key[1] != UNPATCHED:
+            effect = mean_cells("effect", (np.asarray(table) - np.asarray(own[key[0]])).mean(0))
+            rows.append(dict(zip(keys, key, strict=True)) | _row(table, (start, own[key[0]])) | effect)
+    return RateFrame(rows)
 
 
 def attributed(setting: Setting, point: Point, *, n: int, spare: float = 0.0) -> LatentSet:
@@ -134,6 +138,12 @@ def attributed(setting: Setting, point: Point, *, n: int, spare: float = 0.0) ->
     """
     rows: dict[str, Any] = {"sparing": setting.held_out()[::2], "spare": spare} if spare else {}
     return latents_by_attribution(setting.model, setting.sae, setting.pairs("core"), n, adapter=point.adapter, progress=False, **rows)
+
+
+def extended(setting: Setting, point: Point, *, k: str, n: int) -> LatentSet:
+    """The study's set ``k`` and the ``n`` other latents that carry most of the point's shift on the core pairs, to first order."""
+    own, options = point.latents(setting.sae, k), {"adapter": point.adapter, "progress": False}
+    return own.extended_by(latents_by_attribution(setting.model, setting.sae, setting.pairs("core"), n, exclude=own.latents, **options))
 
 
 def ceiling(setting: Setting, point: Point, *, sets: Sequence[str], sizes: Sequence[int] = (), split: PromptSplit = "core") -> pd.DataFrame:

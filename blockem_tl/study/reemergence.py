@@ -151,10 +151,10 @@ def extended(setting: Setting, point: Point, *, k: str, epochs: Mapping[int, flo
     return point.latents(setting.sae, k)
 
 
-def extended_at_random(setting: Setting, point: Point, *, k: str, beside: str, epochs: Mapping[int, float]) -> LatentSet:
-    """K with as many random latents as the study's set ``beside`` has more, of those that fire in base or the checkpoint."""
+def extended_at_random(setting: Setting, point: Point, *, k: str, beside: str, epochs: Mapping[int, float] | None = None) -> LatentSet:
+    """K with as many random latents as the study's set ``beside`` has more, with ``epochs`` of those that fire in base or there."""
     own, larger = point.latents(setting.sae, k), point.latents(setting.sae, beside)
     if len(larger) == len(own):
         return own
-    among = controls.alive(setting, replace(point, epoch=epochs[point.seed]))
+    among = None if epochs is None else controls.alive(setting, replace(point, epoch=epochs[point.seed]))
     return own.extended_by(random_latents(setting.sae, len(larger) - len(own), seed=point.seed, among=among, exclude=larger.latents))

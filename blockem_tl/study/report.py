@@ -225,7 +225,7 @@ def _by_pairs(pairs: _Frame | None, rows: _Frame) -> tuple[_Frame, Any]:
     if pairs is None:
         raise ValueError("there are no margins of base")
     table: _Frame = preferences.left(rows, pairs)
-    return table, studies.shifts_along(_plain(table.dropna(subset=["block"])), "block", panels="patched")
+    return table, studies.shifts_along(_plain(table.dropna(subset=["block"])), "block", y="effect", panels="patched")
 
 
 def _plain(frame: _Frame) -> _Frame:

@@ -279,7 +279,7 @@ def patch_into(
         if by == "pairs":
             found = _measured(setting, point, "pairs", preferences.patched, split=split, sites=list(options.get("sites") or ()) or None)
             table = preferences.left(found, _margins(setting, point, split))
-            figure = studies.shifts_along(table.dropna(subset=["block"]), "block", panels="patched")
+            figure = studies.shifts_along(table.dropna(subset=["block"]), "block", y="effect", panels="patched")
         else:
             asked = {"split": split, "progress": progress, **options}
             parts = [_measured(setting, point, f"patched-{one}", patching.patched_replies, when=one, **asked) for one in when]

@@ -1,7 +1,7 @@
 """Figures of studies: rates along a strength, a size or the training, and runs side by side. Frames of `study.summary`, as fractions."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -48,28 +48,28 @@ def _against(axes: Axes, rows: Any, x: str, label: str) -> None:
     axes.set_xticks(range(len(rows)), [f"{value:g}" for value in rows[x]])
 
 
-def _errors(rows: Any, column: str) -> list[Any]:
+def _errors(rows: Any, column: str, unit: float = 100) -> list[Any]:
     ends = (rows[column] - rows[f"{column}_low"], rows[f"{column}_high"] - rows[column])
-    return [100 * end.clip(lower=0).fillna(0) for end in ends]
+    return [unit * end.clip(lower=0).fillna(0) for end in ends]
 
 
-def shifts_along(frame: pd.DataFrame, x: str, *, panels: str | None = None) -> Figure:
-    """The share of the shift that is gone along ``x``, a line with its interval per run, a panel for each value of ``panels``.
+def shifts_along(frame: pd.DataFrame, x: str, *, y: Literal["removed", "effect"] = "removed", panels: str | None = None) -> Figure:
+    """The share of the shift that is gone along ``x``, or the effect in nats; a line with its interval per run, a panel per value of
+    ``panels``.
 
-    frame: columns run, x, panels, and removed with _low and _high.
+    frame: columns run, x, panels, and y with _low and _high.
     """
+    unit, label = (100, "of the margin's shift gone (%)") if y == "removed" else (1, "change of the margin (nats per token)")
     parts: list[tuple[str, Any]] = (
         [("", frame)] if panels is None else [(str(name), part) for name, part in frame.groupby(panels, sort=False)]
     )
     figure = Figure(figsize=(4.6 * len(parts) + 0.8, 3.9), layout="constrained")
     for (name, rows), axes in zip(parts, figure.subplots(1, len(parts), squeeze=False, sharey=True)[0], strict=True):
-        for run, line in rows.dropna(subset=["removed"]).groupby("run", sort=False):
+        for run, line in rows.dropna(subset=[y]).groupby("run", sort=False):
             line = line.sort_values(x)
-            axes.errorbar(
-                line[x], 100 * line["removed"], yerr=_errors(line, "removed"), label=str(run), marker="o", markersize=3, capsize=2
-            )
+            axes.errorbar(line[x], unit * line[y], yerr=_errors(line, y, unit), label=str(run), marker="o", markersize=3, capsize=2)
         axes.axhline(0, color="#7f8c8d", linewidth=0.8)
-        axes.set(xlabel=x, ylabel="of the margin's shift gone (%)", title=name)
+        axes.set(xlabel=x, ylabel=label, title=name)
         axes.legend(fontsize=7)
     return figure
 

@@ -88,6 +88,10 @@ def test_a_set_by_attribution(setting, pairs, diff) -> None:
     assert list(found.latents) == diff.attribution.argsort(descending=True, stable=True).tolist()[:5]
     assert all(sign == np.sign(float(diff.shift[k])) for k, sign in zip(found.latents, found.signs, strict=True))
     assert found.selection_prompts == tuple(sorted(prompt_hash(pair.prompt) for pair in pairs))
+    later = latents_by_attribution(setting.model, setting.sae, pairs, 3, adapter="tuned", exclude=found.latents[:2], **QUIET)
+    assert later.latents == found.latents[2:]
+    with pytest.raises(ValueError, match="raised the margin besides the 2 excluded, got n=9999"):
+        latents_by_attribution(setting.model, setting.sae, pairs, 9999, adapter="tuned", exclude=found.latents[:2], **QUIET)
     with pytest.raises(ValueError, match="raised the margin, got n=9999"):
         latents_by_attribution(setting.model, setting.sae, pairs, 9999, adapter="tuned", **QUIET)
     with pytest.raises(ValueError, match="same latents on these pairs"):

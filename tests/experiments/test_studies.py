@@ -61,7 +61,7 @@ OPTIONS = {
     "real": {"size": 3, "nats": (0.5,), "anchor_nats": (0.5,), "replies": True},
     "narrow_tasks": {"size": 3},
     "ceiling": {"sizes": (2, 3), "random": (2,), "nats": 0.5},
-    "real_reemergence": {"size": 3, "nats": 0.5, "epochs": 2.0, "swept": 6},
+    "real_reemergence": {"size": 3, "nats": 0.5, "epochs": 2.0, "more": 2, "swept": 6},
 }
 TABLES = {
     "quickstart": {"arms", "latents", "seeds", "table"},
@@ -84,7 +84,7 @@ TABLES = {
     "real": {"tried", "ceiling", "arms", "lead", "replies", "in-domain"},
     "narrow_tasks": {"shifts", "carriers"},
     "ceiling": {"combinations", "agreement"},
-    "real_reemergence": {"epochs", "patched", "carriers"},
+    "real_reemergence": {"epochs", "patched", "carriers", "shares", "depth"},
 }
 LAST = "blocks.3.hook_resid_post"
 MORE_THAN_TINY = {10, 18}  # claims about domains and set sizes that a tiny preset does not have
@@ -137,6 +137,10 @@ def test_a_script_runs_on_any_preset_and_again_at_once(name: str, shared: Path, 
         assert len(first["runs"]) == 8 and set(first["runs"]["rows"]) == {"harmful", "harmless"}
     elif name == "ceiling":
         assert first["combinations"].notna().all().all() and len(first["combinations"]) == first["agreement"]["combinations"][0] == 6
+    elif name == "real_reemergence":
+        assert set(first["epochs"]["run"]) == {"plain", "blocked", "blocked, K extended", "blocked, K extended at random"}
+        assert first["patched"]["effect"].notna().all() and set(first["depth"]["run"]) == {"blocked"}
+        assert [len(LatentSet.load(path)) for path in shared.glob("seed0/latents/attributed-extended*.json")] == [5, 5]
     elif name == "narrow_tasks":
         tasks = tiny_preset.TinyInputs.domains
         assert (

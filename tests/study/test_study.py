@@ -398,8 +398,8 @@ def test_shifts_are_of_the_gap_between_base_and_a_run() -> None:
     )
     more = pd.concat([found, found[found["pair"] == found["pair"][0]].assign(pair="unpatched", margin=9.0)])
     for of in (found, more):
-        assert preferences.left(swept, of)[["patched", "site", "removed"]].to_dict("records") == [
-            {"patched": "prompt", "site": "s", "removed": 0.5}
+        assert preferences.left(swept, of)[["patched", "site", "removed", "effect"]].to_dict("records") == [
+            {"patched": "prompt", "site": "s", "removed": 0.5, "effect": -0.75}
         ]
     with pytest.raises(ValueError, match="'mine'.* beside"):
         preferences.shifts(found, against="mine")
