@@ -29,7 +29,7 @@ class Options:
 
     preset: str = "smollm2-135m"
     adapter: Path | None = None
-    pairs: int = 10
+    pairs: int = 4
     repetitions: int = 1
     json: Annotated[Path | None, tyro.conf.arg(name="json")] = None
 
@@ -45,11 +45,13 @@ def main(options: Options) -> dict[str, Any]:
     batch = pad(encode_examples(model.tokenizer, sides(pairs)), model.pad_id, side="right", device=model.device)
     windows = {"prompt": batch.mask & ~batch.reply, "decode": batch.reply}
 
-    def sweep() -> np.ndarray:
-        return pair_patching(model, pairs, sites, target="tuned", batch_size=len(batch.ids), progress=False).margins[1:]
+    found: dict[str, np.ndarray] = {}
 
-    def by_hand() -> np.ndarray:
-        return np.array([margins(site, window) for window in windows.values() for site in sites])
+    def sweep() -> None:
+        found["sweep"] = pair_patching(model, pairs, sites, target="tuned", batch_size=len(batch.ids), progress=False).margins[1:]
+
+    def by_hand() -> None:
+        found["by hand"] = np.array([margins(site, window) for window in windows.values() for site in sites])
 
     @torch.no_grad()
     def margins(site: str, window: torch.Tensor) -> np.ndarray:
@@ -59,13 +61,12 @@ def main(options: Options) -> dict[str, Any]:
         nats = mean_log_likelihood(logits, batch).cpu().numpy()
         return nats[: len(pairs)] - nats[len(pairs) :]
 
-    difference = float(np.abs(sweep() - by_hand()).max())
     seconds = take_turns({"sweep": sweep, "by hand": by_hand}, options.repetitions, model.device)
     taken = {name: one.cpu if model.device.type == "cpu" else one.wall for name, one in ((n, medians(s)) for n, s in seconds.items())}
     result = {
         "sites": len(sites),
         "pairs": len(pairs),
-        "largest_difference_nats": difference,
+        "largest_difference_nats": float(np.abs(found["sweep"] - found["by hand"]).max()),
         "seconds_sweep": taken["sweep"],
         "by_hand_vs_sweep": taken["by hand"] / taken["sweep"],
     }
