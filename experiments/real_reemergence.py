@@ -64,6 +64,9 @@ def main(options: Options) -> None:
         found, losses = study.preferences("final", points), study.losses(points)
         rows = preferences.along(found, losses, against="plain")
         page.add("epochs", rows, studies.shifts_along(rows, "epoch"))
+        if again:
+            last = found[found["epoch"].isin([epochs[-1]]) | (found["run"] == base.label)]
+            page.add("lead", preferences.lead(last, again[0].label, against="plain"))
         ends = study.points([plain, blocked])
         swept = study.step("patched", preferences.patched, ends, split="final", n=options.swept)
         patched = preferences.left(swept, study.preferences("final", study.points([base])))

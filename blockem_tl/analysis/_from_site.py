@@ -1,6 +1,6 @@
 """Teacher-forced replies from a given state at a site: the one forward of `mediation` and of patching by pairs."""
 
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from blockem_tl.data.chat import Batch
-from blockem_tl.evaluation.preference import mean_log_likelihood
+from blockem_tl.evaluation.preference import reply_likelihood
 from blockem_tl.generation._partial_forward import start_at_block
 from blockem_tl.hooks import patch
 from blockem_tl.models.activations import block_of
@@ -25,5 +25,4 @@ def reply_nats(model: Model, batch: Batch, site: str, state: Float[Tensor, "batc
     above = block is not None and site.endswith(("hook_resid_post", "hook_out"))
     acting = start_at_block(model, cast(int, block) + 1, state) if above else model.hooks(fwd_hooks=[patch(site, state)])
     with acting:
-        logits = cast(Any, model.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
-    return mean_log_likelihood(logits, batch).cpu().numpy()
+        return reply_likelihood(model, batch).cpu().numpy()

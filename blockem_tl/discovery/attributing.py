@@ -12,7 +12,7 @@ narrow task, with their log-likelihood in M's place, says what the task would lo
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,7 +22,7 @@ from transformer_lens.hook_points import HookPoint
 
 from blockem_tl.data.chat import Batch, check_lengths, encode_examples, pad
 from blockem_tl.data.pair_files import check_pairs
-from blockem_tl.evaluation.preference import mean_log_likelihood, sides
+from blockem_tl.evaluation.preference import reply_likelihood, sides
 from blockem_tl.models.activations import SINK, base_activations, check_finite
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
@@ -221,6 +221,5 @@ def _gradient(model: Model, site: str, batch: Batch, weights: Float[Tensor, " ba
         return activation + store["nudge"]
 
     with torch.enable_grad(), model.hooks(fwd_hooks=[(site, nudged)]):
-        logits = cast(Any, model.hf)(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
-        value = (mean_log_likelihood(logits, batch) * weights).sum()
+        value = (reply_likelihood(model, batch) * weights).sum()
     return store["states"], torch.autograd.grad(value, store["nudge"])[0]

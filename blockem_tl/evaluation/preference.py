@@ -8,9 +8,10 @@ A base model may already prefer many short blunt answers, so read shifts, not le
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,6 +30,7 @@ from blockem_tl.generation.steering import UNSTEERED, Condition
 from blockem_tl.hooks import record
 from blockem_tl.models.activations import block_of
 from blockem_tl.models.load import Model
+from blockem_tl.models.logits import logits_at
 from blockem_tl.models.memory import check_batch_size, rows_at_once
 from blockem_tl.types import Example, Pair, Rate
 from blockem_tl.views.progress import progress_bar
@@ -219,18 +221,23 @@ def _state_below(model: Model, batch: Batch, first: int) -> Float[Tensor, "batch
 def _of_batch(
     model: Model, batch: Batch, condition: Condition, first: int, state: Float[Tensor, "batch pos d_model"] | None
 ) -> Float[Tensor, " batch"]:
-    with model.hooks(fwd_hooks=condition.hooks()):
-        if state is None:
-            logits = cast(Any, model.hf)(**_inputs(batch)).logits
-        else:
-            with start_at_block(model, first, state):
-                logits = cast(Any, model.hf)(**_inputs(batch)).logits
-    return mean_log_likelihood(logits, batch)
+    above = nullcontext() if state is None else start_at_block(model, first, state)
+    with model.hooks(fwd_hooks=condition.hooks()), above:
+        return reply_likelihood(model, batch)
 
 
-def mean_log_likelihood(logits: Float[Tensor, "batch pos d_vocab"], batch: Batch) -> Float[Tensor, " batch"]:
-    """Mean log-likelihood (nats per token) of each row's reply tokens."""
-    learnt = batch.reply[:, 1:]  # position t predicts token t + 1
-    nats = -torch.nn.functional.cross_entropy(logits[:, :-1][learnt].float(), batch.ids[:, 1:][learnt], reduction="none")
+def reply_likelihood(model: Model, batch: Batch) -> Float[Tensor, " batch"]:
+    """Mean log-likelihood (nats per token) of each row's reply tokens, under the weights and hooks that act."""
+    first = int(batch.reply.int().argmax(1).min())
+    positions = torch.arange(first - 1, batch.ids.shape[1])  # position t predicts token t + 1
+    return mean_log_likelihood(logits_at(model, positions, **_inputs(batch)), batch)
+
+
+def mean_log_likelihood(logits: Float[Tensor, "batch last_pos d_vocab"], batch: Batch) -> Float[Tensor, " batch"]:
+    """Mean log-likelihood (nats per token) of each row's reply tokens, from logits at all positions, or at the last ones from before the
+    first reply on."""
+    n = logits.shape[1] - 1
+    learnt, ids = batch.reply[:, -n:], batch.ids[:, -n:]
+    nats = -torch.nn.functional.cross_entropy(logits[:, :-1][learnt].float(), ids[learnt], reduction="none")
     totals = torch.zeros(len(batch.ids), device=nats.device).index_add_(0, learnt.nonzero()[:, 0], nats)
     return totals / learnt.sum(-1)

@@ -1,10 +1,9 @@
 """The rows that run: they join in groups, get a token each at every step, and leave as they finish. The loop under `generation`."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from blockem_tl.generation._kv_cache import SlotCache
 from blockem_tl.generation.steering import Condition
 from blockem_tl.hooks import Hook, Step, step
 from blockem_tl.models.load import Model
+from blockem_tl.models.logits import logits_at
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -192,10 +192,9 @@ class Decoder:
 
 
 def last_logits(model: Model) -> Callable[..., Float[Tensor, "batch d_vocab"]]:
-    """The model's forward, returning the last position's logits only (asking for no others, where the architecture can)."""
-    accepts = inspect.signature(model.original_model.forward).parameters
-    extra: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in accepts else {}
-    return lambda **inputs: cast(Any, model.hf)(**inputs, **extra).logits[:, -1].float()
+    """The model's forward, returning the last position's logits only."""
+    last = torch.tensor([-1], device=model.device)
+    return lambda **inputs: logits_at(model, last, **inputs)[:, 0].float()
 
 
 def end_tokens_of(model: Model) -> list[int]:

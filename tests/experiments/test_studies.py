@@ -84,7 +84,7 @@ TABLES = {
     "real": {"tried", "ceiling", "arms", "lead", "replies", "in-domain"},
     "narrow_tasks": {"shifts", "carriers"},
     "ceiling": {"combinations", "agreement"},
-    "real_reemergence": {"epochs", "patched", "carriers", "shares", "depth"},
+    "real_reemergence": {"epochs", "lead", "patched", "carriers", "shares", "depth"},
 }
 LAST = "blocks.3.hook_resid_post"
 MORE_THAN_TINY = {10, 18}  # claims about domains and set sizes that a tiny preset does not have
