@@ -1,8 +1,7 @@
 """Does the ceiling that is computed before training tell what training then reaches? (no figure of the paper)
 
     python experiments/ceiling.py --preset organism
-    python experiments/ceiling.py --preset smollm2-135m --domain cars --nats 45 --matched 1.03 --epochs 1.6 \\
-        --sizes 20 60 200 600 --random 60 600
+    python experiments/ceiling.py --preset smollm2-135m --domain cars --nats 45 --matched 1.03 --epochs 1.6 --sizes 20 60 200 --random 60
 
 For sets of several sizes and for random ones, blocked on answers or also on questions: the share of plain's shift that goes when the set's
 change is taken out of plain's forward (`mediation`), and the share that is gone in a model trained with the set blocked. Both are measured
