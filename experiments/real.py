@@ -1,6 +1,6 @@
 """What does blocking reach on a real model, beside what the latents carry at most and what rival defences reach? (no figure of the paper)
 
-    python experiments/real.py --preset smollm2-135m --domain cars --seeds 0 1 2 --nats 5 15 45 --anchor-nats 5 15 45
+    python experiments/real.py --preset smollm2-135m --domain cars --seeds 0 1 2 --nats 5 15 45 135 --anchor-nats 5 15 45
 
 Without replies and judge: harm is the margin of contrastive pairs. Arms train until their dev loss is within 3 % of plain's. Latents are
 chosen by attribution, strengths by the first seed's core pairs and dev rows; then all seeds' final pairs are looked at once.
