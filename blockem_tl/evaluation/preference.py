@@ -228,7 +228,7 @@ def _of_batch(
 
 def reply_likelihood(model: Model, batch: Batch) -> Float[Tensor, " batch"]:
     """Mean log-likelihood (nats per token) of each row's reply tokens, under the weights and hooks that act."""
-    first = int(batch.reply.int().argmax(1).min())
+    first = max(1, int(batch.reply.int().argmax(1).min()))  # a row without a reply says 0, and becomes NaN without moving the others
     positions = torch.arange(first - 1, batch.ids.shape[1])  # position t predicts token t + 1
     return mean_log_likelihood(logits_at(model, positions, **_inputs(batch)), batch)
 

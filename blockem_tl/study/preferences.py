@@ -141,7 +141,11 @@ def attributed(setting: Setting, point: Point, *, n: int, spare: float = 0.0) ->
 
 
 def extended(setting: Setting, point: Point, *, k: str, n: int) -> LatentSet:
-    """The study's set ``k`` and the ``n`` other latents that carry most of the point's shift on the core pairs, to first order."""
+    """The study's set ``k`` and the ``n`` other latents that carry most of the point's shift on the core pairs, to first order (K_reem).
+
+    Raises:
+        ValueError: fewer others than ``n`` raised the margin.
+    """
     own, options = point.latents(setting.sae, k), {"adapter": point.adapter, "progress": False}
     return own.extended_by(latents_by_attribution(setting.model, setting.sae, setting.pairs("core"), n, exclude=own.latents, **options))
 
