@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
-from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.sae import SAEMetadata
+from sae_lens import TopKTrainingSAE
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -17,6 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from blockem_tl.organism.config import BuildConfig, block_output
 from blockem_tl.organism.documents import DocumentSampler, Encoder, batches
 from blockem_tl.organism.world import World
+from blockem_tl.saes.untrained import schedule, untrained
 
 
 @torch.no_grad()
@@ -46,30 +45,9 @@ def train_sae(states: Float[Tensor, "tokens d_model"], config: BuildConfig, site
         while True:
             yield states[torch.randint(len(states), (config.sae_batch,))]
 
-    sae = TopKTrainingSAE(
-        TopKTrainingSAEConfig(
-            d_in=config.d_model,
-            d_sae=config.d_sae,
-            k=config.sae_k,
-            device="cpu",
-            apply_b_dec_to_input=True,
-            normalize_activations="expected_average_only_in",  # folded into the weights at the end of training
-            rescale_acts_by_decoder_norm=True,
-            metadata=SAEMetadata(model_name="organism", hook_name=site, prepend_bos=False),
-        )
-    )
-    samples = config.sae_steps * config.sae_batch
-    trainer_config = SAETrainerConfig(
-        total_training_samples=samples,
-        train_batch_size_samples=config.sae_batch,
-        lr=config.sae_learning_rate,
-        lr_end=config.sae_learning_rate / 10,
-        lr_decay_steps=config.sae_steps // 4,
-        lr_warm_up_steps=20,
-        dead_feature_window=50,
-        n_batches_for_norm_estimate=20,
-    )
-    SAETrainer(trainer_config, sae, data()).fit()
+    sae = untrained("topk", d_in=config.d_model, d_sae=config.d_sae, k=config.sae_k, site=site, model="organism")
+    plan = schedule(config.sae_steps, config.sae_batch, config.sae_learning_rate, warm_up=20, dead_after=50)
+    SAETrainer(plan, sae, data()).fit()
     with torch.no_grad():
         residual = (sae(states) - states).pow(2).sum()
         total = (states - states.mean(0)).pow(2).sum()

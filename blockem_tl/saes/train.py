@@ -14,17 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from sae_lens import (
-    SAE,
-    BatchTopKTrainingSAE,
-    BatchTopKTrainingSAEConfig,
-    JumpReLUTrainingSAE,
-    JumpReLUTrainingSAEConfig,
-    TopKTrainingSAE,
-    TopKTrainingSAEConfig,
-)
-from sae_lens.config import SAETrainerConfig
-from sae_lens.saes.sae import SAEMetadata
+from sae_lens import SAE
 from sae_lens.training import activation_scaler, sae_trainer
 from sae_lens.training.mixing_buffer import mixing_buffer
 
@@ -37,13 +27,12 @@ from blockem_tl.saes.activation_stream import ActivationStream, median_of_norms,
 from blockem_tl.saes.card import SAECard, measure
 from blockem_tl.saes.load import checked
 from blockem_tl.saes.rounds import Rounds, fit_in_rounds
+from blockem_tl.saes.untrained import Kind, schedule, untrained
 from blockem_tl.storage import files, fingerprints, machine
 from blockem_tl.types import check_names, check_site
 from blockem_tl.views.progress import allowed
 
 _CARD = "card.json"
-
-Kind = Literal["topk", "batchtopk", "jumprelu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +147,13 @@ def _checked(model: Model, site: object, corpora: object, adapters: object, out:
 
 def _trained(model: Model, site: str, activations: ActivationStream, config: SAETraining, rounds: Rounds | None, progress: bool) -> Any:
     """The SAE, trained by SAELens; under bf16 autocast where the model is in bf16."""
-    sae = _untrained(model, site, config)
-    schedule = _schedule(config, str(model.device), autocast=model.cfg.dtype == torch.bfloat16)
+    device = str(model.device)
+    shape = {"d_in": int(model.cfg.d_model), "d_sae": config.d_sae, "k": config.k}
+    sae = untrained(config.kind, site=site, model=model.name, device=device, **shape)
+    steps = config.samples // config.batch_size
+    plan = schedule(steps, config.batch_size, config.learning_rate, device=device, autocast=model.cfg.dtype == torch.bfloat16)
     with _bars(progress):
-        fit_in_rounds(sae, schedule, lambda n: mixing_buffer(config.buffer, config.batch_size, activations.draw(n)), config.seed, rounds)
+        fit_in_rounds(sae, plan, lambda n: mixing_buffer(config.buffer, config.batch_size, activations.draw(n)), config.seed, rounds)
     return sae
 
 
@@ -213,40 +205,3 @@ def _bars(shown: bool) -> Iterator[None]:
     finally:
         for module, bar in zip(modules, bars, strict=True):
             module.tqdm = bar
-
-
-def _schedule(config: SAETraining, device: str, *, autocast: bool) -> SAETrainerConfig:
-    """SAELens's settings: a short warm-up, and a linear decay over the last quarter."""
-    steps = config.samples // config.batch_size
-    return SAETrainerConfig(
-        total_training_samples=steps * config.batch_size,
-        train_batch_size_samples=config.batch_size,
-        device=device,
-        autocast=autocast,
-        lr=config.learning_rate,
-        lr_end=config.learning_rate / 10,
-        lr_decay_steps=steps // 4,
-        lr_warm_up_steps=min(100, steps // 10),
-        dead_feature_window=max(50, steps // 10),
-        n_batches_for_norm_estimate=20,
-    )
-
-
-def _untrained(model: Model, site: str, config: SAETraining) -> Any:
-    """A fresh SAE of SAELens's training classes."""
-    common: dict[str, Any] = {
-        "d_in": int(model.cfg.d_model),
-        "d_sae": config.d_sae,
-        "device": str(model.device),
-        "apply_b_dec_to_input": True,
-        "normalize_activations": "expected_average_only_in",  # folded into the weights at the end of training
-        "metadata": SAEMetadata(model_name=model.name, hook_name=site, prepend_bos=False),
-    }
-    if config.kind == "jumprelu":
-        return JumpReLUTrainingSAE(JumpReLUTrainingSAEConfig(**common, l0_coefficient=1.0))
-    kinds: dict[str, Any] = {
-        "topk": (TopKTrainingSAE, TopKTrainingSAEConfig),
-        "batchtopk": (BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig),
-    }
-    make, config_of = kinds[config.kind]
-    return make(config_of(**common, k=config.k, rescale_acts_by_decoder_norm=True))
