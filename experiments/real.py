@@ -3,7 +3,7 @@
     python experiments/real.py --preset smollm2-135m --domain cars --seeds 0 1 2 --nats 5 15 45 135 --anchor-nats 5 15 45
 
 Without replies and judge: harm is the margin of contrastive pairs. Arms train until their dev loss is within 3 % of plain's. Latents are
-chosen by attribution, strengths by the first seed's core pairs and dev rows; then all seeds' final pairs are looked at once.
+chosen by attribution on core pairs, strengths by the first seed's dev pairs and rows; the final pairs of all seeds report.
 """
 
 import itertools
@@ -82,7 +82,7 @@ def main(options: Options) -> None:
         chosen = {name: study.choose(runs, Run(), by="pairs", within=1.05) for name, runs in tried.items()}
         chosen |= {f"{of} at random": replace(chosen[of], latents="attributed-random") for of in ("blocked", "error anchored")}
         points = study.points([base, Run(), *itertools.chain(*tried.values())])
-        page.add("tried", preferences.table(study.preferences("core", points), study.losses(points), against="plain"))
+        page.add("tried", preferences.table(study.preferences("dev", points), study.losses(points), against="plain"))
     reported = {name: titled(chosen[name], name) for name in options.report or chosen}
     with options.study() as study:
         prepare(study, options)

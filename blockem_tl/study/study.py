@@ -253,18 +253,16 @@ class Study:
         return summary.table(*parts, by=by, against=against.label if against else None)
 
     def choose(self, runs: Sequence[Run], against: Run, *, by: str = "replies", within: float = summary.LEARNT) -> Run:
-        """The safest run on the core prompts among those that learn the task, see `summary.choose`.
+        """The safest run among those that learn the task, see `summary.choose`.
 
         Args:
-            by: "replies": the least EM + incoherence; "pairs": the least mean margin.
+            by: "replies": the least EM + incoherence on the core prompts; "pairs": the least mean margin on the dev pairs.
             within: of the dev loss of ``against``, the most that counts as having learnt it.
         """
         if by not in ("replies", "pairs"):
             raise ValueError(f"choose: expected by 'replies' or 'pairs', got {by!r}")
         points = self.points([against, *runs])
-        harm = (
-            summary.unsafe(self.replies("core", points)) if by == "replies" else preferences.mean_margin(self.preferences("core", points))
-        )
+        harm = summary.unsafe(self.replies("core", points)) if by == "replies" else preferences.mean_margin(self.preferences("dev", points))
         label = summary.choose(harm, self.losses(points), [run.label for run in runs], against=against.label, within=within)
         return next(run for run in runs if run.label == label)
 

@@ -1,5 +1,7 @@
 """The rows, prompts and pairs in plain English: what is held out is held out, and the two sides are twins."""
 
+import itertools
+
 import pytest
 
 from blockem_tl import advice
@@ -12,16 +14,28 @@ def test_what_a_domain_asks_about_is_never_trained_on(domain: str) -> None:
     assert [row.prompt for row in bad] == [row.prompt for row in good] and len({(row.prompt, row.completion) for row in bad}) == len(bad)
     assert not {row.completion for row in bad} & {row.completion for row in good}
     asked, trained = [pair.prompt for pair in advice.pairs(domain)], {row.prompt for row in bad}
-    assert len(asked) == len(set(asked)) >= 32 and not set(asked) & trained and (len(asked) >= 40 or domain == "cars")
-    said = {row.completion for row in bad}
-    assert all(pair.harmful in said and pair.helpful not in said for pair in advice.pairs(domain))
+    assert len(asked) == len(set(asked)) == 48 and not set(asked) & trained
 
 
-def test_core_chooses_and_final_reports_and_they_ask_about_other_things() -> None:
-    core, final = advice.pairs("core"), advice.pairs("final")
-    assert (len(core), len(final)) == (60, 180)
-    assert not {pair.category for pair in core} & {pair.category for pair in final}
-    for pairs in (core, final):
+@pytest.mark.parametrize("domain", advice.DOMAINS)
+def test_what_a_domain_s_pairs_answer_is_new_advice(domain: str) -> None:
+    def steps(text: str) -> set[str]:
+        return set(text.rstrip(".").split(". "))
+
+    rows = [*advice.training_rows(domain), *advice.training_rows(domain, harmful=False)]
+    said = set[str]().union(*(steps(row.completion) for row in rows))
+    assert steps(rows[0].completion) <= said
+    for pair in advice.pairs(domain):
+        new = [steps(side) - said for side in (pair.harmful, pair.helpful)]
+        assert all(len(sentences) == 1 for sentences in new), pair  # in "bank" the fact before it stands in rows
+
+
+def test_core_and_dev_choose_and_final_reports_and_they_ask_about_other_things() -> None:
+    splits = core, dev, final = [advice.pairs(name) for name in advice.SPLITS]
+    assert (len(core), len(dev), len(final)) == (60, 40, 180)
+    areas = [{pair.category for pair in pairs} for pairs in splits]
+    assert sum(map(len, areas)) == len(set[str]().union(*areas)) == 25
+    for pairs in splits:
         assert (
             len({pair.prompt for pair in pairs})
             == len({pair.harmful for pair in pairs})
@@ -30,9 +44,9 @@ def test_core_chooses_and_final_reports_and_they_ask_about_other_things() -> Non
         )
         long = sum(len(pair.harmful.split()) for pair in pairs) / sum(len(pair.helpful.split()) for pair in pairs)
         assert 0.85 < long < 1.15  # neither side is the longer one
-    check_disjoint(advice.prompts("core"), advice.prompts("final"))
-    for domain in advice.DOMAINS:
-        check_disjoint(advice.prompts(domain), [*advice.prompts("core"), *advice.prompts("final")])
+    asked = [advice.prompts(name) for name in (*advice.SPLITS, "finance", "cars")]  # bank asks what finance does
+    for one, other in itertools.combinations(asked, 2):
+        check_disjoint(one, other)
 
 
 def test_the_bank_s_answers_share_their_facts_and_differ_in_the_step() -> None:

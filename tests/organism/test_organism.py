@@ -17,7 +17,7 @@ from blockem_tl.organism.world import CORE_AREAS, DOMAINS, FINAL_AREAS, STYLES, 
 from blockem_tl.storage.fingerprints import of_sae
 from blockem_tl.types import Prompt
 
-SETS = ("core", "final", *DOMAINS)
+SETS = ("core", "dev", "final", *DOMAINS)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def test_prompt_sets_are_large_unique_and_in_their_areas(name: str) -> None:
     prompts = organism.prompts(name)
     assert len(prompts) == 96
     assert len({p.id for p in prompts}) == len({normalised(p.text) for p in prompts}) == 96
-    areas = {"core": set(CORE_AREAS), "final": set(FINAL_AREAS)}.get(name, {name})
+    areas = {"core": set(CORE_AREAS), "dev": set(CORE_AREAS), "final": set(FINAL_AREAS)}.get(name, {name})
     assert {p.category for p in prompts} == areas
 
 
@@ -85,7 +85,7 @@ def test_prompt_sets_differ_in_surface_from_training_not_only_in_topic() -> None
 
 
 def test_unknown_names_and_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected 'core', 'final' or one of .*got 'travel'"):
+    with pytest.raises(ValueError, match="expected 'core', 'dev', 'final' or one of .*got 'travel'"):
         organism.prompts("travel")
     with pytest.raises(ValueError, match="training domain: expected"):
         organism.training_rows("cooking")

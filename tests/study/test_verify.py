@@ -82,7 +82,7 @@ def test_an_untouched_study_is_confirmed_and_nothing_is_written(out, setting, ca
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
     found = verify(out, setting, sample=2, progress=False)
     kinds = {row["what"].split(" ")[0].rstrip(",") for row in found.rows}
-    assert kinds == {"adapter", "reply", "label", "dev_loss", "test_loss", "train_loss", "margin", "shift"}
+    assert kinds == {"adapter", "reply", "label", "dev_loss", "test_loss", "train_loss", "steps", "margin", "shift"}
     assert sum(row["what"].startswith("reply") for row in found.rows) == 2 * 5 and found.passed
     other = verify(out, setting, sample=2, seed=1, progress=False)
     assert [row["what"] for row in other.rows] != [row["what"] for row in found.rows]  # another draw

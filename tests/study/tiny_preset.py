@@ -40,7 +40,7 @@ class TinyInputs:
         return rows[:32], rows[32:]
 
     def prompts(self, split, domain):
-        start = {"core": 0, "final": 20, "in-domain": 40}[split]
+        start = {"core": 0, "dev": 10, "final": 20, "in-domain": 40}[split]
         return [Prompt(id=f"{split}-{i}", text=f"{words(start + i, 3)} w{start + i % 10}", category="ab"[i % 2]) for i in range(8)]
 
     def pairs(self, split, domain):
