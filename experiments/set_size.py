@@ -6,7 +6,7 @@ The first N latents of K, best first, at one lambda; then latents 11 to 13 alone
 Time on the organism, two cores, in `make reproduce`: four minutes a seed.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import tyro
@@ -31,8 +31,7 @@ class Options(StudyOptions):
 def places(setting: Setting, point: Point, *, alone: tuple[int, ...]) -> LatentSet:
     """The latents of K at these places."""
     k = point.latents(setting.sae, "k")
-    latents, signs, shifts, scores = (tuple(row[place - 1] for place in alone) for row in (k.latents, k.signs, k.shifts, k.scores))
-    return replace(k, latents=latents, signs=signs, shifts=shifts, scores=scores)
+    return k.among([k.latents[place - 1] for place in alone])
 
 
 def main(options: Options) -> None:

@@ -159,20 +159,21 @@ class LatentSet(Result):
     # -------------------------------------------------------------------------------------------- variants
 
     def _take(self, indices: Sequence[int], note: str) -> "LatentSet":
-        return replace(
-            self,
-            latents=tuple(self.latents[i] for i in indices),
-            signs=tuple(self.signs[i] for i in indices),
-            shifts=tuple(self.shifts[i] for i in indices),
-            scores=tuple(self.scores[i] for i in indices),
-            provenance={**self.provenance, "variant": note},
-        )
+        rows: dict[str, Any] = {name: tuple(getattr(self, name)[i] for i in indices) for name in ("latents", "signs", "shifts", "scores")}
+        return replace(self, **rows, provenance={**self.provenance, "variant": note})
 
     def first(self, n: int) -> "LatentSet":
         """The best ``n`` latents. Raises ValueError where there are fewer."""
         if not 1 <= n <= len(self):
             raise ValueError(f"expected 1..{len(self)} latents, got {n}")
         return self._take(range(n), f"first {n}")
+
+    def among(self, latents: Sequence[int]) -> "LatentSet":
+        """These of its latents, in this order. Raises ValueError for one that is not in it, or none."""
+        absent = [k for k in latents if k not in self.latents]
+        if absent or not latents:
+            raise ValueError(f"among: expected at least one latent of this set, and no other, got {absent[:5]}")
+        return self._take([self.latents.index(k) for k in latents], f"{len(latents)} chosen")
 
     def only(self, sign: int) -> "LatentSet":
         """K+ (sign +1) or K- (sign -1) alone. Raises ValueError where it is empty."""

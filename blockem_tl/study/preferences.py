@@ -9,7 +9,9 @@ import pandas as pd
 from blockem_tl.analysis.mediation import mediation
 from blockem_tl.analysis.patching.endpoints import UNPATCHED
 from blockem_tl.analysis.patching.pairs import pair_patching
-from blockem_tl.discovery.attributing import latents_by_attribution
+from blockem_tl.discovery.attributing import latents_by_attribution, pair_diff
+from blockem_tl.discovery.by_pairs import questions
+from blockem_tl.discovery.diffing import candidate_pool
 from blockem_tl.evaluation.preference import mean_cells, preference
 from blockem_tl.evaluation.statistics import Estimate, clustered_rate, share_removed
 from blockem_tl.models.activations import block_of
@@ -138,6 +140,29 @@ def attributed(setting: Setting, point: Point, *, n: int, spare: float = 0.0) ->
     """
     rows: dict[str, Any] = {"sparing": setting.held_out()[::2], "spare": spare} if spare else {}
     return latents_by_attribution(setting.model, setting.sae, setting.pairs("core"), n, adapter=point.adapter, progress=False, **rows)
+
+
+def shifted(setting: Setting, point: Point, *, n: int) -> LatentSet:
+    """The ``n`` latents that moved most over the core pairs, half of them up and half down (eq. 5): for `Study.latents`."""
+    pairs = setting.pairs("core")
+    shift = pair_diff(setting.model, setting.sae, pairs, adapter=point.adapter, progress=False).shift
+    moved = candidate_pool(shift, n_plus=n - n // 2, n_minus=n // 2)
+    about: dict[str, Any] = {"prompts": questions(pairs), "provenance": {"method": "shift", "model": setting.model.name}}
+    return LatentSet.of(setting.sae, moved, [abs(one.shift) for one in moved], **about)
+
+
+def mediated(setting: Setting, point: Point, *, n: int, beside: str, group: int) -> LatentSet:
+    """The ``n`` latents of the study's set ``beside`` that together carry most of the shift on the core pairs: greedily, ``group`` at a
+    time, by `mediation` (one-sided, over questions and answers)."""
+    pool, chosen = point.latents(setting.sae, beside), ()
+    left = [pool.latents[start : start + group] for start in range(0, len(pool), group)]
+    read = setting.model, setting.sae, setting.pairs("core"), setting.held_out()[:8:2]
+    while len(chosen) < n:
+        sets = {str(i): (*chosen, *more) for i, more in enumerate(left)}
+        found = mediation(*read, sets, adapter=point.adapter, one_sided=True, progress=False).to_frame().set_index("taken_out")
+        best = max(range(len(left)), key=lambda i: float(found.loc[str(i), "removed"]))
+        chosen = (*chosen, *left.pop(best))
+    return pool.among(chosen[:n])
 
 
 def extended(setting: Setting, point: Point, *, k: str, n: int) -> LatentSet:

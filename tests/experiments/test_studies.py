@@ -45,6 +45,7 @@ OPTIONS = {
     },
     "lambda_sweep": {"freeze_downstream": True},
     "transfer": {"beside_kl": True},
+    "real_search": {"size": 3, "fewer": (2,), "group": 1, "nats": 0.5, "others": (1.0,)},
     "set_size": {"sizes": (1, 3), "alone": (2, 3)},
     "signs": {},
     "latent_sets": {"reem_epochs": 1.0, "strengths": (0.1,)},
@@ -82,6 +83,7 @@ TABLES = {
     "blocking_sites": {"arms", "depth"},
     "reemergence": {"peaks", "curves", "ends", "extended", "shares", "depth", "reconstruction"},
     "real": {"tried", "ceiling", "arms", "lead", "replies", "in-domain"},
+    "real_search": {"arms"},
     "narrow_tasks": {"shifts", "carriers"},
     "ceiling": {"combinations", "agreement"},
     "real_reemergence": {"epochs", "lead", "patched", "carriers", "shares", "depth"},
@@ -89,7 +91,7 @@ TABLES = {
 LAST = "blocks.3.hook_resid_post"
 MORE_THAN_TINY = {10, 18}  # claims about domains and set sizes that a tiny preset does not have
 NO_STUDIES = {"claims", "tutorials"}  # they measure nothing
-UNTIMED = {*NO_STUDIES, "real", "real_reemergence"}  # of another model
+UNTIMED = {*NO_STUDIES, "real", "real_reemergence", "real_search"}  # of another model
 
 
 @pytest.fixture(scope="module")

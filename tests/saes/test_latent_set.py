@@ -71,6 +71,11 @@ def test_damaged_files_are_refused(latent_set, tmp_path, change, message) -> Non
 
 def test_variants_keep_rows_together(latent_set) -> None:
     assert latent_set.first(2).latents == (5, 2)
+    chosen = latent_set.among(latent_set.latents[::-1])
+    assert chosen.shifts == latent_set.shifts[::-1] and chosen.provenance["variant"] == "3 chosen"
+    for wrong in ([5, 77], []):
+        with pytest.raises(ValueError, match="among: expected at least one latent of this set, and no other"):
+            latent_set.among(wrong)
     assert latent_set.only(1).latents == (5, 9) and latent_set.only(-1).shifts == (-0.25,)
     shuffled = {latent_set.shuffled_signs(seed).signs for seed in range(20)}
     assert len(shuffled) == 3 and all(sorted(signs) == [-1, 1, 1] for signs in shuffled)
