@@ -26,11 +26,13 @@ from blockem_tl.discovery.racing import steering_tests
 from blockem_tl.discovery.screening import Screened, screen
 from blockem_tl.models.lora import BASE
 from blockem_tl.storage import files
+from blockem_tl.study.stages import tuned_at
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """adapter: the tuned model; None trains the preset's plain fine-tune.  latents: of either sign half.  pairs: of core; None: all."""
+    """adapter: the tuned model, as `blockem finetune` leaves it; None trains the preset's plain fine-tune.  latents: of either sign half.
+    pairs: of core; None: all."""
 
     preset: str = "organism"
     adapter: Path | None = None
@@ -70,7 +72,7 @@ def main(options: Options) -> dict[str, Any]:
     if options.adapter is None:
         finetune(model, setting.rows(), config=setting.training, adapter="tuned", progress=options.progress)
     else:
-        model.load_adapter(options.adapter, "tuned")
+        model.load_adapter(tuned_at(options.adapter).adapter, "tuned")
     core = setting.pairs("core")
     pairs = core[:: max(1, len(core) // (options.pairs or len(core)))]
     shift = pair_diff(model, sae, pairs, adapter="tuned", progress=options.progress).shift

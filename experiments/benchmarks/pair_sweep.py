@@ -21,11 +21,13 @@ from blockem_tl.data.chat import encode_examples, pad
 from blockem_tl.evaluation.preference import mean_log_likelihood, sides
 from blockem_tl.models.activations import base_activations
 from blockem_tl.storage import files
+from blockem_tl.study.stages import tuned_at
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """adapter: the tuned model; None trains the preset's plain fine-tune.  pairs: of core, all areas as evenly as it allows."""
+    """adapter: the tuned model, as `blockem finetune` leaves it; None trains the preset's plain fine-tune.  pairs: of core, all areas as
+    evenly as it allows."""
 
     preset: str = "smollm2-135m"
     adapter: Path | None = None
@@ -40,7 +42,7 @@ def main(options: Options) -> dict[str, Any]:
     if options.adapter is None:
         finetune(model, setting.rows(), config=setting.training, adapter="tuned")
     else:
-        model.load_adapter(options.adapter, "tuned")
+        model.load_adapter(tuned_at(options.adapter).adapter, "tuned")
     sites = [f"blocks.{block}.hook_resid_post" for block in range(model.cfg.n_layers)]
     batch = pad(encode_examples(model.tokenizer, sides(pairs)), model.pad_id, side="right", device=model.device)
     windows = {"prompt": batch.mask & ~batch.reply, "decode": batch.reply}
