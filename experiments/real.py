@@ -24,7 +24,7 @@ SETS = ("attributed", "spared")  # apart from the sets of other scripts in a stu
 class Options(StudyOptions):
     """size: of K.  spare: how much the task counts against a latent of spared.  nats, anchor_nats, kl_nats: strengths of blocking, of
     anchors (the SAE's error is one) and of KL, in the cost of plain's own change.  doses: of steering.  matched, longest: times plain's dev
-    loss, and epochs, where an arm stops.  report: defences trained on all seeds, all by default.  replies: also judged, by few words."""
+    loss, and epochs, where an arm stops.  report: defences trained on all seeds, all by default.  replies: to so many of final's prompts, judged."""
 
     preset: str = "smollm2-135m"
     size: int = 600
@@ -36,7 +36,7 @@ class Options(StudyOptions):
     matched: float = 1.03
     longest: float = 1.6
     report: tuple[str, ...] = ()
-    replies: bool = False
+    replies: int = 0
     name: ClassVar[str] = "real"
 
 
@@ -93,7 +93,7 @@ def main(options: Options) -> None:
         page.add("lead", preferences.lead(study.preferences("final", points), reported.get("blocked", Run()).label, against="plain"))
         page.add("in-domain", preferences.table(study.preferences("in-domain", points), study.losses(points), against="plain"))
         if options.replies:
-            page.add("replies", study.table(points, against=Run()))
+            page.add("replies", study.table(points, against=Run(), n=options.replies))
 
 
 if __name__ == "__main__":

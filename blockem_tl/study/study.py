@@ -246,10 +246,12 @@ class Study:
         """dev_loss, test_loss and train_loss of every point, see `jobs.losses`."""
         return self.step("losses", jobs.losses, at)
 
-    def table(self, at: Iterable[Point] | None = None, *, against: Run | None = None, by: Sequence[str] = ("run",)) -> RateFrame:
-        """Rates on the final and the in-domain prompts, and losses, over all seeds: see `summary.table`."""
+    def table(
+        self, at: Iterable[Point] | None = None, *, against: Run | None = None, by: Sequence[str] = ("run",), n: int | None = None
+    ) -> RateFrame:
+        """Rates on the final and the in-domain prompts (``n`` of each, or all), and losses, over all seeds: see `summary.table`."""
         points = list(self.points() if at is None else at)
-        parts = self.replies("final", points), self.replies("in-domain", points), self.losses(points)
+        parts = self.replies("final", points, n), self.replies("in-domain", points, n), self.losses(points)
         return summary.table(*parts, by=by, against=against.label if against else None)
 
     def choose(self, runs: Sequence[Run], against: Run, *, by: str = "replies", within: float = summary.LEARNT) -> Run:

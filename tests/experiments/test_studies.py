@@ -59,7 +59,7 @@ OPTIONS = {
     "attribution": {"epochs": 1.0, "strength": 1.0, "freeze_downstream": True, "verify": 3},
     "blocking_sites": {"epochs": 1.0, "margin": 0.0, "other_sae": "{site}", "other_sae_id": ""},
     "reemergence": {"epochs": 2.0, "every": 1.0, "strengths": (0.1,), "frozen": (0.1,)},
-    "real": {"size": 3, "nats": (0.5,), "anchor_nats": (0.5,), "replies": True},
+    "real": {"size": 3, "nats": (0.5,), "anchor_nats": (0.5,), "replies": 4},
     "narrow_tasks": {"size": 3},
     "ceiling": {"sizes": (2, 3), "random": (2,), "nats": 0.5},
     "real_reemergence": {"size": 3, "nats": 0.5, "epochs": 2.0, "more": 2, "swept": 6},
