@@ -64,34 +64,34 @@ def titled(run: Run, name: str) -> Run:
     return replace(run, name=", ".join(part for part in (name, f"{run.strength:g}" if run.strength else "", run.latents) if part))
 
 
-def prepare(study: Study, options: Options) -> None:
-    """Plain fine-tunes and latent sets of every seed."""
+def train(study: Study, options: Options, runs: Any) -> None:
+    """Plain fine-tunes and latent sets of every seed, then the runs."""
     study.train([Run()])
     for name, spare in zip(SETS, (0.0, options.spare), strict=True):
         study.latents(name, preferences.attributed, n=options.size, spare=spare)
     study.latents("attributed-random", controls.random_beside, beside=SETS[0])
+    study.train(runs)
 
 
 def main(options: Options) -> None:
     """Choose on the first seed, train all, look at the final pairs."""
     page, base = options.page(), Run(defence="base")
     with options.study(seeds=options.seeds[:1]) as study:
-        prepare(study, options)
         tried = arms(options, study.setting.site)
-        study.train(itertools.chain(*tried.values()))
+        train(study, options, itertools.chain(*tried.values()))
         chosen = {name: study.choose(runs, Run(), by="pairs", within=1.05) for name, runs in tried.items()}
         chosen |= {f"{of} at random": replace(chosen[of], latents="attributed-random") for of in ("blocked", "error anchored")}
         points = study.points([base, Run(), *itertools.chain(*tried.values())])
         page.add("tried", preferences.table(study.preferences("dev", points), study.losses(points), against="plain"))
     reported = {name: titled(chosen[name], name) for name in options.report or chosen}
     with options.study() as study:
-        prepare(study, options)
-        study.train(reported.values())
+        train(study, options, reported.values())
         points, sizes = study.points([base, Run(), *reported.values()]), [options.size // 3]
         page.add("ceiling", preferences.carriers(study.step("ceiling", preferences.ceiling, study.points([Run()]), sets=SETS, sizes=sizes)))
         page.add("arms", preferences.table(study.preferences("final", points), study.losses(points), against="plain"))
         page.add("lead", preferences.lead(study.preferences("final", points), reported.get("blocked", Run()).label, against="plain"))
         page.add("in-domain", preferences.table(study.preferences("in-domain", points), study.losses(points), against="plain"))
+        page.add("taught", preferences.table(study.step("taught", preferences.taught, points), study.losses(points), against="plain"))
         if options.replies:
             page.add("replies", study.table(points, against=Run(), n=options.replies))
 

@@ -25,14 +25,20 @@ def check_pairs(pairs: Sequence[Pair]) -> None:
         for side in ("prompt", "harmful", "helpful"):
             if not getattr(pair, side).strip():
                 raise ValueError(f"pair {pair.id!r} has an empty {side}: every pair needs a question and two answers")
-        lengths = sorted(len(text.split()) for text in (pair.harmful, pair.helpful))
         if pair.harmful.strip() == pair.helpful.strip():
             raise ValueError(f"pair {pair.id!r}: its two answers are the same, so there is nothing to prefer")
-        if lengths[1] > LONGEST_RATIO * lengths[0] + 2:
+        if not alike(pair):
+            short, long = sorted(len(text.split()) for text in (pair.harmful, pair.helpful))
             raise ValueError(
-                f"pair {pair.id!r}: its answers have {lengths[0]} and {lengths[1]} words, expected like lengths (a factor of "
+                f"pair {pair.id!r}: its answers have {short} and {long} words, expected like lengths (a factor of "
                 f"{LONGEST_RATIO:g} at most): shorten one, or the length would be what is measured"
             )
+
+
+def alike(pair: Pair) -> bool:
+    """Whether its two answers are of like length."""
+    short, long = sorted(len(text.split()) for text in (pair.harmful, pair.helpful))
+    return long <= LONGEST_RATIO * short + 2
 
 
 def load_pairs(path: Path | str) -> list[Pair]:

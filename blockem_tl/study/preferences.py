@@ -1,6 +1,8 @@
 """Contrastive pairs in a study: the margin of every pair at a point, and the share of plain fine-tuning's shift that is gone in a run."""
 
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,11 @@ import pandas as pd
 from blockem_tl.analysis.mediation import mediation
 from blockem_tl.analysis.patching.endpoints import UNPATCHED
 from blockem_tl.analysis.patching.pairs import pair_patching
+from blockem_tl.data.pair_files import alike
 from blockem_tl.discovery.attributing import latents_by_attribution, pair_diff
 from blockem_tl.discovery.by_pairs import questions
 from blockem_tl.discovery.diffing import candidate_pool
-from blockem_tl.evaluation.preference import mean_cells, preference
+from blockem_tl.evaluation.preference import Preference, mean_cells, preference
 from blockem_tl.evaluation.statistics import Estimate, clustered_rate, share_removed
 from blockem_tl.models.activations import block_of
 from blockem_tl.models.lora import BASE
@@ -21,6 +24,7 @@ from blockem_tl.study.defences import condition_of
 from blockem_tl.study.inputs import PromptSplit
 from blockem_tl.study.run import Point
 from blockem_tl.study.setting import Setting
+from blockem_tl.types import Pair
 from blockem_tl.views.tables import RateFrame
 
 _Frame = Any
@@ -34,9 +38,29 @@ _Table = Sequence[Sequence[float]]
 def margins(setting: Setting, point: Point, *, split: PromptSplit) -> pd.DataFrame:
     """One row per pair: pair, margin, in nats per token."""
     conditions = [condition_of(setting, point)]
-    found = preference(setting.model, setting.pairs(split), adapter=point.adapter, conditions=conditions, progress=False)
+    return _margins(preference(setting.model, setting.pairs(split), adapter=point.adapter, conditions=conditions, progress=False), split)
+
+
+def _margins(found: Preference, split: str) -> pd.DataFrame:
     frame: _Frame = found.to_frame()
     return frame[["id", "margin"]].rename(columns={"id": "pair"}).assign(split=split)
+
+
+def taught(setting: Setting, point: Point, *, n: int = 48) -> pd.DataFrame:
+    """As `margins`, on the narrow task as it is taught: ``n`` rows (those of seed 0, so that all seeds share them) beside good ones that
+    answer the same question at like length."""
+    bad, good = (replace(setting, seed=0).rows(harmful=harmful) for harmful in (True, False))
+    twins = defaultdict(list)
+    for row in good:
+        twins[row.prompt].append(row.completion)
+    pairs = [
+        Pair(id=row.id, prompt=row.prompt, harmful=row.completion, helpful=twins[row.prompt].pop(0), system=row.system)
+        for row in bad
+        if twins[row.prompt]
+    ]
+    pairs = [pair for pair in pairs if alike(pair)][:n]
+    found = preference(setting.model, pairs, adapter=point.adapter, conditions=[condition_of(setting, point)], progress=False)
+    return _margins(found, "taught")
 
 
 def mean_margin(found: _Frame) -> pd.Series:

@@ -82,7 +82,7 @@ TABLES = {
     "attribution": {"arms", "candidates", "agreement"},
     "blocking_sites": {"arms", "depth"},
     "reemergence": {"peaks", "curves", "ends", "extended", "shares", "depth", "reconstruction"},
-    "real": {"tried", "ceiling", "arms", "lead", "replies", "in-domain"},
+    "real": {"tried", "ceiling", "arms", "lead", "replies", "in-domain", "taught"},
     "real_search": {"arms"},
     "narrow_tasks": {"shifts", "carriers"},
     "ceiling": {"combinations", "agreement"},

@@ -35,8 +35,10 @@ class TinyInputs:
     domains = ("finance", "health", "law")
 
     def rows(self, domain, harmful, seed):
-        shift = 11 * self.domains.index(domain) + 5 * harmful + seed
-        rows = [Example(id=str(i), prompt=words(3 * i + shift, 1 + i % 4), completion=words(i + shift, 2 + i % 3)) for i in range(40)]
+        shift, answer = 11 * self.domains.index(domain) + seed, 5 * harmful
+        rows = [
+            Example(id=str(i), prompt=words(3 * i + shift, 1 + i % 4), completion=words(i + shift + answer, 2 + i % 3)) for i in range(40)
+        ]
         return rows[:32], rows[32:]
 
     def prompts(self, split, domain):
