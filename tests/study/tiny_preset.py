@@ -35,10 +35,9 @@ class TinyInputs:
     domains = ("finance", "health", "law")
 
     def rows(self, domain, harmful, seed):
-        shift, answer = 11 * self.domains.index(domain) + seed, 5 * harmful
-        rows = [
-            Example(id=str(i), prompt=words(3 * i + shift, 1 + i % 4), completion=words(i + shift + answer, 2 + i % 3)) for i in range(40)
-        ]
+        shift = 11 * self.domains.index(domain) + 5 + seed
+        answer = shift if harmful else shift - 5
+        rows = [Example(id=str(i), prompt=words(3 * i + shift, 1 + i % 4), completion=words(i + answer, 2 + i % 3)) for i in range(40)]
         return rows[:32], rows[32:]
 
     def prompts(self, split, domain):
