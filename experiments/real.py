@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import tyro
 
 from blockem_tl import Run, Study
-from blockem_tl.study import controls, preferences
+from blockem_tl.study import controls, preferences, summary
 from blockem_tl.study.options import StudyOptions
 
 SETS = ("attributed", "spared")  # apart from the sets of other scripts in a study that they share
@@ -93,7 +93,7 @@ def main(options: Options) -> None:
         page.add("in-domain", preferences.table(study.preferences("in-domain", points), study.losses(points), against="plain"))
         page.add("taught", preferences.table(study.step("taught", preferences.taught, points), study.losses(points), against="plain"))
         if options.replies:
-            page.add("replies", study.table(points, against=Run(), n=options.replies))
+            page.add("replies", summary.short(study.table(points, against=Run(), n=options.replies)))
 
 
 if __name__ == "__main__":
