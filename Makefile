@@ -65,7 +65,7 @@ types: install
 
 real: install  ## the method on a real instruct model of 135M: latents, blocking, its rivals, and what comes back (docs/real.md)
 	$(BIN)/python experiments/real.py --domain cars --kl-nats 1 --doses 0.1 --workers 2
-	$(BIN)/python experiments/real_reemergence.py --domain cars --epochs 2 --more 0 --swept 20 --shared-study results/real-smollm2-135m-cars/study --workers 2
+	$(BIN)/python experiments/real_reemergence.py --domain cars --epochs 2 --more 0 --swept 10 --shared-study results/real-smollm2-135m-cars/study --workers 2
 
 reproduce: install  ## the paper's figures on PRESET, in one study that goes on where it was stopped; then what became of its claims
 	for study in $(STUDIES); do $(BIN)/python experiments/$$study --preset $(PRESET) --seeds $(SEEDS) --shared-study results/$(PRESET) $(OPTIONS) || exit; done
