@@ -5,7 +5,7 @@
 
 For sets of several sizes and for random ones, blocked on answers or also on questions: the share of plain's shift that goes when the set's
 change is taken out of plain's forward (`mediation`), and the share that is gone in a model trained with the set blocked. Both are measured
-on the core pairs, which also find the sets: this compares two numbers with each other, and says nothing about new prompts.
+on the dev pairs: those that found the sets would flatter both.
 Time on the organism, two cores beside other work: a quarter of an hour a seed.
 """
 
@@ -46,11 +46,11 @@ def main(options: Options) -> None:
             study.latents(f"k{n}", preferences.attributed, n=n)
         for n in options.random:
             study.latents(f"random{n}", controls.random_beside, beside=f"k{n}")
-        carried = study.step("ceilings", preferences.ceiling, study.points([Run()]), sets=sets)
+        carried = study.step("ceilings-dev", preferences.ceiling, study.points([Run()]), sets=sets, split="dev")
         runs = {(name, where): blocked(options, name, where) for name in sets for where in ROLES}
         study.train(runs.values())
         points = study.points([Run(defence="base"), Run(), *runs.values()])
-        reached = preferences.table(study.preferences("core", points), study.losses(points), against="plain").set_index("run")
+        reached = preferences.table(study.preferences("dev", points), study.losses(points), against="plain").set_index("run")
         frame = pd.DataFrame([row(carried, reached, run, *key) for key, run in runs.items()])
     page.add("combinations", frame, studies.against(frame, x="ceiling", y="removed", label="positions"))
     rank = float(spearmanr(frame["ceiling"], frame["removed"]).statistic)  # pyright: ignore[reportAttributeAccessIssue]
