@@ -358,6 +358,22 @@ def test_means_over_domains_have_the_sem() -> None:
     assert found["misaligned"] == 0.5 and found["misaligned_sem"] == pytest.approx(0.5 / 3**0.5) and found["domains"] == 3
 
 
+def test_dev_pairs_choose_and_what_is_taught_is_measured_beside_the_steps_it_took(setting, tmp_path) -> None:
+    runs = [Run(defence="kl", strength=0.1), Run(overrides={"epochs": 3.0})]
+    with Study(tmp_path, setting, seeds=(0,), progress=False) as study:
+        study.train([Run(), *runs])
+        points = study.points([Run(defence="base"), Run(), *runs])
+        dev = study.preferences("dev", points).groupby("run")["margin"].mean()
+        core = study.preferences("core", points).groupby("run")["margin"].mean()
+        for some in (runs, [Run(), runs[0]], [Run(), runs[1]]):
+            assert study.choose(some, Run(), by="pairs", within=99.0).label == dev[[run.label for run in some]].idxmin()
+        assert not dev.equals(core)
+        table = preferences.table(study.step("taught", preferences.taught, points), study.losses(points), against="plain").set_index("run")
+        trained = {run.label: files.read_json(study.points([run])[0].folder / "run.json")["steps"] for run in (Run(), *runs)}
+        assert table["steps"].to_dict() == {"base": 0, **trained} and table["n"].tolist() == [32] * 4
+        assert table["margin"]["base"] < table["margin"]["plain"] < table["margin"][runs[1].label]  # three times as long
+
+
 def test_the_strength_is_chosen_among_those_that_learn_the_task() -> None:
     core = pd.DataFrame([*said("plain", {0: "xxxx"}), *said("a", {0: "xxoo"}), *said("b", {0: "xooo"}), *said("c", {0: "iooo"})])
     losses = pd.DataFrame({"run": ["plain", "a", "b", "c"], "dev_loss": [1.0, 1.0, 1.01, 1.3]})
