@@ -24,7 +24,7 @@ SETS = ("attributed", "spared")  # apart from the sets of other scripts in a stu
 class Options(StudyOptions):
     """size: of K.  spare: how much the task counts against a latent of spared.  nats, anchor_nats, kl_nats: strengths of blocking, of
     anchors (the SAE's error is one) and of KL, in the cost of plain's own change.  doses: of steering.  matched, longest: times plain's dev
-    loss, and epochs, where an arm stops.  report: defences trained on all seeds, all by default.  replies: so many prompts' too, judged."""
+    loss, and epochs, where an arm stops.  report: defences trained on all seeds, all by default.  replies: prompts also answered."""
 
     preset: str = "smollm2-135m"
     size: int = 600

@@ -17,7 +17,8 @@ Kind = Literal["topk", "batchtopk", "jumprelu"]
 
 
 def untrained(kind: Kind, *, d_in: int, d_sae: int, k: int, site: str, model: str, device: str = "cpu") -> Any:
-    """A fresh SAE of SAELens's training classes; k counts for JumpReLU as nothing, which finds its own."""
+    """A fresh SAE of SAELens's training classes, for activations of width d_in: d_sae latents, k active at a token (JumpReLU finds its own
+    number)."""
     common: dict[str, Any] = {
         "d_in": d_in,
         "d_sae": d_sae,

@@ -177,8 +177,14 @@ def shifted(setting: Setting, point: Point, *, n: int) -> LatentSet:
 
 def mediated(setting: Setting, point: Point, *, n: int, beside: str, group: int) -> LatentSet:
     """The ``n`` latents of the study's set ``beside`` that together carry most of the shift on the core pairs: greedily, ``group`` at a
-    time, by `mediation` (one-sided, over questions and answers)."""
+    time, by `mediation` (one-sided, over questions and answers).
+
+    Raises:
+        ValueError: more latents than the set has, or no group.
+    """
     pool, chosen = point.latents(setting.sae, beside), ()
+    if not 1 <= n <= len(pool) or group < 1:
+        raise ValueError(f"mediated: expected n in 1..{len(pool)} (the set {beside!r}) and group >= 1, got n={n}, group={group}")
     left = [pool.latents[start : start + group] for start in range(0, len(pool), group)]
     read = setting.model, setting.sae, setting.pairs("core"), setting.held_out()[:8:2]
     while len(chosen) < n:
