@@ -12,20 +12,16 @@ Time on the organism, two cores: two minutes a seed.
 
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 import tyro
 
-from blockem_tl import Blocking, LatentSet, Point, Run, Setting, Study
+from blockem_tl import Run, Study
 from blockem_tl.analysis.rerouting.depth import returning_sites
 from blockem_tl.models.activations import block_of
-from blockem_tl.study import controls, jobs, reemergence
+from blockem_tl.study import reemergence, sites
 from blockem_tl.study.options import StudyOptions
 from blockem_tl.views import plots, studies
-
-Sae = tuple[str, str | None]
-"""As for `load_sae`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,33 +38,12 @@ class Options(StudyOptions):
     name: ClassVar[str] = "blocking_sites"
 
 
-def found_there(setting: Setting, point: Point, *, sae: Sae) -> LatentSet:
-    """The latents that the blocked model uses at another site."""
-    return jobs.find_latents(setting.elsewhere(*sae), point)
-
-
-def random_there(setting: Setting, point: Point, *, sae: Sae, beside: str) -> LatentSet:
-    """As many others that fire there."""
-    return controls.random_beside(setting.elsewhere(*sae), point, beside=beside, firing=True)
-
-
-def at_sites(setting: Setting, run: Run, latent_set: LatentSet | None, *, out: Path) -> list[Blocking]:
-    """Blocking at the preset's site and at others, whose latent sets lie in the study ``out``."""
-    assert latent_set is not None
-    targets = [(latent_set, setting.sae, run.strength)]
-    for sae, name in run.arguments["sets"]:
-        other, path = setting.elsewhere(*sae), Point(run=run, seed=setting.seed, out=out).latents_file(name)
-        targets.append((LatentSet.load(path, other.sae), other.sae, run.strength * (setting.scale() / other.scale()) ** 2))
-    targets.sort(key=lambda target: block_of(target[0].site) or 0)
-    return [Blocking(targets=[(found, sae) for found, sae, _ in targets], weight=[weight for *_, weight in targets])]
-
-
-def sets_at(study: Study, blocked: Run, site: str, options: Options) -> dict[str, tuple[Sae, str]]:
+def sets_at(study: Study, blocked: Run, site: str, options: Options) -> dict[str, tuple[sites.Sae, str]]:
     """What is blocked at a site besides: the SAE there, and the name of the latent set."""
     name, sae_id = (part.format(site=site, block=block_of(site)) for part in (options.other_sae, options.other_sae_id))
     sae, names = (name or study.setting.preset.sae[0], sae_id or None), {kind: f"{kind} at {site}" for kind in ("found", "random")}
-    study.latents(names["found"], found_there, of=blocked, sae=sae)
-    study.latents(names["random"], random_there, of=blocked, sae=sae, beside=names["found"])
+    study.latents(names["found"], sites.found, of=blocked, sae=sae)
+    study.latents(names["random"], sites.at_random, of=blocked, sae=sae, beside=names["found"], firing=True)
     return {kind: (sae, name) for kind, name in names.items()}
 
 
@@ -76,7 +51,7 @@ def main(options: Options) -> None:
     """Block, see where the shift returns, block there too."""
     page = options.page()
     with options.study() as study:
-        study.defences["sites"] = partial(at_sites, out=study.out)
+        study.defences["sites"] = partial(sites.blocked, out=study.out)
         study.train([Run()])
         study.latents()
         long, weight = reemergence.prolonged(study.setting, options.epochs), options.strength or max(study.setting.preset.lambdas)

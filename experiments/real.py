@@ -49,7 +49,7 @@ def arms(options: Options, site: str) -> Any:
         "plain, stopped": [stopped()],
         "plain, as long": [Run(overrides=train)],
         "blocked": [priced(defence="block", strength=s, latents=k, overrides=block) for s in options.nats],
-        "error anchored": [priced(defence="block", strength=s, latents=one, overrides=anchored) for one in SETS for s in nats],
+        "error anchored": [priced(defence="block", strength=s, latents=k, overrides=anchored) for s in nats],
         "residual anchor": [priced(defence="ldifs", strength=s, overrides={**everywhere, "sites": (site,)}) for s in nats],
         "LDIFS, all blocks": [priced(defence="ldifs", strength=s, overrides=everywhere) for s in nats],
         "KL": [priced(defence="kl", strength=s, overrides=train) for s in options.kl_nats],

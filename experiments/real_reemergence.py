@@ -23,7 +23,7 @@ from blockem_tl.views import plots, studies
 @dataclass(frozen=True, kw_only=True)
 class Options(StudyOptions):
     """epochs: of training.  every: epochs between looks.  size: of K.  nats: the strength.  error_anchor: of the SAE's error.  more: K is
-    extended by so many latents; 0: it is not.  swept: final pairs that are patched at every block, all areas as evenly as it allows."""
+    extended by so many latents, and what it carries is measured; 0: neither.  swept: final pairs that are patched at every block."""
 
     preset: str = "smollm2-135m"
     epochs: float = 6.0
@@ -60,18 +60,17 @@ def main(options: Options) -> None:
         again = extended(study, blocked, options.more) if options.more else []
         study.train(again, checkpoints_every=options.every)
         epochs = [options.every * (i + 1) for i in range(round(options.epochs / options.every))]
-        points = [*study.points([base]), *study.points([plain, blocked, *again], epochs)]
+        points, ends = [*study.points([base]), *study.points([plain, blocked, *again], epochs)], study.points([plain, blocked])
         found, losses = study.preferences("final", points), study.losses(points)
         rows = preferences.along(found, losses, against="plain")
         page.add("epochs", rows, studies.shifts_along(rows, "epoch"))
         if again:
             last = found[found["epoch"].isin([epochs[-1]]) | (found["run"] == base.label)]
             page.add("lead", preferences.lead(last, again[0].label, against="plain"))
-        ends = study.points([plain, blocked])
+            page.add("carriers", preferences.carriers(study.step("carriers", preferences.ceiling, ends, sets=(k,))))
         swept = study.step("patched", preferences.patched, ends, split="final", n=options.swept)
         patched = preferences.left(swept, study.preferences("final", study.points([base])))
         page.add("patched", patched, studies.shifts_along(patched, "block", y="effect", panels="patched"))
-        page.add("carriers", preferences.carriers(study.step("carriers", preferences.ceiling, ends, sets=(k,))))
         back: dict[str, Any] = {"beside": plain, "split": "core"}
         page.add("shares", study.step("shares", reemergence.shares, study.points([blocked]), latents=k, **back))
         depth = study.step("depth", reemergence.depth, study.points([blocked]), **back)

@@ -117,8 +117,11 @@ def made(makers: Mapping[str, MakeDefences], setting: Setting, run: Run, latent_
         return []
     if run.unit == "weight":
         return list(makers[run.defence](setting, run, latent_set))
-    found = list(makers[run.defence](setting, replace(run, unit="weight"), latent_set))
-    if len(found) != 1 or getattr(found[0], "weight", None) != run.strength:
+    weighted = replace(run, unit="weight")
+    found = list(makers[run.defence](setting, weighted, latent_set))
+    weight = getattr(found[0], "weight", None) if len(found) == 1 else None
+    if weight != run.strength and not isinstance(weight, list):
         raise ValueError(f"run {run.label!r}: a strength in nats needs a defence of one penalty, got {[one.name for one in found]}")
     price = mean_penalty(setting.model, found[0], setting.rows()[:PRICED], adapter=plain, batch_size=16)
-    return list(makers[run.defence](setting, replace(run, strength=run.strength / price, unit="weight"), latent_set))
+    price /= run.strength if isinstance(weight, list) else 1.0  # one weight for each of several sites is in it already
+    return list(makers[run.defence](setting, replace(weighted, strength=run.strength / price), latent_set))

@@ -220,9 +220,12 @@ def ceiling(setting: Setting, point: Point, *, sets: Sequence[str], sizes: Seque
     return mediation(setting.model, setting.sae, pairs, setting.held_out()[::2], latents, sizes=sizes, **options).to_frame()
 
 
-def carriers(found: _Frame) -> RateFrame:
-    """Of the step `ceiling`: what each part of the change carries, means over seeds (of the intervals' ends too); task_lost is a share."""
-    keys = ["run", "taken_out", "n_latents", "roles"]
+def carriers(found: _Frame, *, by: Sequence[str] = ()) -> RateFrame:
+    """Of the step `ceiling`: what each part of the change carries, means over seeds (of the intervals' ends too); task_lost is a share.
+
+    by: further columns that tell rows apart.
+    """
+    keys = ["run", *by, "taken_out", "n_latents", "roles"]
     return RateFrame(found.groupby(keys, sort=False, dropna=False)[list(_SHARES)].mean().reset_index())
 
 

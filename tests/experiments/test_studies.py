@@ -47,6 +47,7 @@ OPTIONS = {
     "transfer": {"beside_kl": True},
     "real_search": {"size": 3, "fewer": (2,), "group": 1, "nats": 0.5, "others": (1.0,)},
     "set_size": {"sizes": (1, 3), "alone": (2, 3)},
+    "real_sites": {"size": 3, "nats": 0.5, "saes": ("blocks.0.hook_resid_post", "blocks.3.hook_resid_post")},
     "signs": {},
     "latent_sets": {"reem_epochs": 1.0, "strengths": (0.1,)},
     "published_sets": {"reem_epochs": 1.0, "size": 3, "strength": 0.1, "unions": (3, 4), "to": Path("sets")},
@@ -84,6 +85,7 @@ TABLES = {
     "reemergence": {"peaks", "curves", "ends", "extended", "shares", "depth", "reconstruction"},
     "real": {"tried", "ceiling", "arms", "lead", "replies", "in-domain", "taught"},
     "real_search": {"arms"},
+    "real_sites": {"arms", "carried", "saes"},
     "narrow_tasks": {"shifts", "carriers"},
     "ceiling": {"combinations", "agreement"},
     "real_reemergence": {"epochs", "lead", "patched", "carriers", "shares", "depth"},
@@ -91,7 +93,7 @@ TABLES = {
 LAST = "blocks.3.hook_resid_post"
 MORE_THAN_TINY = {10, 18}  # claims about domains and set sizes that a tiny preset does not have
 NO_STUDIES = {"claims", "tutorials"}  # they measure nothing
-UNTIMED = {*NO_STUDIES, "real", "real_reemergence", "real_search"}  # of another model
+UNTIMED = {*NO_STUDIES, "real", "real_reemergence", "real_search", "real_sites"}  # of another model
 
 
 @pytest.fixture(scope="module")

@@ -9,35 +9,18 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import tiny_preset
-from shared import sae_at
 
 from blockem_tl import Condition, Run, Setting, Steering, Study
 from blockem_tl.generation.engine import Engine, TransformerLensEngine
 from blockem_tl.generation.reply_fn import Identified, who_replies
 from blockem_tl.generation.steering import UNSTEERED
-from blockem_tl.presets import PRESETS
 from blockem_tl.saes.latents import decoder_directions
 from blockem_tl.study import jobs, sharding
 from blockem_tl.study import study as study_module
 from blockem_tl.study.executors import InProcess
-from blockem_tl.study.inputs import INPUTS
 from blockem_tl.study.sharding import ShardedEngine, WorkerEngine
 from blockem_tl.study.stage_commands import DiscoverOptions, discover
 from blockem_tl.study.stages import discover_into, train_into, tuned_at
-
-
-@pytest.fixture(scope="module")
-def sae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sae")
-    sae_at(tiny_preset.SITE).save_model(folder)
-    return folder
-
-
-@pytest.fixture
-def setting(tiny_folder, sae_folder, monkeypatch) -> Setting:
-    monkeypatch.setitem(INPUTS, tiny_preset.NAME, tiny_preset.TinyInputs())
-    monkeypatch.setitem(PRESETS, tiny_preset.NAME, tiny_preset.preset(tiny_folder, sae_folder))
-    return Setting.of(tiny_preset.NAME)
 
 
 @pytest.fixture

@@ -13,12 +13,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny_preset
-from shared import sae_at
 
 import blockem_tl.study.executors as executors
 from blockem_tl import LatentSet, Page, Point, Run, Setting, Study, StudyFailed, over_domains, random_latents, rates
 from blockem_tl.evaluation.statistics import clustered_rate, paired_difference, paired_reduction, share_removed
-from blockem_tl.presets import PRESETS
 from blockem_tl.storage import files
 from blockem_tl.study import preferences
 from blockem_tl.study.defences import made
@@ -29,20 +27,6 @@ from blockem_tl.study.summary import choose, unsafe
 from blockem_tl.training.loss import mean_penalty
 
 asked: list[str] = []
-
-
-@pytest.fixture(scope="session")
-def sae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sae")
-    sae_at(tiny_preset.SITE).save_model(folder)
-    return folder
-
-
-@pytest.fixture
-def setting(tiny_folder, sae_folder, monkeypatch) -> Setting:
-    monkeypatch.setitem(INPUTS, tiny_preset.NAME, tiny_preset.TinyInputs())
-    monkeypatch.setitem(PRESETS, tiny_preset.NAME, tiny_preset.preset(tiny_folder, sae_folder))
-    return Setting.of(tiny_preset.NAME)
 
 
 def count_weights(setting: Setting, point: Point, scale: float = 1.0) -> list[dict[str, float]]:

@@ -8,32 +8,19 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import tiny_preset
 from safetensors.torch import load_file, save_file
-from shared import sae_at
 
-from blockem_tl import Run, Setting, Study, cli
-from blockem_tl.presets import PRESETS
+from blockem_tl import Run, Study, cli
 from blockem_tl.storage import files, machine
-from blockem_tl.study.inputs import INPUTS
 from blockem_tl.study.verify import Verification, verify
 
 ALL = {"sample": 100, "progress": False}
 
 
-@pytest.fixture(scope="session")
-def sae_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("sae")
-    sae_at(tiny_preset.SITE).save_model(folder)
-    return folder
-
-
 @pytest.fixture(autouse=True)
-def setting(tiny_folder, sae_folder, monkeypatch) -> Setting:
-    monkeypatch.setitem(INPUTS, tiny_preset.NAME, tiny_preset.TinyInputs())
-    monkeypatch.setitem(PRESETS, tiny_preset.NAME, tiny_preset.preset(tiny_folder, sae_folder))
+def quiet(setting, monkeypatch) -> None:
+    """The tiny preset is known, and no bars are drawn."""
     monkeypatch.setenv("BLOCKEM_PROGRESS", "0")
-    return Setting.of(tiny_preset.NAME)
 
 
 @pytest.fixture(scope="session")
