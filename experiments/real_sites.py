@@ -72,7 +72,7 @@ def main(options: Options) -> None:
             sets = {at.label: "attributed", f"{at.label}, random": "random"}
             step = study.step(f"carried {at.label}", sites.carried, study.points([Run()]), sae=at.sae, sets=list(sets), split="dev")
             carried.append(step.replace({"taken_out": sets}).assign(sae=at.label))
-        carries = pd.concat(carried)
+        carries: Any = pd.concat(carried)
         page.add("saes", carries.groupby(["sae", "d_sae"], sort=False)[["explained_base", "explained_tuned"]].mean().reset_index())
         page.add("carried", preferences.carriers(carries, by=["sae"]))
         runs = list(arms(options, found))
