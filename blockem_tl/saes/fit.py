@@ -12,7 +12,7 @@ from torch import Tensor
 from blockem_tl.models.activations import Rows, read_site
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
-from blockem_tl.saes.load import check_fits
+from blockem_tl.saes.load import HELD_OUT, check_fits
 
 LEAST_EXPLAINED = 0.5
 """Below this share of the variance an SAE is probably another model's, or the model is loaded in another way than it was trained on."""
@@ -53,12 +53,14 @@ def explained_variance(model: Model, sae: SAE[Any], rows: Rows, *, adapter: str 
 
 
 def warn_if_poor_fit(model: Model, sae: SAE[Any], rows: Rows, *, stacklevel: int) -> None:
-    """Warn if the SAE explains less than half of the variance of base's activations on ``rows``."""
+    """Warn if the SAE explains less than half of the variance of base's activations on ``rows``, and say what its card says."""
     explained = explained_variance(model, sae, rows)
     if not explained >= LEAST_EXPLAINED:
+        known = sae.cfg.metadata[HELD_OUT]
+        card = "It has no card of its fit on rows held out" if known is None else f"On rows held out it explained {100 * known:.0f} %"
         warnings.warn(
             f"the SAE explains {100 * explained:.0f} % of the variance at {check_fits(sae, model)} on these prompts, expected at least "
             f"{100 * LEAST_EXPLAINED:.0f} %: its latents may mean nothing here. Is it this model's SAE, and is the model loaded as it was "
-            "trained on (unfolded, in the right dtype)?",
+            f"trained on (unfolded, in the right dtype)? {card}; `blockem train-sae` trains one for any model and site",
             stacklevel=stacklevel + 1,
         )

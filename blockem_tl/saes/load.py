@@ -15,6 +15,12 @@ from blockem_tl.hooks import HasHookPoints, resolve
 from blockem_tl.models._sources import default_device
 from blockem_tl.storage import embedded, files
 
+CARD = "card.json"
+"""Beside an SAE that `train_sae` made: what it is worth."""
+
+HELD_OUT = "held_out_explained_variance"
+"""Of an SAE's metadata, where its folder has such a card: the least over corpora and weights."""
+
 _SWITCHES = ("apply_b_dec_to_input", "rescale_acts_by_decoder_norm")
 _KIND = ("architecture", "k", "normalize_activations", *_SWITCHES)
 _RESIDUAL = re.compile(r"blocks\.\d+\.(hook_resid_(pre|mid|post)|hook_in|hook_out)$")
@@ -62,11 +68,21 @@ def _from_disk(folder: Path, device: str, dtype: str) -> SAE[Any]:
             f"metadata as an object, got {str(wrong)[:200]}"
         )
     try:
-        return SAE.load_from_disk(folder, device=device, dtype=dtype)
+        sae = SAE.load_from_disk(folder, device=device, dtype=dtype)
     except Exception as error:  # SAELens and its readers raise whatever they trip over
         raise ValueError(
             f"{folder}: the SAE's weights are broken, or do not fit its configuration: {str(error)[:300]}. Copy it anew, or save it again"
         ) from error
+    if (held_out := _held_out(folder / CARD)) is not None:
+        sae.cfg.metadata[HELD_OUT] = held_out
+    return sae
+
+
+def _held_out(card: Path) -> float | None:
+    """The least explained variance on rows held out, by a card as `train_sae` writes it; None without one."""
+    about = files.read_json(card) if card.is_file() else None
+    rows = about.get("heldout") if isinstance(about, dict) else None
+    return min(row["explained_variance"] for row in rows) if rows else None
 
 
 def _wrong_fields(config: dict[str, Any]) -> dict[str, Any]:

@@ -25,14 +25,12 @@ from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
 from blockem_tl.saes.activation_stream import ActivationStream, median_of_norms, split_corpora
 from blockem_tl.saes.card import SAECard, measure
-from blockem_tl.saes.load import checked
+from blockem_tl.saes.load import CARD, checked
 from blockem_tl.saes.rounds import Rounds, fit_in_rounds
 from blockem_tl.saes.untrained import Kind, schedule, untrained
 from blockem_tl.storage import files, fingerprints, machine
 from blockem_tl.types import check_names, check_site
 from blockem_tl.views.progress import allowed
-
-_CARD = "card.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,13 +114,13 @@ def train_sae(
 
 def check_place(out: Path | str, *, overwrite: bool) -> None:
     """Raise FileExistsError if ``out`` exists and may not be replaced, unless it may be the very SAE that is to be trained."""
-    if overwrite or not (Path(out) / _CARD).is_file():
+    if overwrite or not (Path(out) / CARD).is_file():
         files.check_replaceable(out, "cfg.json" if overwrite else None)
 
 
 def _is_made(out: Path | str, identity: Mapping[str, str]) -> bool:
     """Whether ``out`` holds this very SAE. Raises FileExistsError if it holds anything else."""
-    if (Path(out) / _CARD).is_file() and files.read_json(Path(out) / _CARD).get("identity") == identity:
+    if (Path(out) / CARD).is_file() and files.read_json(Path(out) / CARD).get("identity") == identity:
         return True
     files.check_replaceable(out, None)
     return False
@@ -172,7 +170,7 @@ def _saved(
         sae.to(getattr(torch, config.dtype)).save_inference_model(str(folder))
         found = _card(model, folder, heldout, adapters, limit)
         about = {"model": model.name, "site": found.site, "training": asdict(config), "alive": found.alive, "heldout": list(found.rows)}
-        files.write_json(folder / _CARD, {**about, "identity": identity, "environment": machine.described()})
+        files.write_json(folder / CARD, {**about, "identity": identity, "environment": machine.described()})
     return found
 
 
