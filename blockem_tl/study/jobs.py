@@ -118,9 +118,7 @@ def keep_latents(setting: Setting, *, point: Point, path: Path, function: Measur
     found = function(setting, point, **options)
     if not isinstance(found, LatentSet):
         raise TypeError(f"latents: expected a LatentSet from {function}, got {type(found).__name__}")
-    if found.site == setting.site:
-        found.check_sae(setting.sae)
-    found.save(path)
+    found.save(path)  # whether it is of the SAE that a run reads it with, `Point.latents` checks
 
 
 # ------------------------------------------------------------------------------------------------ steps of every study

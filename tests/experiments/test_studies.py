@@ -47,7 +47,7 @@ OPTIONS = {
     "transfer": {"beside_kl": True},
     "real_search": {"size": 3, "fewer": (2,), "group": 1, "nats": 0.5, "others": (1.0,)},
     "set_size": {"sizes": (1, 3), "alone": (2, 3)},
-    "real_sites": {"size": 3, "nats": 0.5, "saes": ("blocks.0.hook_resid_post", "blocks.3.hook_resid_post")},
+    "real_sites": {"size": 3, "nats": 0.5, "saes": ("blocks.0.hook_resid_post", "blocks.3.hook_resid_post", "wider")},
     "signs": {},
     "latent_sets": {"reem_epochs": 1.0, "strengths": (0.1,)},
     "published_sets": {"reem_epochs": 1.0, "size": 3, "strength": 0.1, "unions": (3, 4), "to": Path("sets")},
@@ -103,6 +103,7 @@ def shared(tiny_folder, tmp_path_factory):
     saes = {f"blocks.{block}.hook_resid_post": folder / f"blocks.{block}.hook_resid_post" for block in range(4)}
     for site, place in saes.items():
         sae_at(site).save_model(place)
+    sae_at(tiny_preset.SITE, seed=1).save_model(folder / "wider")  # another at the preset's own site
     before = AutoModelForCausalLM.from_pretrained(tiny_folder)  # the model before its alignment, for SafeLoRA
     with torch.no_grad():
         for weight in before.parameters():
