@@ -106,10 +106,3 @@ def organism_model():
     from blockem_tl import load_model
 
     return load_model("organism", device="cpu")
-
-
-def perturb(model, name: str, std: float = 0.2, seed: int = 3) -> None:
-    """Give a fresh adapter random weights, so that it does something."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.adapter_parameters(name):
-        parameter.data = torch.randn(parameter.shape, generator=generator) * std

@@ -33,6 +33,13 @@ EXAMPLES = [
 ]
 
 
+def perturb(model, name: str, std: float = 0.2, seed: int = 3) -> None:
+    """Give a fresh adapter random weights, so that it does something."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.adapter_parameters(name):
+        parameter.data = torch.randn(parameter.shape, generator=generator) * std
+
+
 def assert_trained_alike(weights: torch.Tensor, others: torch.Tensor) -> None:
     """Two trainings that differ in rounding alone, on any processor: AdamW divides a gradient by its own size, so where one is zero but
     for rounding its sign decides, and a few elements go another way."""

@@ -8,10 +8,9 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from conftest import perturb
 from sae_lens import SAE, GatedSAE, GatedSAEConfig, JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
 from safetensors.torch import load_file, save_file
-from shared import EXAMPLES, SITES, sae_at, set_of
+from shared import EXAMPLES, SITES, perturb, sae_at, set_of
 from transformers import AutoModelForCausalLM
 
 from blockem_tl import (

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import perturb
 from sae_lens import StandardSAE, StandardSAEConfig
+from shared import perturb
 
 from blockem_tl import Generation, Prompt, load_model, record
 from blockem_tl.analysis.patching.attribution import attribute_latents, attribute_sites

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import perturb
+from shared import perturb
 
 from blockem_tl import Pair, load_model, patch, preference, record
 from blockem_tl.analysis.patching.pairs import pair_patching

@@ -7,7 +7,7 @@ from hashlib import blake2b
 import numpy as np
 import pytest
 import torch
-from conftest import perturb
+from shared import perturb
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,

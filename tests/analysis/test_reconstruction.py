@@ -4,9 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import perturb
 from sae_lens import SAE, StandardSAE, StandardSAEConfig, TopKSAE, TopKSAEConfig
-from shared import EXAMPLES, SITES
+from shared import EXAMPLES, SITES, perturb
 
 from blockem_tl import Generation, Prompt, TrainingConfig, finetune, reconstruction_quality
 from blockem_tl.data.chat import encode_examples, encode_rows

@@ -4,10 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import perturb
 from sae_lens import SAE
 from shared import EXAMPLES as MANY
-from shared import SITES, sae_at
+from shared import SITES, perturb, sae_at
 
 from blockem_tl import LatentSet, Prompt, diagnose_rerouting, returning_sites, shift_by_site
 from blockem_tl.data.chat import encode_examples

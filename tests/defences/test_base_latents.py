@@ -6,8 +6,7 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
-from conftest import perturb
-from shared import EXAMPLES, SITES, sae_at, set_of
+from shared import EXAMPLES, SITES, perturb, sae_at, set_of
 
 from blockem_tl import Blocking, TrainingConfig, finetune, load_model
 from blockem_tl.data.chat import encode_examples, pad

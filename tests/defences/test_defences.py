@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import perturb
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
+from shared import perturb
 
 from blockem_tl import Blocking, Example, HookNotFired, LatentSet, Prompt, TrainingConfig, finetune, generate, mean_penalty
 from blockem_tl.data.chat import encode_examples, pad

@@ -139,7 +139,7 @@ def test_figure_shows_both_arms_and_the_proposals(sae, tmp_path) -> None:
 
 
 def test_command_on_the_organism(organism_model, tmp_path, capsys) -> None:
-    from conftest import perturb
+    from shared import perturb
 
     organism_model.add_adapter("slight", rank=2)
     try:

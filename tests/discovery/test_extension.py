@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import perturb
 from sae_lens import StandardSAE, StandardSAEConfig
+from shared import perturb
 
 from blockem_tl import DiscoveryConfig, Example, LatentSet, Prompt, Verdict, discover
 from blockem_tl.data.chat import encode_examples, pad

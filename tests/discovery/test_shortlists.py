@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from conftest import perturb
+from shared import perturb
 from test_extension import CONFIG, PROMPTS, Letters, new_sae
 
 from blockem_tl import LatentSet, discover

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from conftest import perturb
 from sae_lens import SAE, TopKSAE, TopKSAEConfig
+from shared import perturb
 
 from blockem_tl import Prompt, Verdict
 from blockem_tl.data.chat import encode_prompts

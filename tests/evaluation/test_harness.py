@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import perturb
 from lm_eval.api.instance import Instance
 from lm_eval.models.hf_steered import SteeredModel
 from lm_eval.models.huggingface import HFLM
-from shared import MODELS, sae_at, set_of
+from shared import MODELS, perturb, sae_at, set_of
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from blockem_tl import Condition, LatentSet, Model, Steering, load_model, load_sae, organism

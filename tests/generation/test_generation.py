@@ -103,7 +103,7 @@ def test_sampling_follows_the_models_distribution(tiny) -> None:
 
 
 def test_base_and_tuned_are_told_apart(tiny) -> None:
-    from conftest import perturb
+    from shared import perturb
 
     tiny.add_adapter()
     perturb(tiny, "default")
@@ -209,7 +209,7 @@ def test_each_condition_may_ask_its_own_part_of_the_prompts(eager_ends, conditio
 
 
 def test_the_adapter_that_acts_is_chosen_and_the_model_left_as_it_was(tiny, conditions, tmp_path) -> None:
-    from conftest import perturb
+    from shared import perturb
 
     for seed, name in enumerate(("first", "second")):
         tiny.add_adapter(name)
@@ -244,7 +244,7 @@ def test_the_adapter_that_acts_is_chosen_and_the_model_left_as_it_was(tiny, cond
 
 
 def test_an_engine_is_chosen_by_name(tiny, tiny_folder, tmp_path, monkeypatch) -> None:
-    from conftest import perturb
+    from shared import perturb
 
     tiny.add_adapter("x")
     perturb(tiny, "x")

@@ -10,8 +10,8 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
-from conftest import perturb
 from sae_lens import StandardSAE, StandardSAEConfig
+from shared import perturb
 
 from blockem_tl import Condition, DiscoveryConfig, Prompt, Steering, Verdict, discover
 from blockem_tl.discovery.config import MaxIncoherence

@@ -155,7 +155,7 @@ def plain(folder: Path) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def adapter(folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from conftest import perturb
+    from shared import perturb
 
     model = load_model(folders("llama"), device="cpu")
     model.add_adapter(rank=4, alpha=8)

@@ -4,8 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import perturb
-from shared import EXAMPLES, SITES, sae_at, set_of
+from shared import EXAMPLES, SITES, perturb, sae_at, set_of
 from torch import Tensor
 
 from blockem_tl import Blocking, Prompt, TrainingConfig, finetune, generate, load_model

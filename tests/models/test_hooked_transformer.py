@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import perturb
 from sae_lens import HookedSAETransformer, StandardSAE, StandardSAEConfig
+from shared import perturb
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights, convert_llama_weights
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from conftest import perturb
 from peft import PeftModel
 from sae_lens import StandardSAE, StandardSAEConfig
 from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
 from safetensors.torch import load_file
+from shared import perturb
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,

@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import perturb
 from sae_lens import SAE
-from shared import EXAMPLES, SITES, Interrupted, at_step, sae_at, set_of, weights
+from shared import EXAMPLES, SITES, Interrupted, at_step, perturb, sae_at, set_of, weights
 
 from blockem_tl import Blocking, KLToBase, LatentSet, TrainingConfig, finetune, load_model
 from blockem_tl.defences.base_latents import BaseLatents

@@ -7,9 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import perturb
 from sae_lens import SAE, StandardSAE, StandardSAEConfig
-from shared import Interrupted, assert_trained_alike, at_step
+from shared import Interrupted, assert_trained_alike, at_step, perturb
 from torch import nn
 from transformers import get_scheduler
 
