@@ -79,10 +79,11 @@ def _from_disk(folder: Path, device: str, dtype: str) -> SAE[Any]:
 
 
 def _held_out(card: Path) -> float | None:
-    """The least explained variance on rows held out, by a card as `train_sae` writes it; None without one."""
+    """The least explained variance on rows held out, by a card as `train_sae` writes it; None without one, or with one of another kind."""
     about = files.read_json(card) if card.is_file() else None
     rows = about.get("heldout") if isinstance(about, dict) else None
-    return min(row["explained_variance"] for row in rows) if rows else None
+    shares = [row.get("explained_variance") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return min((share for share in shares if isinstance(share, int | float)), default=None)
 
 
 def _wrong_fields(config: dict[str, Any]) -> dict[str, Any]:

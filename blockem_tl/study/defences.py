@@ -120,8 +120,9 @@ def made(makers: Mapping[str, MakeDefences], setting: Setting, run: Run, latent_
     weighted = replace(run, unit="weight")
     found = list(makers[run.defence](setting, weighted, latent_set))
     weight = getattr(found[0], "weight", None) if len(found) == 1 else None
-    if weight != run.strength and not isinstance(weight, list):
+    several = isinstance(weight, list | tuple)
+    if weight != run.strength and not several:
         raise ValueError(f"run {run.label!r}: a strength in nats needs a defence of one penalty, got {[one.name for one in found]}")
     price = mean_penalty(setting.model, found[0], setting.rows()[:PRICED], adapter=plain, batch_size=16)
-    price /= run.strength if isinstance(weight, list) else 1.0  # one weight for each of several sites is in it already
+    price /= run.strength if several else 1.0  # one weight for each of several sites is in it already
     return list(makers[run.defence](setting, replace(weighted, strength=run.strength / price), latent_set))

@@ -85,9 +85,13 @@ def carried(setting: Setting, point: Point, *, sae: Sae, sets: list[str], split:
 
 
 def blocked(setting: Setting, run: Run, latent_set: LatentSet | None, *, out: Path) -> list[Blocking]:
-    """Blocking of the run's ``sets``, pairs of an SAE and the name of a set of the study in ``out``, and of its own latents if it has any.
+    """Blocking (eq. 11, summed over sites) of the run's ``sets``, pairs of an SAE and the name of a set of the study in ``out``, and of its
+    own latents if it has any; its other arguments are those of `Blocking`.
 
     The penalty grows with the square of activations, so lambda goes with the squared ratio of the sites' scales.
+
+    Raises:
+        ValueError: an SAE that does not fit the model, or a set that was made with another one.
     """
     targets = [(latent_set, setting.sae, run.strength)] if latent_set else []
     for sae, name in run.arguments["sets"]:

@@ -38,6 +38,10 @@ def test_an_sae_that_explains_little_is_warned_of_before_it_finds_anything(tmp_p
     (tmp_path / "card.json").write_text(json.dumps(card))
     with pytest.warns(UserWarning, match="On rows held out it explained 42 %"):
         warn_if_poor_fit(model, load_sae(tmp_path), prompts, stacklevel=1)
+    for strange in ([], {"heldout": 0.1}, {"heldout": ["a"]}, {"heldout": [{"explained_variance": None}]}):  # somebody else's card
+        (tmp_path / "card.json").write_text(json.dumps(strange))
+        with pytest.warns(UserWarning, match="has no card"):
+            warn_if_poor_fit(model, load_sae(tmp_path), prompts, stacklevel=1)
     with warnings.catch_warnings(), suppress(NoLatents):
         warnings.filterwarnings("error", message="the SAE explains", category=UserWarning)
         discover(model, sae, organism.OrganismJudge(), prompts, **options)
