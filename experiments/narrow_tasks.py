@@ -44,8 +44,7 @@ def main(options: Options) -> None:
             sets = ("attributed", "spared") if name == own else (f"attributed-{name}", f"spared-{name}")
             for latents, spare in zip(sets, (0.0, options.spare), strict=True):
                 study.latents(latents, preferences.attributed, of=run, n=options.size, spare=spare)
-            step = "ceiling" if name == own else f"ceiling-{name}"
-            found = study.step(step, preferences.ceiling, study.points([run]), sets=sets, sizes=[options.size // 3])
+            found = study.step(f"ceiling-{name}", preferences.ceiling, study.points([run]), sets=sets, sizes=[options.size // 3])
             found["taken_out"] = found["taken_out"].str.replace(f"-{name}", "")
             carried.append(found)
         points = study.points([base, *runs.values()])

@@ -72,8 +72,8 @@ def main(options: Options) -> None:
         patched = preferences.left(swept, study.preferences("final", study.points([base])))
         page.add("patched", patched, studies.shifts_along(patched, "block", y="effect", panels="patched"))
         back: dict[str, Any] = {"beside": plain, "split": "core"}
-        page.add("shares", study.step("shares", reemergence.shares, study.points([blocked]), latents=k, **back))
-        depth = study.step("depth", reemergence.depth, study.points([blocked]), **back)
+        page.add("shares", study.step("real-shares", reemergence.shares, study.points([blocked]), latents=k, **back))
+        depth = study.step("real-depth", reemergence.depth, study.points([blocked]), **back)
         page.add("depth", depth, plots.rerouting(depth))
 
 

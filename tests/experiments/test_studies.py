@@ -5,6 +5,7 @@ import importlib
 import inspect
 import re
 import sys
+from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -220,3 +221,23 @@ def test_no_script_imports_another_or_knows_the_organism(tmp_path: Path) -> None
         "no question, command or figure in its docstring",
         "no time on the organism in its docstring",
     ]
+
+
+def steps(path: Path) -> list[str]:
+    """The names that a script gives its steps, as they are written."""
+    calls = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
+    return [ast.unparse(call.args[0]) for call in calls if isinstance(call.func, ast.Attribute) and call.func.attr == "step"]
+
+
+def twice(paths: list[Path]) -> set[str]:
+    """Steps that two scripts name alike, and those whose name cannot be read because it is a variable."""
+    found = Counter(name for path in paths for name in set(steps(path)))
+    return {name for name, scripts in found.items() if scripts > 1 or not name.startswith(("'", "f'"))}
+
+
+def test_no_two_scripts_name_a_step_alike(tmp_path: Path) -> None:
+    """Scripts share a study, where a step of the same name and of other options is refused, hours after the first began."""
+    scripts = sorted((ROOT / "experiments").glob("*.py"))
+    assert twice(scripts) == set() and len([name for path in scripts for name in steps(path)]) > 10
+    (tmp_path / "another.py").write_text('study.step("real-shares", f)\nstudy.step("mine", f)\nstudy.step(name, f)')
+    assert twice([*scripts, tmp_path / "another.py"]) == {"'real-shares'", "name"}
