@@ -100,6 +100,7 @@ from .discovery.extension import extension_rounds as extension_rounds
 from .discovery.pipeline import discover as discover
 
 # analysis
+from .analysis.joint_mediation import joint_mediation as joint_mediation
 from .analysis.mediation import mediation as mediation
 from .analysis.patching.attribution import attribute_latents as attribute_latents
 from .analysis.patching.attribution import attribute_sites as attribute_sites

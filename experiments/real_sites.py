@@ -11,7 +11,6 @@ the task as plain does. Harm is the margin of the dev pairs, which choose and re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -41,21 +40,19 @@ def blocked(options: Options, at: Sequence[sites.Place], kind: str = "", **over:
     """The latent sets of these places blocked at once, with LoRA up to the last of them."""
     sets = tuple((place.sae, place.label + kind) for place in at)
     usual = {"sets": sets, "epochs": options.longest, "positions": "all", "reference": "live", "up_to_block": at[-1].block}
-    name = " + ".join(place.label for place in at) + kind + (", all blocks trained" if over else "")
+    name = sites.joined(at) + kind + (", all blocks trained" if over else "")
     return Run(defence="sites", strength=options.nats, unit="nats", matched=options.matched, overrides=usual | over, name=name)
 
 
 def arms(options: Options, found: Sequence[sites.Place]) -> Iterator[Run]:
     """Each place alone, beside random latents; several at once; and plain fine-tuning of the same blocks."""
-    blocks = {place.block: place for place in reversed(found)}  # one SAE at each
-    own = [blocks[block] for block in sorted(blocks)]
     for place in found:
         yield blocked(options, [place])
         yield blocked(options, [place], ", random")
-    for n in range(2, len(own) + 1):
-        yield from (blocked(options, many) for many in combinations(own, n))
+    yield from (blocked(options, many) for many in sites.several(found))
+    own = sites.one_each(found)
     yield blocked(options, own, up_to_block=None)
-    for until in (*sorted(blocks), None):
+    for until in (*(place.block for place in own), None):
         over = {"epochs": options.longest, "up_to_block": until}
         yield Run(matched=options.matched, overrides=over, name=f"plain, {'all blocks' if until is None else f'blocks to {until}'} trained")
 
@@ -74,6 +71,10 @@ def main(options: Options) -> None:
             carried.append(step.replace({"taken_out": sets}).assign(sae=at.label))
         carries: Any = pd.concat(carried)
         page.add("saes", carries.groupby(["sae", "d_sae"], sort=False)[["explained_base", "explained_tuned"]].mean().reset_index())
+        together = {sites.joined(many): [(at.sae, at.label) for at in many] for many in sites.several(found)}
+        if together:
+            step = study.step("carried together", sites.carried_together, study.points([Run()]), targets=together, split="dev")
+            carries = pd.concat([carries, step.replace({"taken_out": {"latents": "attributed"}})])
         page.add("carried", preferences.carriers(carries, by=["sae"]))
         runs = list(arms(options, found))
         study.train(runs)

@@ -14,46 +14,33 @@ there an SAE is off its distribution.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from sae_lens import SAE
 from torch import Tensor
 
 from blockem_tl.analysis._from_site import reply_nats
+from blockem_tl.analysis._taken_out import Role, TakenOut, checked_roles, read_tokens, sink_norm, taken_out
 from blockem_tl.data.chat import Batch, Encoded, check_lengths, encode_examples, pad
 from blockem_tl.data.pair_files import check_pairs
 from blockem_tl.evaluation.preference import sides
 from blockem_tl.evaluation.statistics import share_removed
-from blockem_tl.models.activations import SINK, base_activations, stop_layer
+from blockem_tl.models.activations import base_activations, stop_layer
 from blockem_tl.models.load import Model
 from blockem_tl.models.lora import BASE
 from blockem_tl.models.memory import check_batch_size, rows_at_once
-from blockem_tl.saes.fit import reconstruct
 from blockem_tl.saes.latent_set import LatentSet
-from blockem_tl.saes.latents import check_latents, encode_all, encode_latents
+from blockem_tl.saes.latents import check_latents, encode_all
 from blockem_tl.saes.load import check_fits
 from blockem_tl.types import Example, Pair
 from blockem_tl.views.progress import progress_bar
 from blockem_tl.views.results import Result
 
-Role = Literal["system", "prompt", "reply"]
-Kind = Literal["nothing", "latents", "all latents", "SAE error", "residual"]
 MOST_ROWS = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class TakenOut:
-    """A part of the change at the site. signs: of the latents, if only changes in their direction count."""
-
-    name: str
-    kind: Kind = "latents"
-    latents: tuple[int, ...] = ()
-    signs: tuple[int, ...] = ()
-    roles: tuple[Role, ...] = ("prompt", "reply")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -123,18 +110,22 @@ def mediation(
         ValueError: pairs or rows that cannot be read, latents that are none, no gap between base and tuned, an SAE of another model.
     """
     site = check_fits(sae, model)
-    check_pairs(pairs)
-    check_batch_size(batch_size)
-    both = sides(pairs)
-    encoded = encode_examples(model.tokenizer, [*both, *rows])
-    check_lengths(encoded, model.cfg.n_ctx)
-    size = batch_size or rows_at_once(model, max(len(row.ids) for row in encoded), most=MOST_ROWS)
+    encoded, size = encoded_rows(model, pairs, rows, batch_size)
     with model.holding(adapter) as held:  # a folder is loaded once
         run = _Run(model, sae, site, str(held), encoded, size)
-        change, run.limit = run.mean_change(encoded[: len(both)])
+        change, run.limit = run.mean_change(encoded[: 2 * len(pairs)])
         parts = [TakenOut(name="nothing", kind="nothing"), *_parts(sae, sets, change, sizes, one_sided, roles, seed)]
         nats = run.log_likelihoods(parts, progress)
-    return _result(site, parts, nats, len(pairs))
+    return shares(site, [part.about for part in parts[1:]], nats, len(pairs))
+
+
+def encoded_rows(model: Model, pairs: Sequence[Pair], rows: Sequence[Example], batch_size: int | None) -> tuple[list[Encoded], int]:
+    """The pairs' harmful sides, their helpful ones, and the rows; and how many are read at once. Raises ValueError as `mediation`."""
+    check_pairs(pairs)
+    check_batch_size(batch_size)
+    encoded = encode_examples(model.tokenizer, [*sides(pairs), *rows])
+    check_lengths(encoded, model.cfg.n_ctx)
+    return encoded, batch_size or rows_at_once(model, max(len(row.ids) for row in encoded), most=MOST_ROWS)
 
 
 def _parts(
@@ -149,7 +140,7 @@ def _parts(
     """For each choice of roles: every set at every size, a random set of each size, all latents, the SAE's error, the whole residual."""
     moved = torch.where(change >= 0, 1, -1).tolist()
     alive, draw = change.nonzero()[:, 0].tolist(), np.random.default_rng(seed)
-    for acting in (_checked(one) for one in roles):
+    for acting in (checked_roles(one) for one in roles):
         counts = set[int]()
         for name, given in sets.items():
             latents = tuple(given.latents) if isinstance(given, LatentSet) else tuple(given)
@@ -165,12 +156,6 @@ def _parts(
             yield TakenOut(name=f"{n} random", latents=latents, signs=signs, roles=acting)
         for kind in ("all latents", "SAE error", "residual"):
             yield TakenOut(name=kind, kind=kind, roles=acting)
-
-
-def _checked(roles: Sequence[str]) -> tuple[Role, ...]:
-    if isinstance(roles, str) or not roles or not set(roles) <= set(get_args(Role)):
-        raise ValueError(f"mediation: expected roles as lists of {get_args(Role)}, such as [('prompt', 'reply')], got {roles!r}")
-    return cast(tuple[Role, ...], tuple(roles))
 
 
 class _Run:
@@ -196,12 +181,12 @@ class _Run:
         total, n, norms = torch.zeros(self.sae.cfg.d_sae), 0, []
         for batch in self._batches(rows):
             base, tuned = self._states(batch)
-            where = batch.mask & ~batch.system & (batch.positions > 0)
+            where = read_tokens(batch)
             z_base, z_tuned = (encode_all(self.sae, states[where]) for states in (base, tuned))
             total += (z_tuned - z_base).sum(0).float().cpu()
             n += int(where.sum())
             norms.append(base[where].float().norm(dim=-1))
-        return total / n, SINK * float(torch.cat(norms).median())
+        return total / n, sink_norm(norms)
 
     @torch.no_grad()
     def log_likelihoods(self, parts: Sequence[TakenOut], progress: bool) -> Float[np.ndarray, "parts n_rows"]:
@@ -212,8 +197,8 @@ class _Run:
                 here = slice(b * self.size, b * self.size + len(batch.ids))
                 base, tuned = self._states(batch)
                 for p, part in enumerate(parts):
-                    taken = self._taken_out(part, base, tuned, batch)
-                    found[p, here] = self._forward(batch, self.adapter, tuned if taken is None else tuned - taken.to(tuned))
+                    left = taken_out(self.sae, part, base, tuned, batch, limit=self.limit)
+                    found[p, here] = self._forward(batch, self.adapter, left)
                     bar.update(len(batch.ids))
                 found[-1, here] = self._forward(batch, BASE, base)
                 bar.update(len(batch.ids))
@@ -223,49 +208,22 @@ class _Run:
         with self.model.using(adapter):
             return reply_nats(self.model, batch, self.site, state)
 
-    def _taken_out(self, part: TakenOut, base: Tensor, tuned: Tensor, batch: Batch) -> Float[Tensor, "batch pos d_model"] | None:
-        """The part of tuned's change that is subtracted, zero at all other tokens; None for nothing."""
-        if part.kind == "nothing":
-            return None
-        where = cast(Bool[Tensor, "batch pos"], sum(batch.roles[role].int() for role in part.roles) > 0)
-        where = where & (batch.positions > 0) & (base.float().norm(dim=-1) <= self.limit)
-        out = torch.zeros_like(tuned, dtype=torch.float32)
-        if where.any():
-            out[where] = change_of(self.sae, part, base[where].float(), tuned[where].float())
-        return out
 
+def shares(site: str, about: Sequence[Mapping[str, Any]], nats: Float[np.ndarray, "parts n_rows"], n_pairs: int) -> Mediation:
+    """Shares of the gaps that go with each part, from the log-likelihoods of `encoded_rows`.
 
-def change_of(
-    sae: SAE[Any], part: TakenOut, base: Float[Tensor, "tokens d_model"], tuned: Float[Tensor, "tokens d_model"]
-) -> Float[Tensor, "tokens d_model"]:
-    """The part of ``tuned - base`` that runs through a set of latents, through all of them, or through the SAE's error."""
-    if part.kind == "residual":
-        return tuned - base
-    if part.kind != "latents":
-        carried = reconstruct(sae, tuned) - reconstruct(sae, base)
-        return carried if part.kind == "all latents" else tuned - base - carried
-    z_base, z_tuned = (encode_latents(sae, states.to(sae.W_dec), part.latents) for states in (base, tuned))
-    moved = z_tuned - z_base
-    if part.signs:
-        moved = torch.where(moved * torch.tensor(part.signs, device=moved.device) > 0, moved, 0)
-    full = torch.zeros(len(base), sae.cfg.d_sae, dtype=moved.dtype, device=moved.device)
-    full[:, list(part.latents)] = moved
-    return (sae.decode(full) - sae.decode(torch.zeros_like(full[:1]))).to(tuned)  # decode is affine: the bias goes
-
-
-def _result(site: str, parts: Sequence[TakenOut], nats: Float[np.ndarray, "parts n_rows"], n_pairs: int) -> Mediation:
-    """Shares of the gaps, from the rows' log-likelihoods."""
+    about: of each part, the first columns of its row.  nats: those of the tuned model, with each part taken out, and base's.
+    """
     margins, losses = nats[:, :n_pairs] - nats[:, n_pairs : 2 * n_pairs], -nats[:, 2 * n_pairs :].mean(1)
     base, tuned = margins[-1], margins[0]
     gain = losses[-1] - losses[0]
     if (tuned - base).mean() <= 0:
         raise ValueError(f"mediation: expected a tuned model that moved towards harm, its margin moved by {(tuned - base).mean():+.4f}")
     found = []
-    for part, margin, loss in zip(parts[1:], margins[1:-1], losses[1:-1], strict=True):
+    for part, margin, loss in zip(about, margins[1:-1], losses[1:-1], strict=True):
         gone = share_removed(base, tuned, margin)
-        about = {"taken_out": part.name, "n_latents": len(part.latents) or None, "roles": "+".join(part.roles)}
         share = {"removed": gone.value, "removed_low": gone.low, "removed_high": gone.high}
         lost = float((loss - losses[0]) / gain) if gain > 0 else float("nan")
-        found.append({**about, **share, "task_lost": lost, "margin": float(margin.mean()), "loss": float(loss)})
+        found.append({**part, **share, "task_lost": lost, "margin": float(margin.mean()), "loss": float(loss)})
     ends = {"margin_base": base.mean(), "margin_tuned": tuned.mean(), "loss_base": losses[-1], "loss_tuned": losses[0]}
     return Mediation(site=site, rows=tuple(found), **{name: float(value) for name, value in ends.items()})

@@ -31,6 +31,8 @@ _Frame = Any
 """A data frame: pandas' own types cannot say what a column or a group is."""
 
 _SHARES = ("removed", "removed_low", "removed_high", "task_lost")
+NOTHING_MOVED = pd.DataFrame([{"taken_out": "nothing moved", "roles": "", **dict.fromkeys(("n_latents", *_SHARES), np.nan)}])
+"""What carries the shift of a point that did not shift."""
 _Table = Sequence[Sequence[float]]
 """Margins, seeds by pairs."""
 
@@ -210,14 +212,19 @@ def ceiling(setting: Setting, point: Point, *, sets: Sequence[str], sizes: Seque
 
     sizes: also the first so many latents of each.  A point whose margin did not rise has one row, "nothing moved", without numbers.
     """
-    pairs = setting.pairs(split)
-    before, after = (preference(setting.model, pairs, adapter=one, progress=False).margins.mean() for one in (BASE, point.adapter))
-    if after <= before:
-        return pd.DataFrame([{"taken_out": "nothing moved", "roles": "", **dict.fromkeys(("n_latents", *_SHARES), np.nan)}])
+    if not harmed(setting, point, split):
+        return NOTHING_MOVED
     latents = {name: point.latents(setting.sae, name) for name in sets}
     options: dict[str, Any] = {"one_sided": True, "roles": [("reply",), ("prompt", "reply")], "progress": False, "adapter": point.adapter}
     sizes = [n for n in sizes if n < max(map(len, latents.values()))]
-    return mediation(setting.model, setting.sae, pairs, setting.held_out()[::2], latents, sizes=sizes, **options).to_frame()
+    return mediation(setting.model, setting.sae, setting.pairs(split), setting.held_out()[::2], latents, sizes=sizes, **options).to_frame()
+
+
+def harmed(setting: Setting, point: Point, split: PromptSplit) -> bool:
+    """Whether the mean margin of a split's pairs is larger than base's."""
+    sides = (preference(setting.model, setting.pairs(split), adapter=one, progress=False) for one in (BASE, point.adapter))
+    before, after = (side.margins.mean() for side in sides)
+    return bool(after > before)
 
 
 def carriers(found: _Frame, *, by: Sequence[str] = ()) -> RateFrame:

@@ -3,12 +3,15 @@
 For `Study.latents`, `Study.step` and ``Study(defences={"sites": partial(sites.blocked, out=...)})``.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 
+from blockem_tl.analysis.joint_mediation import RESIDUAL, joint_mediation
+from blockem_tl.defences.base_latents import Target
 from blockem_tl.defences.blocking import Blocking
 from blockem_tl.evaluation.preference import sides
 from blockem_tl.models.activations import block_of
@@ -23,6 +26,8 @@ from blockem_tl.study.setting import Setting
 
 Sae = tuple[str, str | None]
 """As for `load_sae`."""
+Targets = Sequence[tuple[Sae, str]]
+"""SAEs, and for each the name of a latent set of the study."""
 
 
 class Place(NamedTuple):
@@ -58,6 +63,23 @@ def places(saes: Sequence[Sae]) -> list[Place]:
     return sorted(found, key=lambda place: place.block)
 
 
+def one_each(found: Sequence[Place]) -> list[Place]:
+    """The first SAE at each block."""
+    blocks = {place.block: place for place in reversed(found)}
+    return [blocks[block] for block in sorted(blocks)]
+
+
+def several(found: Sequence[Place]) -> Iterator[tuple[Place, ...]]:
+    """All of them, two blocks or more at a time."""
+    own = one_each(found)
+    return itertools.chain.from_iterable(itertools.combinations(own, n) for n in range(2, len(own) + 1))
+
+
+def joined(at: Sequence[Place]) -> str:
+    """The label of several places."""
+    return " + ".join(place.label for place in at)
+
+
 def found(setting: Setting, point: Point, *, sae: Sae) -> LatentSet:
     """The latents that the preset's discovery finds there."""
     return jobs.find_latents(setting.elsewhere(*sae), point)
@@ -84,6 +106,25 @@ def carried(setting: Setting, point: Point, *, sae: Sae, sets: list[str], split:
     return carries.assign(**about)
 
 
+def carried_together(setting: Setting, point: Point, *, targets: Mapping[str, Targets], split: PromptSplit) -> pd.DataFrame:
+    """What latent sets at several sites carry of the shift when all are taken out at once, and the residual stream at all of them, with
+    the combination in the column "sae": `joint_mediation`."""
+    if not preferences.harmed(setting, point, split):
+        return preferences.NOTHING_MOVED.assign(sae="")
+    loaded = {name: [_target(setting, point, *one) for one in some] for name, some in targets.items()}
+    read = setting.model, loaded, setting.pairs(split), setting.held_out()[::2]
+    roles: Any = [("reply",), ("prompt", "reply")]
+    found = joint_mediation(*read, adapter=point.adapter, roles=roles, progress=False).to_frame()
+    name, residual = found["taken_out"].str.removesuffix(RESIDUAL), found["taken_out"].str.endswith(RESIDUAL)
+    return found.assign(sae=name, taken_out=residual.map({True: "residual", False: "latents"}))
+
+
+def _target(setting: Setting, point: Point, sae: Sae, name: str) -> Target:
+    """A set of the study, and the SAE that it is of."""
+    loaded = setting.elsewhere(*sae).sae
+    return LatentSet.load(point.latents_file(name), loaded), loaded
+
+
 def blocked(setting: Setting, run: Run, latent_set: LatentSet | None, *, out: Path) -> list[Blocking]:
     """Blocking (eq. 11, summed over sites) of the run's ``sets``, pairs of an SAE and the name of a set of the study in ``out``, and of its
     own latents if it has any; its other arguments are those of `Blocking`.
@@ -95,8 +136,8 @@ def blocked(setting: Setting, run: Run, latent_set: LatentSet | None, *, out: Pa
     """
     targets = [(latent_set, setting.sae, run.strength)] if latent_set else []
     for sae, name in run.arguments["sets"]:
-        other, path = setting.elsewhere(*sae), Point(run=run, seed=setting.seed, out=out).latents_file(name)
-        targets.append((LatentSet.load(path, other.sae), other.sae, run.strength * (setting.scale() / other.scale()) ** 2))
+        target, scale = _target(setting, Point(run=run, seed=setting.seed, out=out), sae, name), setting.elsewhere(*sae).scale()
+        targets.append((*target, run.strength * (setting.scale() / scale) ** 2))
     targets.sort(key=lambda target: block_of(target[0].site) or 0)
     others = {name: value for name, value in run.arguments.items() if name != "sets"}
     return [Blocking(targets=[(one, sae) for one, sae, _ in targets], weight=[weight for *_, weight in targets], **others)]

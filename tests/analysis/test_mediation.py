@@ -5,7 +5,7 @@ import torch
 from shared import harmed_organism
 
 from blockem_tl import LatentSet, Setting, completion_loss, mediation, preference
-from blockem_tl.analysis.mediation import TakenOut, _checked, change_of
+from blockem_tl.analysis._taken_out import TakenOut, change_of, checked_roles
 from blockem_tl.data.chat import encode_examples
 from blockem_tl.evaluation.preference import sides
 
@@ -81,9 +81,9 @@ def test_no_gap_is_no_result(setting) -> None:
     with pytest.raises(ValueError, match="expected a tuned model that moved towards harm"):
         mediation(setting.model, setting.sae, setting.pairs("core")[:4], setting.held_out(4), {}, adapter="base", progress=False)
     with pytest.raises(ValueError, match="expected roles as lists"):
-        _checked("reply")
+        checked_roles("reply")
     with pytest.raises(ValueError, match="expected roles as lists"):
-        _checked(["answer"])
+        checked_roles(["answer"])
     with pytest.raises(ValueError, match="latent"):
         mediation(
             setting.model, setting.sae, setting.pairs("core")[:4], setting.held_out(4), {"x": [9999]}, adapter="tuned", progress=False

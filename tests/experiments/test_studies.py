@@ -159,6 +159,8 @@ def test_a_script_runs_on_any_preset_and_again_at_once(name: str, shared: Path, 
         arms = first[{"real_reemergence": "epochs", "reemergence": "curves"}.get(name, "arms")]
         assert {"run", rate, f"{rate}_low", beside, "test_loss"} <= set(arms)
         assert arms[rate].notna().all() and (arms["n"] == 8).all() and (arms["seeds"] == 2).all()
+    if name == "real_sites":
+        assert first["carried"]["sae"].str.contains(" + ", regex=False).any()
     check_claims(name, first)
     script.main(options)
     assert made == {path: path.stat().st_mtime_ns for path in made} and made
