@@ -46,7 +46,7 @@ def read_tokens(batch: Batch) -> Bool[Tensor, "batch pos"]:
     return batch.mask & ~batch.system & (batch.positions > 0)
 
 
-def sink_norm(norms: Sequence[Float[Tensor, " tokens"]]) -> float:
+def sink_norm(norms: Sequence[Tensor]) -> float:
     """The norm above which a token is an attention sink, from those of base's states at `read_tokens`."""
     return SINK * float(torch.cat(list(norms)).median())
 
