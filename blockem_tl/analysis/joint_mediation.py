@@ -19,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from blockem_tl.analysis._taken_out import Kind, Role, TakenOut, checked_roles, read_tokens, sink_norm, taken_out
-from blockem_tl.analysis.mediation import Mediation, encoded_rows, shares
-from blockem_tl.data.chat import Batch, Encoded, pad
+from blockem_tl.analysis.mediation import Mediation, batches, encoded_rows, shares
+from blockem_tl.data.chat import Batch, Encoded
 from blockem_tl.defences.base_latents import Target
 from blockem_tl.defences.blocking import Blocking
 from blockem_tl.evaluation.preference import reply_likelihood
@@ -98,22 +98,20 @@ def joint_mediation(
         for name, some in targets.items()
         for suffix, kind in kinds
     ]
-    batches = [pad(encoded[at : at + size], model.pad_id, side="right", device=model.device) for at in range(0, len(encoded), size)]
     with model.holding(adapter) as held:
         limits = _limits(model, encoded[: 2 * len(pairs)], sites, size)
-        with progress_bar(total=len(batches), desc="mediation", show=progress) as bar:
+        with progress_bar(total=len(encoded), desc="joint mediation", show=progress) as bar:
             columns = []
-            for batch in batches:
+            for batch in batches(model, encoded, size):
                 columns.append(_log_likelihoods(model, str(held), batch, sites, parts, limits))
-                bar.update()
+                bar.update(len(batch.ids))
     return shares(" + ".join(sites), [part.about for part in parts], np.concatenate(columns, axis=1), len(pairs))
 
 
 def _limits(model: Model, rows: Sequence[Encoded], sites: Sequence[str], size: int) -> dict[str, float]:
     """By site, the norm above which a token is a sink."""
     norms: dict[str, list[Tensor]] = {site: [] for site in sites}
-    for at in range(0, len(rows), size):
-        batch = pad(rows[at : at + size], model.pad_id, side="right", device=model.device)
+    for batch in batches(model, rows, size):
         where = read_tokens(batch)
         for site, states in base_activations(model, batch, sites).items():
             norms[site].append(states[where].float().norm(dim=-1))

@@ -128,6 +128,12 @@ def encoded_rows(model: Model, pairs: Sequence[Pair], rows: Sequence[Example], b
     return encoded, batch_size or rows_at_once(model, max(len(row.ids) for row in encoded), most=MOST_ROWS)
 
 
+def batches(model: Model, rows: Sequence[Encoded], size: int) -> Iterator[Batch]:
+    """So many rows at a time, in their order."""
+    for start in range(0, len(rows), size):
+        yield pad(rows[start : start + size], model.pad_id, side="right", device=model.device)
+
+
 def _parts(
     sae: SAE[Any],
     sets: Mapping[str, LatentSet | Sequence[int]],
@@ -171,15 +177,11 @@ class _Run:
             self.model(batch.ids, attention_mask=batch.mask.long(), stop_at_layer=stop_layer(self.model, [self.site]))
         return base_activations(self.model, batch, [self.site])[self.site], store[self.site]
 
-    def _batches(self, rows: Sequence[Encoded]) -> Iterator[Batch]:
-        for start in range(0, len(rows), self.size):
-            yield pad(rows[start : start + self.size], self.model.pad_id, side="right", device=self.model.device)
-
     @torch.no_grad()
     def mean_change(self, rows: Sequence[Encoded]) -> tuple[Float[Tensor, " d_sae"], float]:
         """The mean change of every latent over the tokens of prompts and replies, and the norm above which a token is a sink."""
         total, n, norms = torch.zeros(self.sae.cfg.d_sae), 0, []
-        for batch in self._batches(rows):
+        for batch in batches(self.model, rows, self.size):
             base, tuned = self._states(batch)
             where = read_tokens(batch)
             z_base, z_tuned = (encode_all(self.sae, states[where]) for states in (base, tuned))
@@ -193,7 +195,7 @@ class _Run:
         """Mean log-likelihood of each row's reply with each part taken out; the last row is base's."""
         found = np.zeros((len(parts) + 1, len(self.encoded)))
         with progress_bar(total=len(self.encoded) * len(found), desc="mediation", show=progress) as bar:
-            for b, batch in enumerate(self._batches(self.encoded)):
+            for b, batch in enumerate(batches(self.model, self.encoded, self.size)):
                 here = slice(b * self.size, b * self.size + len(batch.ids))
                 base, tuned = self._states(batch)
                 for p, part in enumerate(parts):
