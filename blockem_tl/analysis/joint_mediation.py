@@ -4,8 +4,8 @@ The tuned model runs once, and at each site in turn its state is taken back to w
 
     h_s <- h_s - sum_k (z_s - z_base,s)_k d_k
 
-h_s being what the sites below have left of the tuned model's state. So what a site below took out is not taken out twice, and what the
-blocks between put in its place is.
+h_s being what the sites below have left of the tuned model's state; one-sided, only changes in the direction of each latent's sign. So
+what a site below took out is not taken out twice, and what the blocks between put in its place is.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

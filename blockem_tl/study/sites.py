@@ -111,7 +111,7 @@ def carried_together(setting: Setting, point: Point, *, targets: Mapping[str, Ta
     the combination in the column "sae": `joint_mediation`."""
     if not preferences.harmed(setting, point, split):
         return preferences.NOTHING_MOVED.assign(sae="")
-    loaded = {name: [_target(setting, point, *one) for one in some] for name, some in targets.items()}
+    loaded = {name: [_target(setting.elsewhere(*sae), point, one) for sae, one in some] for name, some in targets.items()}
     read = setting.model, loaded, setting.pairs(split), setting.held_out()[::2]
     roles: Any = [("reply",), ("prompt", "reply")]
     found = joint_mediation(*read, adapter=point.adapter, roles=roles, progress=False).to_frame()
@@ -119,10 +119,9 @@ def carried_together(setting: Setting, point: Point, *, targets: Mapping[str, Ta
     return found.assign(sae=name, taken_out=residual.map({True: "residual", False: "latents"}))
 
 
-def _target(setting: Setting, point: Point, sae: Sae, name: str) -> Target:
+def _target(there: Setting, point: Point, name: str) -> Target:
     """A set of the study, and the SAE that it is of."""
-    loaded = setting.elsewhere(*sae).sae
-    return LatentSet.load(point.latents_file(name), loaded), loaded
+    return LatentSet.load(point.latents_file(name), there.sae), there.sae
 
 
 def blocked(setting: Setting, run: Run, latent_set: LatentSet | None, *, out: Path) -> list[Blocking]:
@@ -136,8 +135,9 @@ def blocked(setting: Setting, run: Run, latent_set: LatentSet | None, *, out: Pa
     """
     targets = [(latent_set, setting.sae, run.strength)] if latent_set else []
     for sae, name in run.arguments["sets"]:
-        target, scale = _target(setting, Point(run=run, seed=setting.seed, out=out), sae, name), setting.elsewhere(*sae).scale()
-        targets.append((*target, run.strength * (setting.scale() / scale) ** 2))
+        other = setting.elsewhere(*sae)
+        target = _target(other, Point(run=run, seed=setting.seed, out=out), name)
+        targets.append((*target, run.strength * (setting.scale() / other.scale()) ** 2))
     targets.sort(key=lambda target: block_of(target[0].site) or 0)
     others = {name: value for name, value in run.arguments.items() if name != "sets"}
     return [Blocking(targets=[(one, sae) for one, sae, _ in targets], weight=[weight for *_, weight in targets], **others)]
